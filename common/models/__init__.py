@@ -1,0 +1,42 @@
+"""Staged networks. Their parameters carry the names that the field's shared CIFAR checkpoints use."""
+
+import difflib
+from collections.abc import Callable
+
+from ..errors import UserError
+from .mobilenetv2 import MobileNetV2
+from .resnet import ResNet
+from .resnet50 import ResNet50
+from .shufflenet import ShuffleV1, ShuffleV2
+from .staged import StagedNet, pool
+from .vgg import VGG
+from .wrn import WideResNet
+
+__all__ = ["NETWORKS", "StagedNet", "build", "pool"]
+
+# name -> function of the number of classes
+NETWORKS: dict[str, Callable[[int], StagedNet]] = {
+    **{f"resnet{d}": (lambda n, d=d: ResNet(d, (16, 16, 32, 64), n)) for d in (8, 14, 20, 32, 56, 110)},
+    **{f"resnet{d}x4": (lambda n, d=d: ResNet(d, (32, 64, 128, 256), n)) for d in (8, 32)},
+    **{f"wrn_{d}_{w}": (lambda n, d=d, w=w: WideResNet(d, w, n)) for d in (16, 40) for w in (1, 2)},
+    "vgg8": lambda n: VGG(1, n),
+    "vgg13": lambda n: VGG(2, n),
+    "ResNet50": ResNet50,
+    "MobileNetV2": MobileNetV2,
+    "ShuffleV1": ShuffleV1,
+    "ShuffleV2": ShuffleV2,
+}
+
+
+def build(name: str, num_classes: int) -> StagedNet:
+    """A CIFAR network with fresh weights from PyTorch's global generator, BatchNorm as plain nn.BatchNorm2d.
+
+    Raises:
+        UserError: no network of that name; the message lists the nearest names.
+    """
+    if name not in NETWORKS:
+        spelled = {known.lower(): known for known in NETWORKS}
+        near = [spelled[n] for n in difflib.get_close_matches(name.lower(), spelled, n=3, cutoff=0.5)]
+        hint = f"did you mean {' or '.join(near)}?" if near else f"known are {', '.join(NETWORKS)}"
+        raise UserError(f"unknown network {name!r}: {hint}")
+    return NETWORKS[name](num_classes)

@@ -1,0 +1,68 @@
+"""The interface through which FCFD sees a network: N stages and a classifier (Sec. 2.1)."""
+
+from abc import ABC, abstractmethod
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+
+class StagedNet(nn.Module, ABC):
+    """A network M = C . M^N . ... . M^1 whose intermediate features F^k = M^k(F^(k-1)) can be exchanged.
+
+    A subclass sets the class attributes, `self.num_stages` and `self.classifier_layer`, and writes `stage`.
+
+    Attributes:
+        num_stages: N; the stem is stage 1.
+        post_relu: whether the features F^k are handed over after their ReLU. If not, stage k + 1 applies it.
+        channels_last: whether this family trains faster in the channels_last memory format (on the CPU, measured).
+    """
+
+    num_stages: int
+    post_relu: bool
+    channels_last: bool
+
+    @abstractmethod
+    def stage(self, k: int, x: Tensor) -> Tensor:
+        """M^k: F^(k-1) -> F^k for k = 1..N, where F^0 is the image [B, 3, H, W]; F^k is [B, C_k, H_k, W_k]."""
+
+    @property
+    @abstractmethod
+    def classifier_layer(self) -> nn.Module:
+        """The linear layer, [B, C_N] -> [B, num_classes], under whatever name checkpoints give it."""
+
+    def classify(self, feature: Tensor) -> Tensor:
+        """C: F^N [B, C_N, H_N, W_N] -> logits [B, num_classes]; the ReLU changes nothing on post-ReLU features."""
+        return self.classifier_layer(pool(feature))
+
+    def features(self, x: Tensor) -> list[Tensor]:
+        """Images [B, 3, H, W] -> [F^1, ..., F^N]."""
+        out = []
+        for k in range(1, self.num_stages + 1):
+            x = self.stage(k, x)
+            out.append(x)
+        return out
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Images [B, 3, H, W] -> logits [B, num_classes]."""
+        return self.classify(self.features(x)[-1])
+
+
+def pool(feature: Tensor) -> Tensor:
+    """ReLU and global average pooling, as every classifier here begins: [B, C, H, W] -> [B, C]."""
+    return torch.flatten(F.adaptive_avg_pool2d(F.relu(feature), 1), 1)
+
+
+def init_fan_out(net: nn.Module) -> None:
+    """Draw every convolution from N(0, sqrt(2 / (k^2 C_out))): Kaiming normal, fan_out. Biases become 0."""
+    for layer in net.modules():
+        if isinstance(layer, nn.Conv2d):
+            nn.init.kaiming_normal_(layer.weight, mode="fan_out", nonlinearity="relu")
+            if layer.bias is not None:
+                nn.init.zeros_(layer.bias)
+
+
+def init_classifier(layer: nn.Linear) -> None:
+    """Draw a classifier from N(0, 0.01) with bias 0 (VGG, MobileNetV2)."""
+    nn.init.normal_(layer.weight, 0, 0.01)
+    nn.init.zeros_(layer.bias)
