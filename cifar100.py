@@ -1,0 +1,401 @@
+"""FCFD on CIFAR-100 (Sec. 3.1 and 3.2): distil a teacher into a student, or train one network alone.
+
+    python cifar100.py --teacher resnet32x4 --student resnet8x4     distil; the teacher is found, or trained first
+    python cifar100.py --student resnet8x4                          train a network alone: a teacher, a baseline
+    python cifar100.py --student resnet8x4 --evaluate FILE          test any checkpoint in the field's format
+
+The method itself is in common/fcfd.py. Here, from top to bottom: the settings, the networks, the training loop, the
+teacher, and what a call of the script does with them.
+"""
+
+import argparse
+import math
+import sys
+import time
+from argparse import Namespace
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+import yaml
+from tqdm import tqdm
+
+from common.bridges import Bridges, build_bridges
+from common.checkpoint import load_network
+from common.data import SIZE, Data, eval_batches, load_data, train_batches
+from common.device import open_device
+from common.errors import UserError
+from common.evaluation import evaluate
+from common.fcfd import TERMS, fcfd_terms, forward_paths
+from common.models import StagedNet, build
+from common.multipath_bn import plain_state_dict, track_paths
+from common.paths import MixedPath, candidate_paths, sample_paths
+from common.run_folder import check_settings, find_network, open_run, publish, read_config, report, save_run
+
+SETTINGS = yaml.safe_load((Path(__file__).parent / "common" / "settings.yaml").read_text())
+METHODS = {"kd": ("task", "kd"), "app": ("task", "kd", "app"), "fcfd": TERMS}  # the terms that each one weighs
+
+
+class LossNotFiniteError(Exception):
+    """Training cannot go on; what was saved is good."""
+
+
+# --------------------------------------------------------------------------------------------------- settings
+
+
+def parse_args(argv: list[str] | None) -> dict:
+    """The options that were given, and no others."""
+    parser = argparse.ArgumentParser(
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        argument_default=argparse.SUPPRESS,
+        allow_abbrev=False,
+    )
+
+    def usage_error(message: str):
+        raise UserError(f"{message} (see --help)")
+
+    parser.error = usage_error
+    add = parser.add_argument
+    add("--teacher", metavar="NAME", help="without it --student is trained alone")
+    add("--student", metavar="NAME", required=True)
+    add("--method", choices=METHODS, help="fcfd (default), kd: L_task + L_kd, app: adds L_app")
+    add("--teacher-ckpt", metavar="FILE", help="default: an earlier run's beside --out, else it is trained first")
+    add("--teacher-epochs", type=int, metavar="N", help="of a teacher that is trained first (default: --epochs)")
+    add("--teacher-bn", choices=("batch", "running"), help="statistics behind p_t and F_t (default: batch)")
+    for term in TERMS:
+        add(f"--w-{term.replace('_', '-')}", type=float, metavar="W", help=f"weight of {term}; 0 leaves it out")
+    add("--temperature", type=float, metavar="T", help="of every KL term")
+    add("--num-paths", type=int, metavar="N", help="|S|, the mixed paths drawn in a step (default: 2)")
+    add("--positions", type=int, nargs="+", metavar="K", help="stages that mixed paths leave (default: 2..N-1)")
+    add("--dataset", choices=("cifar100", "cifar10", "folder", "synthetic"), help="default: cifar100")
+    add("--data-dir", metavar="DIR", help="default: data; for 'folder' it holds train/ and test/ or val/")
+    add("--subset", type=int, metavar="N", help="train on N images, spread evenly over the classes")
+    add("--test-subset", type=int, metavar="N", help="test on N images, spread evenly over the classes")
+    add("--epochs", type=int, metavar="N", help="default: 240; milestones and warm-up scale")
+    add("--batch-size", type=int, metavar="N", help="default: 64")
+    add("--lr", type=float, help="default: the pair's in common/settings.yaml")
+    add("--seed", type=int, help="default: 1")
+    add("--device", help="cpu, cuda, cuda:N or mps (default: cuda if there is one, else cpu)")
+    add("--amp", choices=("fp16", "bf16", "off"), help="default: fp16 on CUDA, else off")
+    add("--out", metavar="DIR", help="default: a folder under runs/ named after the settings")
+    add("--resume", action="store_true", help="go on from --out; settings that are not given are the run's")
+    add("--max-minutes", type=float, metavar="M", help="stop after the epoch in which they have passed")
+    add("--evaluate", metavar="CKPT", help="only test this checkpoint of --student")
+    return vars(parser.parse_args(argv))
+
+
+def settle(given: dict, stored: dict) -> Namespace:
+    """All settings of a run: as given, else as stored by the run that is resumed, else the paper's.
+
+    Raises:
+        UserError: one is out of range, or contradicts the others.
+    """
+    c = Namespace(**{**SETTINGS["defaults"], **stored, **given})
+    if c.teacher:
+        pair = SETTINGS["pairs"].get(f"{c.teacher}-{c.student}", SETTINGS["other"])
+        weights = {"task": 1, "kd": 1, "app": pair["w_l2"], "func_l2": pair["w_l2"]}
+        weights |= {"func_kl": pair["w_kl"], "func_prime": pair["w_kl"]}
+        chosen = METHODS[c.method]
+    else:
+        odd = ("method", "teacher_ckpt", "teacher_epochs", "teacher_bn", "temperature", "num_paths", "positions")
+        if odd := [key for key in (*odd, *(f"w_{term}" for term in TERMS)) if key in given]:
+            raise UserError(f"--{odd[0].replace('_', '-')} is about distillation: name the --teacher too")
+        c.method, c.teacher_bn, pair = None, None, {"temperature": None}
+        weights, chosen = {"task": 1}, ("task",)
+
+    follows = {f"w_{term}": weights[term] if term in chosen else 0 for term in TERMS}
+    follows |= {"temperature": pair["temperature"], "teacher_epochs": c.epochs if c.teacher else None}
+    follows |= {"lr": SETTINGS["lr"].get(c.student, SETTINGS["other"]["lr"])}
+    follows |= {"device": "cuda" if torch.cuda.is_available() else "cpu", "out": f"runs/{run_name(c)}"}
+    for key, value in follows.items():
+        if getattr(c, key) is None:
+            setattr(c, key, value)
+    if c.amp is None:
+        c.amp = "fp16" if c.device.startswith("cuda") else "off"
+
+    for key, value in vars(c).items():
+        option = f"--{key.replace('_', '-')}"
+        if key in ("epochs", "teacher_epochs", "batch_size") and value is not None and value < 1:
+            raise UserError(f"{option} {value}: it must be 1 or more")
+        if key in ("lr", "temperature", "max_minutes") and value is not None and not 0 < value < math.inf:
+            raise UserError(f"{option} {value}: it must be a finite number above 0")
+        if key.startswith("w_") and not 0 <= value < math.inf:
+            raise UserError(f"{option} {value}: it must be a finite number, 0 or more")
+    if not any(getattr(c, f"w_{term}") for term in TERMS):
+        raise UserError("every weight is 0: give one of the --w-... options a value")
+    if c.seed < 0:
+        raise UserError(f"--seed {c.seed}: it must be 0 or more")
+    return c
+
+
+def run_name(c: Namespace) -> str:
+    """The name of a run's folder where none is given."""
+    data = f"folder-{Path(c.data_dir).resolve().name}" if c.dataset == "folder" else c.dataset
+    subset = f"-subset{c.subset}" if c.subset else ""
+    networks = f"{c.teacher}-{c.student}-{c.method}" if c.teacher else f"{c.student}-alone"
+    return f"{data}{subset}-{networks}-{c.epochs}ep-seed{c.seed}"
+
+
+def learning_rate(c: Namespace, epoch: int) -> float:
+    """lr, times 0.1 at each milestone; the milestones 150, 180, 210 of 240 epochs scale with the epochs."""
+    return c.lr / 10 ** sum(epoch >= round(milestone / 240 * c.epochs) for milestone in SETTINGS["milestones"])
+
+
+def l2_warmup(c: Namespace, epoch: int) -> float:
+    """The factor on the weight of every L2 term: linear over 20 epochs, or a twelfth of a shorter run."""
+    return min(1.0, (epoch + 1) / (SETTINGS["warmup_epochs"] * min(1, c.epochs / 240)))
+
+
+# --------------------------------------------------------------------------------------------------- networks
+
+
+def build_networks(c: Namespace, num_classes: int):
+    """(student, teacher, bridges, candidate paths), None where not wanted; settles c.num_paths and c.positions.
+
+    A term of weight 0 takes its paths from the candidates, and its bridges from those that are built.
+    """
+    torch.manual_seed(c.seed)  # the same seed starts every method from the same student
+    student = build(c.student, num_classes)
+    if not c.teacher:
+        return student, None, None, []
+    teacher = build(c.teacher, num_classes).requires_grad_(False)
+    candidates = [
+        path
+        for path in candidate_paths(student.num_stages, c.positions)
+        # A path <N, 1> goes straight to the classifier: no later stage, so nothing for L_func's L2 part.
+        if (c.w_func_kl or (c.w_func_l2 and path.k < student.num_stages) if path.delta == 1 else c.w_func_prime)
+    ]
+    if c.num_paths is None:
+        c.num_paths = min(2, len(candidates))
+    sample_paths(candidates, c.num_paths, steps=1, seed=0, epoch=0)  # complains now if |S| is out of range
+    c.positions = sorted({path.k for path in candidates})
+    bridges = None
+    if c.w_app or c.num_paths:
+        bridges = build_bridges(teacher, student, SIZE, c.positions if c.w_func_prime else [])
+    return student, teacher, bridges, candidates
+
+
+# --------------------------------------------------------------------------------------------------- training
+
+
+def train(
+    c: Namespace,
+    data: Data,
+    student: StagedNet,
+    teacher: StagedNet | None,
+    bridges: Bridges | None,
+    candidates: list[MixedPath],
+    state: dict | None,
+    deadline: float,
+) -> bool:
+    """Train from `state` (None: from the start) to the last epoch; False if `deadline` passed before that."""
+    device, out = torch.device(c.device), Path(c.out)
+    nets = {"student": student, "teacher": teacher, "bridges": bridges}
+    nets = {name: net for name, net in nets.items() if net is not None}
+    channels_last = student.channels_last and (teacher is None or teacher.channels_last)
+    if teacher:
+        for net in (student, teacher):
+            track_paths(net, c.positions)
+    for net in nets.values():
+        net.to(device, memory_format=torch.channels_last if channels_last else torch.preserve_format)
+
+    # A parameter without gradient, as of a bridge whose path was not drawn, is left alone: no decay, no momentum.
+    parameters = [p for net in nets.values() for p in net.parameters() if p.requires_grad]
+    fused = device.type == "cuda"
+    optimizer = torch.optim.SGD(parameters, c.lr, momentum=0.9, weight_decay=5e-4, nesterov=True, fused=fused)
+    amp = {"fp16": torch.float16, "bf16": torch.bfloat16, "off": None}[c.amp]
+    scaler = torch.amp.GradScaler(device.type, enabled=c.amp == "fp16")
+
+    if state:
+        for name, net in nets.items():
+            net.load_state_dict(state[name])
+        optimizer.load_state_dict(state["optimizer"])
+        scaler.load_state_dict(state["scaler"])
+        publish(out, state, plain_state_dict(student))
+    else:
+        teacher_accuracy = evaluate(teacher, eval_batches(data.test, channels_last=channels_last)) if teacher else None
+        state = {"config": vars(c), "epoch": 0, "log": [], "best": {"top1": -1.0}, "teacher_accuracy": teacher_accuracy}
+    if teacher:
+        print(f"teacher: {state['teacher_accuracy']['top1']:.2f} % top-1 before distillation")
+
+    weights = {term: getattr(c, f"w_{term}") for term in TERMS if getattr(c, f"w_{term}")}
+    steps = math.ceil(len(data.train) / c.batch_size)
+    for epoch in range(state["epoch"], c.epochs):
+        began = time.monotonic()
+        for group in optimizer.param_groups:
+            group["lr"] = learning_rate(c, epoch)
+        warm = {term: w * l2_warmup(c, epoch) if term in ("app", "func_l2") else w for term, w in weights.items()}
+        paths = sample_paths(candidates, c.num_paths or 0, steps, c.seed, epoch)
+        student.train()
+        if teacher:
+            teacher.train(c.teacher_bn == "batch")
+        if bridges:
+            bridges.train()
+
+        # Nothing in a step makes the host wait for the device: what is to be known is summed there until the end.
+        sums = dict.fromkeys(("loss", *weights, "correct"), torch.zeros((), device=device))
+        bad_step = torch.full((), -1, device=device)
+        batches = train_batches(data.train, c.batch_size, c.seed, epoch, channels_last)
+        for step, (images, labels) in enumerate(tqdm(batches, f"epoch {epoch + 1}", steps, leave=False, disable=None)):
+            with torch.autocast(device.type, amp, enabled=amp is not None):
+                if teacher:
+                    flow = forward_paths(teacher, student, bridges, images, paths[step], app="app" in weights)
+                    logits = flow.student_logits
+                else:
+                    logits = student(images)
+            if teacher:
+                terms = fcfd_terms(flow, labels, c.temperature, weights)
+            else:
+                terms = {"task": F.cross_entropy(logits.float(), labels)}
+            loss = sum(warm[term] * value for term, value in terms.items())  # Eq. 9
+
+            optimizer.zero_grad(set_to_none=True)
+            scaler.scale(loss).backward()
+            scaler.step(optimizer)
+            scaler.update()
+
+            with torch.no_grad():
+                for name, value in (("loss", loss), *terms.items(), ("correct", (logits.argmax(1) == labels).sum())):
+                    sums[name] = sums[name] + value
+                bad_step = torch.where((bad_step < 0) & ~loss.isfinite(), step, bad_step)
+
+        if (bad := bad_step.item()) >= 0:
+            raise LossNotFiniteError(f"in epoch {epoch + 1}, step {bad + 1}")
+        if not all(tensor.isfinite().all() for net in nets.values() for tensor in net.state_dict().values()):
+            raise LossNotFiniteError(f"in the last step of epoch {epoch + 1}")
+        training_seconds = time.monotonic() - began
+        accuracy = evaluate(student, eval_batches(data.test, channels_last=channels_last))
+        means = {name: value.item() / steps for name, value in sums.items()}
+        row = {
+            "epoch": epoch + 1,
+            "lr": learning_rate(c, epoch),
+            "loss": means["loss"],
+            **{term: means.get(term, "") for term in TERMS},
+            "train_top1": 100 * sums["correct"].item() / len(data.train),
+            "test_top1": accuracy["top1"],
+            "test_top5": accuracy["top5"],
+            "seconds": time.monotonic() - began,
+            "images_per_s": len(data.train) / training_seconds,
+            "peak_memory_mb": torch.cuda.max_memory_allocated(device) / 2**20 if fused else "",
+        }
+        state["log"].append(row)
+        state["epoch"] = epoch + 1
+        if accuracy["top1"] > state["best"]["top1"]:
+            state["best"] = {"epoch": epoch + 1, **accuracy}
+        state |= {name: net.state_dict() for name, net in nets.items()}
+        state |= {"optimizer": optimizer.state_dict(), "scaler": scaler.state_dict()}
+        save_run(out, state, plain_state_dict(student))
+        print(
+            f"epoch {epoch + 1:3}/{c.epochs}  loss {row['loss']:.4f}  train {row['train_top1']:.2f} %  "
+            f"test {row['test_top1']:.2f} %  best {state['best']['top1']:.2f} %  "
+            f"{row['seconds']:.1f} s, {row['images_per_s']:.0f} images/s",
+            flush=True,
+        )
+        if time.monotonic() > deadline and epoch + 1 < c.epochs:
+            print(f"stopped after {epoch + 1} of {c.epochs} epochs (--max-minutes): go on with --resume --out {out}")
+            return False
+    report(state)
+    return True
+
+
+# ---------------------------------------------------------------------------------------------------- teacher
+
+
+def teacher_folder(c: Namespace) -> Path:
+    """Where the teacher is trained first: the folder that its own run would have, beside this run's."""
+    alone = vars(c) | {"teacher": None, "student": c.teacher, "epochs": c.teacher_epochs}
+    return Path(c.out).parent / run_name(Namespace(**alone))
+
+
+def train_teacher(c: Namespace, data: Data, deadline: float) -> Path | None:
+    """Train the teacher alone by the published schedule, or go on where that stopped; None if time ran out."""
+    folder = teacher_folder(c)
+    if (config := read_config(folder)) and config.get("fingerprint") != c.fingerprint:
+        folder = folder.with_name(f"{folder.name}-{c.fingerprint[:8]}")  # the same name, but other data
+    given = {"student": c.teacher, "epochs": c.teacher_epochs, "out": str(folder)}
+    given |= {key: getattr(c, key) for key in ("dataset", "data_dir", "subset", "test_subset", "seed", "device", "amp")}
+    print(f"teacher: training {c.teacher} for {c.teacher_epochs} epochs in {folder}", flush=True)
+    finished = run(given, resume=(folder / "last.pt").exists(), deadline=deadline, data=data)
+    return folder / "student.pth" if finished else None
+
+
+# -------------------------------------------------------------------------------------------------------- run
+
+
+def run(given: dict, resume: bool, deadline: float, data: Data | None = None) -> bool:
+    """One run from its settings to its files; False if `deadline` (of time.monotonic) came first.
+
+    Raises:
+        UserError: anything that is wrong with the input. All that can be checked is, before a teacher is trained.
+        LossNotFiniteError: training diverged.
+    """
+    c = settle(given, {})
+    if resume and c.teacher and not (Path(c.out) / "last.pt").exists() and (teacher_folder(c) / "last.pt").exists():
+        resume = False  # the teacher's training was interrupted; it goes on by itself
+    state = open_run(Path(c.out), resume)
+    c = settle(given | {"out": c.out}, state["config"] if state else {})
+    device = open_device(c.device)
+    if data is None:
+        data = load_data(c.dataset, c.data_dir, c.subset, c.test_subset)
+        data.train, data.test = data.train.to(device), data.test.to(device)
+    if c.batch_size > len(data.train):
+        raise UserError(f"--batch-size {c.batch_size}: there are only {len(data.train)} training images")
+    c.fingerprint = data.fingerprint
+    student, teacher, bridges, candidates = build_networks(c, len(data.classes))
+
+    task = f"{c.student} from {c.teacher} by {c.method}" if c.teacher else f"{c.student} alone"
+    size = f"{len(data.train)} training and {len(data.test)} test images in {len(data.classes)} classes"
+    print(f"{task}, {c.epochs} epochs on {c.dataset}: {size}; {c.device}, amp {c.amp}; {c.out}")
+    if c.teacher and f"{c.teacher}-{c.student}" not in SETTINGS["pairs"]:
+        print(f"no published settings for {c.teacher}-{c.student}: those of most pairs, {SETTINGS['other']}")
+    if state:
+        check_settings(state["config"], vars(c))
+        state["config"] = vars(c)
+    elif teacher:
+        if c.teacher_ckpt:
+            print(f"teacher: {c.teacher_ckpt}, as told")
+        elif found := find_network(Path(c.out).parent, c.teacher, c.fingerprint, c.teacher_epochs):
+            print(f"teacher: {found}, from an earlier run")
+            c.teacher_ckpt = str(found)
+        elif trained := train_teacher(c, data, deadline):
+            c.teacher_ckpt = str(trained)
+        else:
+            return False
+        load_network(teacher, c.teacher_ckpt, c.teacher)
+    return train(c, data, student, teacher, bridges, candidates, state, deadline)
+
+
+def evaluate_checkpoint(given: dict) -> None:
+    """--evaluate: print the accuracy of a checkpoint on the test set."""
+    c = settle(given, {})
+    data, device = load_data(c.dataset, c.data_dir, c.subset, c.test_subset), open_device(c.device)
+    net = build(c.student, len(data.classes))
+    load_network(net, given["evaluate"], c.student)
+    accuracy = evaluate(net.to(device), eval_batches(data.test.to(device)))
+    print(f"{c.student} {accuracy['top1']:.2f} % top-1, {accuracy['top5']:.2f} % top-5 on {len(data.test)} test images")
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Exit code 0: done, or stopped by --max-minutes; 1: the loss stopped being finite; 2: wrong input."""
+    try:
+        given = parse_args(argv)
+        if "evaluate" in given:
+            evaluate_checkpoint(given)
+        else:
+            deadline = time.monotonic() + 60 * given.get("max_minutes", math.inf)
+            run({key: value for key, value in given.items() if key != "resume"}, given.get("resume", False), deadline)
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    except LossNotFiniteError as error:
+        print(f"error: the loss stopped being finite {error}; last.pt keeps the epoch before", file=sys.stderr)
+        return 1
+    except KeyboardInterrupt:
+        print("interrupted: finished epochs are kept, go on with --resume", file=sys.stderr)
+        return 130
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,106 @@
+"""Files that are whole or absent: atomic writes, loads that execute nothing, and the field's shared format.
+
+The shared format is a dictionary whose "model" is the state dict of a plain network; anything may stand beside it.
+"""
+
+import argparse
+import contextlib
+import os
+import pickle
+from collections.abc import Callable
+from pathlib import Path
+from typing import IO, Any
+
+import numpy as np
+import torch
+from torch import nn
+
+from .errors import UserError
+
+# Harmless things that stand in shared checkpoints beside the weights, and that PyTorch's safe loader must be told of.
+SAFE = [
+    argparse.Namespace,
+    (np._core.multiarray.scalar, "numpy.core.multiarray.scalar"),
+    np._core.multiarray.scalar,
+    np.dtype,
+    *(type(np.dtype(t)) for t in (np.float32, np.float64, np.int64)),
+]
+
+
+def write_atomically(path: Path, write: Callable[[IO[bytes]], Any]) -> None:
+    """Replace `path` by what `write` puts into an open file; killed at any moment, the old or the new is whole.
+
+    Raises:
+        UserError: the file cannot be written (folder missing, not writable, disk full); the old one stays.
+    """
+    temporary = path.with_name(path.name + ".tmp")
+    try:
+        with open(temporary, "wb") as file:
+            write(file)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    except (OSError, RuntimeError) as error:  # torch.save reports a full disk as RuntimeError
+        with contextlib.suppress(OSError):
+            temporary.unlink(missing_ok=True)
+        raise UserError(f"cannot write {path} ({error}): make room or choose another --out") from error
+
+
+def save(obj: Any, path: Path) -> None:
+    """torch.save, atomically."""
+    write_atomically(path, lambda file: torch.save(obj, file))
+
+
+def load(path: str | Path) -> Any:
+    """torch.load to the CPU without executing anything that is in the file.
+
+    Raises:
+        UserError: missing, a directory, unreadable, damaged, or in need of unpickling arbitrary objects.
+    """
+    path = Path(path)
+    if path.is_dir():
+        raise UserError(f"{path} is a directory: name the checkpoint file in it")
+    try:
+        with torch.serialization.safe_globals(SAFE):
+            return torch.load(path, map_location="cpu", weights_only=True)
+    except FileNotFoundError as error:
+        raise UserError(f"there is no checkpoint {path}: check the path") from error
+    except pickle.UnpicklingError as error:
+        raise UserError(
+            f"{path} is damaged, or holds objects that only running code from it could restore (nothing was run): "
+            "use another copy, or one saved as a plain state dict"
+        ) from error
+    except (OSError, RuntimeError, EOFError, ValueError, KeyError, IndexError, AttributeError, TypeError) as error:
+        raise UserError(f"{path} cannot be read as a checkpoint, it may be cut short: use another copy") from error
+
+
+def load_network(net: nn.Module, path: str | Path, name: str) -> None:
+    """Load a network in the shared format, a bare state dict, or either of them saved from DataParallel, strictly.
+
+    Raises:
+        UserError: as `load`; no state dict; weights of another network or number of classes; non-finite weights.
+    """
+    content = load(path)
+    for key in ("model", "state_dict"):
+        if isinstance(content, dict) and isinstance(content.get(key), dict):
+            content = content[key]
+            break
+    if not isinstance(content, dict) or not content or not all(map(torch.is_tensor, content.values())):
+        raise UserError(f"{path} holds no state dict under 'model': it is no checkpoint of a network")
+    weights = {key.removeprefix("module."): value for key, value in content.items()}
+    if bad := [key for key, value in weights.items() if value.is_floating_point() and not value.isfinite().all()]:
+        raise UserError(f"{path} has values in {bad[0]} that are not finite: use another checkpoint")
+    try:
+        net.load_state_dict(weights)
+    except RuntimeError as error:
+        raise UserError(f"{path} is no {name} of this many classes: {_first_difference(net, weights)}") from error
+
+
+def _first_difference(net: nn.Module, weights: dict) -> str:
+    own = net.state_dict()
+    for key, value in own.items():
+        if key not in weights:
+            return f"it lacks {key}"
+        if weights[key].shape != value.shape:
+            return f"{key} is {list(weights[key].shape)} there and {list(value.shape)} in the network"
+    return f"{next(key for key in weights if key not in own)} is unknown to the network"

@@ -1,0 +1,20 @@
+"""Opening the device to train on."""
+
+import torch
+
+from .errors import UserError
+
+
+def open_device(name: str) -> torch.device:
+    """The device "cpu", "cuda", "cuda:N" or "mps".
+
+    Raises:
+        UserError: it is not there.
+    """
+    try:
+        device = torch.device(name)
+        torch.zeros(1, device=device)
+    except (RuntimeError, AssertionError) as error:
+        raise UserError(f"there is no device {name!r} here: try --device cpu") from error
+    torch.backends.cudnn.benchmark = True  # batches have one size, but for the last of an epoch
+    return device

@@ -1,0 +1,127 @@
+"""A made image set that needs no download: 20 classes of textured, cluttered, randomly posed shapes, 32x32 RGB.
+
+A class is one of ten outlines filled with one of two textures. Where it lies, how large, how turned and how
+stretched it is, its colours and those of the ground, the clutter around it and a bar across it are drawn for each
+image. It exists for try-outs and tests; figures on it say nothing about photos.
+"""
+
+import numpy as np
+
+SIZE = 32
+SPLITS = ("train", "test")
+BLOCK = 100  # images drawn at once
+SHAPES = (
+    "disc",
+    "ellipse",
+    "ring",
+    "crescent",
+    "triangle",
+    "square",
+    "hexagon",
+    "trefoil",
+    "star",
+    "cross",
+)
+TEXTURES = ("striped", "checked")
+CLASSES = [f"{texture}_{shape}" for texture in TEXTURES for shape in SHAPES]
+
+
+def synthetic_images(n: int, split: str) -> tuple[np.ndarray, np.ndarray]:
+    """The first `n` images uint8 [n, 32, 32, 3] of split "train" or "test", and their labels int64 [n].
+
+    The classes stand in turn, so every prefix is spread evenly over them.
+    """
+    labels = np.arange(n) % len(CLASSES)
+    seed = SPLITS.index(split)
+    # Each block has a generator of its own and is drawn whole, so that a shorter set is the start of a longer one.
+    blocks = [
+        _draw(np.arange(i, i + BLOCK) % len(CLASSES), np.random.default_rng([seed, i])) for i in range(0, n, BLOCK)
+    ]
+    return np.concatenate(blocks)[:n], labels.astype(np.int64)
+
+
+def _draw(labels: np.ndarray, rng: np.random.Generator) -> np.ndarray:
+    n = len(labels)
+    x, y = np.meshgrid(*2 * [np.arange(SIZE, dtype=np.float32) - (SIZE - 1) / 2])
+
+    # The ground: a coarse pattern of random colours, and clutter: two small pieces of other textured shapes.
+    image = _coarse_noise(n, rng)
+    for _ in range(2):
+        shape, texture = rng.integers(0, len(SHAPES), n), rng.integers(0, len(TEXTURES), n)
+        angle = rng.uniform(0, 2 * np.pi, n)
+        centre = _column(15 * np.cos(angle)), _column(15 * np.sin(angle))
+        _paste(image, x - centre[0], y - centre[1], shape, texture, rng.uniform(2.5, 5, n), rng)
+
+    # The object, then a bar over part of it.
+    shape, texture = labels % len(SHAPES), labels // len(SHAPES)
+    centre = _column(rng.uniform(-3, 3, n)), _column(rng.uniform(-3, 3, n))
+    _paste(image, x - centre[0], y - centre[1], shape, texture, rng.uniform(9, 13, n), rng)
+    angle, offset = _column(rng.uniform(0, np.pi, n)), _column(rng.uniform(-12, 12, n))
+    bar = np.clip(1.5 - np.abs(x * np.cos(angle) + y * np.sin(angle) - offset), 0, 1)[..., None]
+    image += bar * (_colour(n, rng) - image)
+
+    image += 0.04 * rng.standard_normal(image.shape, np.float32)
+    return (np.clip(image, 0, 1) * 255).astype(np.uint8)
+
+
+def _paste(image, x, y, shape, texture, radius, rng) -> None:
+    """Paint one textured shape per image around (x, y) = 0, at a random angle and stretch, in place."""
+    n = len(image)
+    turn, stretch = _column(rng.uniform(0, 2 * np.pi, n)), _column(rng.uniform(0.85, 1.18, n))
+    u = (x * np.cos(turn) + y * np.sin(turn)) * stretch
+    v = (y * np.cos(turn) - x * np.sin(turn)) / stretch
+    inside = np.clip(_signed_distance(u, v, shape, _column(radius)) + 0.5, 0, 1)[..., None]
+
+    turn, phase = _column(rng.uniform(0, 2 * np.pi, n)), _column(rng.uniform(0, 2 * np.pi, n))
+    frequency = 2 * np.pi / _column(rng.uniform(4.5, 7, n))
+    stripes = np.sin(frequency * (x * np.cos(turn) + y * np.sin(turn)) + phase)
+    across = np.sin(frequency * (y * np.cos(turn) - x * np.sin(turn)) + phase)
+    pattern = np.where(_column(texture) == TEXTURES.index("striped"), stripes, stripes * across * 1.5)
+    mix = np.clip(0.5 + 1.5 * pattern, 0, 1)[..., None]
+    colour_a = _colour(n, rng)
+    colour_b = np.mod(colour_a + 0.35 + 0.3 * _colour(n, rng), 1)  # never near to the first
+    image += inside * (colour_a + mix * (colour_b - colour_a) - image)
+
+
+def _signed_distance(u: np.ndarray, v: np.ndarray, shape: np.ndarray, radius: np.ndarray) -> np.ndarray:
+    """Roughly the distance in pixels to the outline of each image's shape, positive inside: [n, 32, 32]."""
+    r, theta = np.hypot(u, v), np.arctan2(v, u)
+
+    def polygon(sides):
+        sector = np.mod(theta, 2 * np.pi / sides) - np.pi / sides
+        return radius * 1.1 * np.cos(np.pi / sides) - r * np.cos(sector)
+
+    cross = np.minimum(radius - np.maximum(abs(u), abs(v)), 0.35 * radius - np.minimum(abs(u), abs(v)))
+    distances = {
+        "disc": radius - r,
+        "ellipse": radius - np.hypot(u * 0.8, v * 1.9),
+        "ring": np.minimum(radius - r, r - 0.55 * radius),
+        "crescent": np.minimum(radius - r, np.hypot(u - 0.5 * radius, v) - 0.75 * radius),
+        "triangle": polygon(3),
+        "square": polygon(4),
+        "hexagon": polygon(6),
+        "trefoil": radius * (0.7 + 0.35 * np.cos(3 * theta)) - r,
+        "star": radius * (0.75 + 0.3 * np.cos(5 * theta)) - r,
+        "cross": cross,
+    }
+    return np.choose(_column(shape), [distances[name] for name in SHAPES])
+
+
+def _colour(n: int, rng: np.random.Generator) -> np.ndarray:
+    return rng.random((n, 1, 1, 3), np.float32)
+
+
+def _coarse_noise(n: int, rng: np.random.Generator) -> np.ndarray:
+    """A 5x5 grid of random colours, bilinearly enlarged: [n, 32, 32, 3]."""
+    grid = 0.25 + 0.5 * rng.random((n, 5, 5, 3), np.float32)
+    at = np.linspace(0, 4, SIZE, dtype=np.float32)
+    low = np.minimum(at.astype(int), 3)
+    part = at - low.astype(np.float32)
+    rows = grid[:, low] * (1 - part)[:, None, None] + grid[:, low + 1] * part[:, None, None]
+    return rows[:, :, low] * (1 - part)[:, None] + rows[:, :, low + 1] * part[:, None]
+
+
+def _column(values: np.ndarray) -> np.ndarray:
+    """[n] -> [n, 1, 1], in float32 if they are real numbers."""
+    values = np.asarray(values)
+    return values.astype(np.float32 if values.dtype.kind == "f" else values.dtype)[:, None, None]
