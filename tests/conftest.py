@@ -1,0 +1,18 @@
+from pathlib import Path
+
+import pytest
+import torch
+
+DATA = Path(__file__).parent / "data"
+
+
+def pytest_collection_modifyitems(items):
+    for item in items:
+        if "gpu" in item.keywords and not torch.cuda.is_available():
+            item.add_marker(pytest.mark.skip(reason="needs a CUDA device"))
+
+
+@pytest.fixture(scope="session")
+def parity():
+    """One batch, two networks, their bridges, and what a step of the method as first published gives."""
+    return torch.load(DATA / "parity_resnet14_resnet8.pt", weights_only=True)
