@@ -24,20 +24,16 @@ from common.bridges import Bridges, build_bridges
 from common.checkpoint import load_network
 from common.data import SIZE, Data, eval_batches, load_data, train_batches
 from common.device import open_device
-from common.errors import UserError
+from common.errors import LossNotFiniteError, UserError
 from common.evaluation import evaluate
 from common.fcfd import TERMS, fcfd_terms, forward_paths
-from common.models import StagedNet, build
+from common.models import StagedNet, build, check_name
 from common.multipath_bn import plain_state_dict, track_paths
 from common.paths import MixedPath, candidate_paths, sample_paths
 from common.run_folder import check_settings, find_network, open_run, publish, read_config, report, save_run
 
 SETTINGS = yaml.safe_load((Path(__file__).parent / "common" / "settings.yaml").read_text())
 METHODS = {"kd": ("task", "kd"), "app": ("task", "kd", "app"), "fcfd": TERMS}  # the terms that each one weighs
-
-
-class LossNotFiniteError(Exception):
-    """Training cannot go on; what was saved is good."""
 
 
 # --------------------------------------------------------------------------------------------------- settings
@@ -92,6 +88,8 @@ def settle(given: dict, stored: dict) -> Namespace:
         UserError: one is out of range, or contradicts the others.
     """
     c = Namespace(**{**SETTINGS["defaults"], **stored, **given})
+    for name in filter(None, (c.student, c.teacher)):
+        check_name(name)
     if c.teacher:
         pair = SETTINGS["pairs"].get(f"{c.teacher}-{c.student}", SETTINGS["other"])
         weights = {"task": 1, "kd": 1, "app": pair["w_l2"], "func_l2": pair["w_l2"]}
@@ -314,6 +312,7 @@ def train_teacher(c: Namespace, data: Data, deadline: float) -> Path | None:
     if (config := read_config(folder)) and config.get("fingerprint") != c.fingerprint:
         folder = folder.with_name(f"{folder.name}-{c.fingerprint[:8]}")  # the same name, but other data
     given = {"student": c.teacher, "epochs": c.teacher_epochs, "out": str(folder)}
+    given["batch_size"] = min(SETTINGS["defaults"]["batch_size"], len(data.train))
     given |= {key: getattr(c, key) for key in ("dataset", "data_dir", "subset", "test_subset", "seed", "device", "amp")}
     print(f"teacher: training {c.teacher} for {c.teacher_epochs} epochs in {folder}", flush=True)
     finished = run(given, resume=(folder / "last.pt").exists(), deadline=deadline, data=data)
@@ -348,7 +347,8 @@ def run(given: dict, resume: bool, deadline: float, data: Data | None = None) ->
     size = f"{len(data.train)} training and {len(data.test)} test images in {len(data.classes)} classes"
     print(f"{task}, {c.epochs} epochs on {c.dataset}: {size}; {c.device}, amp {c.amp}; {c.out}")
     if c.teacher and f"{c.teacher}-{c.student}" not in SETTINGS["pairs"]:
-        print(f"no published settings for {c.teacher}-{c.student}: those of most pairs, {SETTINGS['other']}")
+        most = ", ".join(f"{key} {value}" for key, value in (SETTINGS["other"] | {"lr": c.lr}).items())
+        print(f"{c.teacher}-{c.student} is no published pair: what is not given is as for most pairs ({most})")
     if state:
         check_settings(state["config"], vars(c))
         state["config"] = vars(c)

@@ -1,5 +1,9 @@
-"""The one exception that means: the input was wrong, and this is what to do about it."""
+"""What a script turns into one line and an exit code."""
 
 
 class UserError(ValueError):
-    """One line that names the fault and the remedy; a script prints it and ends with exit code 2."""
+    """The input was wrong. The message is one line that names the fault and the remedy; exit code 2."""
+
+
+class LossNotFiniteError(ArithmeticError):
+    """Training cannot go on; what was saved before is good. Exit code 1."""

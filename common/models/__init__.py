@@ -12,7 +12,7 @@ from .staged import StagedNet, pool
 from .vgg import VGG
 from .wrn import WideResNet
 
-__all__ = ["NETWORKS", "StagedNet", "build", "pool"]
+__all__ = ["NETWORKS", "StagedNet", "build", "check_name", "pool"]
 
 # name -> function of the number of classes
 NETWORKS: dict[str, Callable[[int], StagedNet]] = {
@@ -28,15 +28,20 @@ NETWORKS: dict[str, Callable[[int], StagedNet]] = {
 }
 
 
-def build(name: str, num_classes: int) -> StagedNet:
-    """A CIFAR network with fresh weights from PyTorch's global generator, BatchNorm as plain nn.BatchNorm2d.
-
-    Raises:
-        UserError: no network of that name; the message lists the nearest names.
-    """
+def check_name(name: str) -> None:
+    """Raise a UserError that lists the nearest names if there is no network of this name."""
     if name not in NETWORKS:
         spelled = {known.lower(): known for known in NETWORKS}
         near = [spelled[n] for n in difflib.get_close_matches(name.lower(), spelled, n=3, cutoff=0.5)]
         hint = f"did you mean {' or '.join(near)}?" if near else f"known are {', '.join(NETWORKS)}"
         raise UserError(f"unknown network {name!r}: {hint}")
+
+
+def build(name: str, num_classes: int) -> StagedNet:
+    """A CIFAR network with fresh weights from PyTorch's global generator, BatchNorm as plain nn.BatchNorm2d.
+
+    Raises:
+        UserError: no network of that name.
+    """
+    check_name(name)
     return NETWORKS[name](num_classes)

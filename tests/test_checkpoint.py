@@ -1,0 +1,121 @@
+"""Files that are whole or absent, and the checkpoints that people already have."""
+
+import argparse
+import os
+import pickle
+
+import numpy as np
+import pytest
+import torch
+
+from common import checkpoint
+from common.checkpoint import load, load_network, save
+from common.errors import UserError
+from common.models import build
+
+
+@pytest.fixture
+def net():
+    torch.manual_seed(0)
+    return build("resnet8", 10)
+
+
+def same(net, other):
+    return all(torch.equal(a, b) for a, b in zip(net.state_dict().values(), other.state_dict().values(), strict=True))
+
+
+@pytest.mark.parametrize("form", ["shared", "bare", "parallel", "namespace", "numpy"])
+def test_forms_that_checkpoints_come_in(tmp_path, net, form):
+    weights = net.state_dict()
+    content = {
+        "shared": {"model": weights, "epoch": 240, "accuracy": torch.tensor(72.5), "optimizer": {"state": {}}},
+        "bare": weights,
+        "parallel": {"state_dict": {f"module.{key}": value for key, value in weights.items()}},
+        "namespace": {"model": weights, "opt": argparse.Namespace(lr=0.05, steps=[150, 180], model="resnet8")},
+        "numpy": {"model": weights, "best_acc": np.float64(72.5), "accuracy": np.float32(72.0), "epoch": np.int64(240)},
+    }[form]
+    torch.save(content, tmp_path / "ckpt_epoch_240.pth")
+    other = build("resnet8", 10)
+    assert not same(net, other)
+    load_network(other, tmp_path / "ckpt_epoch_240.pth", "resnet8")
+    assert same(net, other)
+
+
+def test_older_file_format(tmp_path, net):
+    torch.save({"model": net.state_dict()}, tmp_path / "old.pth", _use_new_zipfile_serialization=False)
+    other = build("resnet8", 10)
+    load_network(other, tmp_path / "old.pth", "resnet8")
+    assert same(net, other)
+
+
+class Malicious:
+    def __init__(self, path):
+        self.path = str(path)
+
+    def __reduce__(self):
+        return os.mkdir, (self.path,)
+
+
+@pytest.mark.parametrize("write", [torch.save, lambda obj, path: path.write_bytes(pickle.dumps(obj, protocol=2))])
+def test_nothing_in_a_file_is_executed(tmp_path, net, write):
+    write({"model": net.state_dict(), "opt": Malicious(tmp_path / "harm")}, tmp_path / "evil.pth")
+    with pytest.raises(UserError, match=r"evil\.pth .*nothing was run"):
+        load_network(net, tmp_path / "evil.pth", "resnet8")
+    assert not (tmp_path / "harm").exists()
+
+
+def damaged(tmp_path, net):
+    whole = tmp_path / "whole.pth"
+    torch.save({"model": net.state_dict()}, whole)
+    content = whole.read_bytes()
+    for name, part in {
+        "cut": content[: len(content) // 2],
+        "start": content[:10],
+        "empty": b"",
+        "noise": np.random.default_rng(0).bytes(5000),
+        "text": b"<html>404</html>",
+    }.items():
+        (tmp_path / name).write_bytes(part)
+        yield tmp_path / name
+    yield tmp_path
+    yield tmp_path / "missing.pth"
+
+
+def test_unreadable_files_end_in_one_line(tmp_path, net):
+    for path in damaged(tmp_path, net):
+        with pytest.raises(UserError) as error:
+            load(path)
+        assert str(path) in str(error.value)
+        assert "\n" not in str(error.value), path
+
+
+def test_wrong_content_is_named(tmp_path, net):
+    def complaint(content):
+        torch.save(content, tmp_path / "x.pth")
+        with pytest.raises(UserError) as error:
+            load_network(net, tmp_path / "x.pth", "resnet8")
+        assert "\n" not in str(error.value)
+        return str(error.value)
+
+    assert "fc.weight is [100, 64] there and [10, 64]" in complaint({"model": build("resnet8", 100).state_dict()})
+    assert "it lacks" in complaint({"model": build("vgg8", 10).state_dict()})
+    assert "layer1.1.conv1.weight is unknown" in complaint({"model": build("resnet14", 10).state_dict()})
+    assert "no state dict" in complaint({"epoch": 3})
+    assert "no state dict" in complaint([1, 2])
+    weights = net.state_dict()
+    weights["bn1.bias"] = torch.full_like(weights["bn1.bias"], float("nan"))
+    assert "bn1.bias" in complaint(weights)
+
+
+def test_a_failed_write_leaves_the_old_file(tmp_path, monkeypatch):
+    save({"a": 1}, tmp_path / "f.pt")
+
+    def full_disk(obj, file):
+        file.write(b"half")
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(checkpoint.torch, "save", full_disk)
+    with pytest.raises(UserError, match=r"f\.pt .*No space left"):
+        save({"a": 2}, tmp_path / "f.pt")
+    assert torch.load(tmp_path / "f.pt", weights_only=True) == {"a": 1}
+    assert [p.name for p in tmp_path.iterdir()] == ["f.pt"]

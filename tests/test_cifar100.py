@@ -1,0 +1,366 @@
+"""cifar100.py as a user runs it."""
+
+import csv
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+from argparse import Namespace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import yaml
+from PIL import Image
+
+import cifar100
+from common.models import build
+
+SCRIPT = Path(cifar100.__file__)
+SMALL = ["--dataset", "synthetic", "--subset", "120", "--test-subset", "60", "--batch-size", "32", "--device", "cpu"]
+PAIR = ["--teacher", "resnet14", "--student", "resnet8", *SMALL]
+METHODS = {
+    "kd": {"task", "kd"},
+    "app": {"task", "kd", "app"},
+    "fcfd": {"task", "kd", "app", "func_l2", "func_kl", "func_prime"},
+}
+
+
+def script(cwd, *args, code=0):
+    """Run the script in a process of its own, in the folder `cwd`; its output."""
+    command = [sys.executable, str(SCRIPT), *map(str, args)]
+    done = subprocess.run(command, cwd=cwd, capture_output=True, text=True, timeout=300)
+    assert done.returncode == code, done.stderr
+    return done.stdout if code == 0 else done.stderr
+
+
+def call(capsys, *args, code=0):
+    """The same in this process, which is quicker."""
+    assert cifar100.main([str(a) for a in args]) == code
+    output = capsys.readouterr()
+    return output.out if code == 0 else output.err
+
+
+def tensors(value, path=""):
+    """Every tensor in a nested state, by its place."""
+    if torch.is_tensor(value):
+        return {path: value}
+    items = value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, list) else ()
+    return {k: v for key, child in items for k, v in tensors(child, f"{path}/{key}").items()}
+
+
+def assert_bit_for_bit(a, b):
+    a, b = (tensors(torch.load(Path(folder) / "last.pt", weights_only=True)) for folder in (a, b))
+    assert a.keys() == b.keys()
+    assert len(a) > 100
+    different = [key for key in a if not torch.equal(a[key], b[key])]
+    assert not different
+
+
+@pytest.fixture(scope="module")
+def teacher(tmp_path_factory):
+    """A teacher trained alone, two epochs, by the script."""
+    folder = tmp_path_factory.mktemp("teacher")
+    assert cifar100.main(["--student", "resnet14", *SMALL, "--epochs", "2", "--out", str(folder / "alone")]) == 0
+    return folder / "alone"
+
+
+@pytest.fixture(scope="module")
+def main_job(tmp_path_factory):
+    """The main job as it stands in the README, smaller, with the folder it ran in and what it printed."""
+    folder = tmp_path_factory.mktemp("main")
+    return folder, script(folder, *PAIR, "--epochs", 2)
+
+
+def test_main_job_trains_the_teacher_and_distils(main_job):
+    folder, printed = main_job
+    runs = folder / "runs"
+    alone, distilled = (
+        runs / "synthetic-subset120-resnet14-alone-2ep-seed1",
+        runs / "synthetic-subset120-resnet14-resnet8-fcfd-2ep-seed1",
+    )
+    assert sorted(runs.iterdir()) == [alone, distilled]
+    assert "teacher: training resnet14 for 2 epochs" in printed
+    result = json.loads((distilled / "result.json").read_text())
+    for name in ("best", "last", "teacher"):
+        assert re.search(
+            rf"^{name} +{result[name]['top1']:.2f} % top-1, {result[name]['top5']:.2f} % top-5", printed, re.M
+        )
+    assert str(distilled.relative_to(folder) / "student.pth") in printed
+    # The teacher's accuracy is that of its own run: it was measured before distillation moved its statistics.
+    assert result["teacher"] == {
+        key: json.loads((alone / "result.json").read_text())["last"][key] for key in ("top1", "top5")
+    }
+
+
+def test_main_job_leaves_its_files(main_job):
+    folder = main_job[0] / "runs" / "synthetic-subset120-resnet14-resnet8-fcfd-2ep-seed1"
+    names = ["best.pt", "config.yaml", "last.pt", "log.csv", "result.json", "student.pth", "student_best.pth"]
+    assert sorted(path.name for path in folder.iterdir()) == names
+    rows = list(csv.DictReader((folder / "log.csv").open()))
+    result, config = (
+        json.loads((folder / "result.json").read_text()),
+        yaml.safe_load((folder / "config.yaml").read_text()),
+    )
+    assert [row["epoch"] for row in rows] == ["1", "2"]
+    assert all(float(row[term]) > 0 for row in rows for term in METHODS["fcfd"])
+    accuracies = [float(row["test_top1"]) for row in rows]
+    assert result["last"]["top1"] == accuracies[-1]
+    assert result["best"]["top1"] == max(accuracies)
+    assert result["best"]["epoch"] == 1 + accuracies.index(max(accuracies))
+    assert {"seconds", "commit", "torch", "device"} <= result.keys()
+    assert (config["temperature"], config["w_app"], config["num_paths"], config["positions"]) == (4, 5, 2, [2, 3])
+    shared = torch.load(folder / "student.pth", weights_only=True)
+    assert list(shared["model"]) == list(build("resnet8", 20).state_dict())  # plain: no bridges, no per-path statistics
+    best = torch.load(folder / "student_best.pth", weights_only=True)
+    assert (best["epoch"], best["accuracy"]) == (result["best"]["epoch"], result["best"]["top1"])
+    state = torch.load(folder / "last.pt", weights_only=True)
+    assert {"student", "teacher", "bridges", "optimizer", "scaler", "epoch"} <= state.keys()
+    assert torch.equal(state["student"]["conv1.weight"], shared["model"]["conv1.weight"])
+    assert torch.load(folder / "best.pt", weights_only=True)["epoch"] == result["best"]["epoch"]
+
+
+def test_an_earlier_teacher_is_taken_or_it_is_said_why_not(main_job):
+    folder, _ = main_job
+    printed = script(folder, *PAIR, "--epochs", 1, "--teacher-epochs", 2, "--method", "kd")
+    assert "teacher: runs/synthetic-subset120-resnet14-alone-2ep-seed1/student.pth, from an earlier run" in printed
+    printed = script(folder, *PAIR, "--epochs", 1, "--seed", 2, "--method", "kd")
+    assert "trained for 2 epochs, not 1" in printed
+    assert "teacher: training resnet14 for 1 epochs" in printed
+    other = [word if word != "120" else "100" for word in PAIR]
+    printed = script(folder, *other, "--epochs", 2, "--method", "kd")
+    assert "it saw other data" in printed
+
+
+def test_evaluate_reproduces_the_accuracy_of_a_run(main_job):
+    folder = main_job[0]
+    run = folder / "runs" / "synthetic-subset120-resnet14-resnet8-fcfd-2ep-seed1"
+    last = json.loads((run / "result.json").read_text())["last"]
+    printed = script(folder, "--evaluate", run / "student.pth", "--student", "resnet8", *SMALL)
+    assert f"resnet8 {last['top1']:.2f} % top-1, {last['top5']:.2f} % top-5 on 60 test images" in printed
+
+
+@pytest.mark.parametrize("method", ["kd", "app"])
+def test_methods_compute_their_terms_alone(tmp_path, capsys, teacher, method):
+    call(capsys, *PAIR, "--method", method, "--epochs", 1, "--teacher-ckpt", teacher / "student.pth", "--out", tmp_path)
+    row = next(csv.DictReader((tmp_path / "log.csv").open()))
+    assert {term for term in METHODS["fcfd"] if row[term]} == METHODS[method]
+    state = torch.load(tmp_path / "last.pt", weights_only=True)
+    assert ("bridges" in state) == (method == "app")
+
+
+@pytest.mark.parametrize(
+    ("options", "terms", "t2s"),
+    [
+        (["--w-func-prime", 0], METHODS["fcfd"] - {"func_prime"}, False),
+        (["--w-func-l2", 0, "--w-func-kl", 0], METHODS["fcfd"] - {"func_l2", "func_kl"}, True),
+        (["--w-app", 0, "--positions", 3, "--num-paths", 1], METHODS["fcfd"] - {"app"}, True),
+        (["--method", "kd", "--w-func-kl", 1], {"task", "kd", "func_kl"}, False),
+        (["--teacher-bn", "running", "--positions", 2, 4, "--num-paths", 4], METHODS["fcfd"], True),
+        (["--amp", "bf16"], METHODS["fcfd"], True),
+    ],
+)
+def test_settings(tmp_path, capsys, teacher, options, terms, t2s):
+    call(capsys, *PAIR, *options, "--epochs", 1, "--teacher-ckpt", teacher / "student.pth", "--out", tmp_path)
+    row = next(csv.DictReader((tmp_path / "log.csv").open()))
+    assert {term for term in METHODS["fcfd"] if row[term]} == terms
+    assert all(np.isfinite(float(row[term])) for term in terms)
+    bridges = torch.load(tmp_path / "last.pt", weights_only=True)["bridges"]
+    assert any(key.startswith("t2s") for key in bridges) == t2s
+
+
+def test_killed_and_resumed_is_bit_for_bit_the_unbroken_run(tmp_path, teacher):
+    options = [*PAIR, "--epochs", 3, "--teacher-ckpt", teacher / "student.pth"]
+    script(tmp_path, *options, "--out", "whole")
+    command = [sys.executable, SCRIPT, *options, "--out", "broken"]
+    process = subprocess.Popen([str(word) for word in command], cwd=tmp_path, stdout=subprocess.PIPE, text=True)
+    for line in process.stdout:
+        if line.startswith("epoch   1/3"):
+            break
+    os.kill(process.pid, signal.SIGKILL)
+    process.wait()
+    assert torch.load(tmp_path / "broken" / "last.pt", weights_only=True)["epoch"] < 3
+    # What was not given is taken from the run.
+    printed = script(tmp_path, "--student", "resnet8", "--resume", "--out", "broken")
+    assert "epoch   1/3" not in printed
+    assert_bit_for_bit(tmp_path / "whole", tmp_path / "broken")
+    columns = ("epoch", "loss", "func_prime", "train_top1", "test_top1")
+    logs = [list(csv.DictReader((tmp_path / run / "log.csv").open())) for run in ("whole", "broken")]
+    assert [[row[c] for c in columns] for row in logs[0]] == [[row[c] for c in columns] for row in logs[1]]
+
+
+def test_files_are_written_again_from_last_pt(tmp_path, capsys):
+    options = ["--student", "resnet8", *SMALL, "--epochs", 1, "--out", tmp_path]
+    call(capsys, *options)
+    names = ["best.pt", "config.yaml", "log.csv", "result.json", "student.pth", "student_best.pth"]
+    before = {name: (tmp_path / name).read_bytes() for name in names}
+    for name in names:
+        (tmp_path / name).unlink()
+    call(capsys, *options, "--resume")
+    for name in names:
+        assert (tmp_path / name).read_bytes() == before[name], name
+
+
+def test_max_minutes_stops_teacher_and_student_resumably(tmp_path, capsys):
+    whole = [*PAIR, "--epochs", 2, "--out"]
+    call(capsys, *whole, tmp_path / "one" / "whole")
+    options = [*whole, tmp_path / "two" / "part", "--max-minutes", 1e-9]
+    assert "stopped after 1 of 2 epochs" in call(capsys, *options)
+    assert "teacher: training" in call(capsys, *options, "--resume")  # its last epoch, then the student's first
+    assert "--resume" in call(capsys, *options, code=2)  # the folder holds a run now
+    printed = call(capsys, *options, "--resume")
+    assert "epoch   2/2" in printed
+    assert "lies in" in printed
+    assert_bit_for_bit(tmp_path / "one" / "whole", tmp_path / "two" / "part")
+
+
+def test_folder_dataset(tmp_path, capsys):
+    rng = np.random.default_rng(0)
+    for split, n in (("train", 12), ("val", 4)):
+        for name in ("a", "b", "c"):
+            (tmp_path / "set" / split / name).mkdir(parents=True)
+            for i in range(n):
+                Image.fromarray(rng.integers(0, 256, (40, 36, 3), np.uint8)).save(
+                    tmp_path / "set" / split / name / f"{i}.png"
+                )
+    options = [
+        "--dataset",
+        "folder",
+        "--data-dir",
+        tmp_path / "set",
+        "--epochs",
+        1,
+        "--batch-size",
+        16,
+        "--device",
+        "cpu",
+    ]
+    printed = call(capsys, "--teacher", "vgg8", "--student", "MobileNetV2", *options, "--out", tmp_path / "runs" / "x")
+    assert "36 training and 12 test images in 3 classes" in printed
+    assert (tmp_path / "runs" / "folder-set-vgg8-alone-1ep-seed1" / "student.pth").exists()
+
+
+def test_a_diverging_run_keeps_the_last_good_epoch(tmp_path, capsys, monkeypatch):
+    options = ["--student", "resnet8", *SMALL, "--epochs", 3, "--out", tmp_path]
+    call(capsys, *options, "--max-minutes", 1e-9)
+    before = (tmp_path / "last.pt").read_bytes()
+    monkeypatch.setattr(cifar100, "learning_rate", lambda c, epoch: 1e30)
+    message = call(capsys, *options, "--resume", code=1)
+    assert "epoch 2, step 2" in message
+    assert (tmp_path / "last.pt").read_bytes() == before
+
+
+@pytest.mark.parametrize(
+    ("options", "expected"),
+    [
+        (["--student", "resnet9"], "resnet8"),
+        (["--student", "resnet8", "--teacher", "vgg8"], "5 stages and the student 4"),
+        (["--student", "resnet8", "--teacher", "resnet14", "--num-paths", 5], "4 candidates"),
+        (["--student", "resnet8", "--teacher", "resnet14", "--positions", 1], "outside 2..4"),
+        (["--student", "resnet8", "--teacher", "resnet14", "--w-app", "nan"], "--w-app nan"),
+        (["--student", "resnet8", "--teacher", "resnet14", "--temperature", 0], "--temperature 0"),
+        (["--student", "resnet8", "--teacher", "resnet14", "--teacher-ckpt", "missing.pth"], "missing.pth"),
+        (["--student", "resnet8", "--method", "kd"], "--teacher"),
+        (["--student", "resnet8", "--lr", "inf"], "--lr inf"),
+        (["--student", "resnet8", "--epochs", 0], "--epochs 0"),
+        (["--student", "resnet8", "--subset", 10], "--subset 10"),
+        (["--student", "resnet8", "--subset", 20], "20 training images"),
+        (["--student", "resnet8", "--device", "cuda:99"], "cuda:99"),
+        (["--student", "resnet8", "--dataset", "cifar"], "cifar100"),
+        (["--student", "resnet8", "--bogus"], "--bogus"),
+        (["--student", "resnet8", "--resume"], "nothing to resume"),
+        ([], "--student"),
+        (["--student", "resnet8", "--evaluate", "missing.pth"], "missing.pth"),
+    ],
+)
+def test_wrong_input_is_one_line_and_exit_code_2(tmp_path, capsys, monkeypatch, options, expected):
+    monkeypatch.chdir(tmp_path)
+    defaults = [word for pair in zip(SMALL[::2], SMALL[1::2], strict=True) if pair[0] not in options for word in pair]
+    message = call(capsys, *defaults, *options, code=2)
+    assert message.startswith("error: ")
+    assert expected in message
+    assert message.count("\n") == 1
+    assert not list(tmp_path.rglob("last.pt"))  # found out before anything was trained
+
+
+def test_resume_with_other_settings_names_the_first(tmp_path, capsys, main_job):
+    run = main_job[0] / "runs" / "synthetic-subset120-resnet14-resnet8-fcfd-2ep-seed1"
+    before = (run / "last.pt").read_bytes()
+    for option, name in (
+        (["--w-func-kl", 0.2], "--w-func-kl"),
+        (["--subset", 100], "--subset"),
+        (["--epochs", 9], "--epochs"),
+    ):
+        message = call(capsys, *PAIR, *option, "--resume", "--out", run, code=2)
+        assert f"{name} is {option[1]}" in message
+    assert (run / "last.pt").read_bytes() == before
+
+
+def test_process_prints_no_traceback(tmp_path):
+    message = script(tmp_path, "--student", "resnet9", code=2)
+    assert message.startswith("error: unknown network")
+    assert message.count("\n") == 1
+
+
+def test_schedules():
+    def rates(epochs):
+        c = Namespace(lr=0.05, epochs=epochs)
+        return [cifar100.learning_rate(c, epoch) for epoch in range(epochs)]
+
+    assert rates(240) == [0.05] * 150 + [0.05 / 10] * 30 + [0.05 / 100] * 30 + [0.05 / 1000] * 30
+    assert rates(8) == [0.05] * 5 + [0.05 / 10] + [0.05 / 100] + [0.05 / 1000]
+    warmup = [cifar100.l2_warmup(Namespace(epochs=240), epoch) for epoch in range(22)]
+    assert warmup == [(epoch + 1) / 20 for epoch in range(20)] + [1, 1]
+    assert [cifar100.l2_warmup(Namespace(epochs=24), epoch) for epoch in range(3)] == [0.5, 1, 1]
+    assert cifar100.l2_warmup(Namespace(epochs=3), 0) == 1
+
+
+@pytest.mark.parametrize(
+    ("teacher_name", "student_name", "row"),
+    [  # (learning rate, temperature, weight of L2 terms, weight of KL terms)
+        ("wrn_40_2", "wrn_16_2", (0.05, 4, 5, 0.2)),
+        ("wrn_40_2", "wrn_40_1", (0.05, 4, 5, 1)),
+        ("resnet56", "resnet20", (0.05, 4, 0.02, 1)),
+        ("resnet32x4", "resnet8x4", (0.05, 4, 5, 1)),
+        ("vgg13", "vgg8", (0.05, 4, 5, 1)),
+        ("resnet32x4", "ShuffleV1", (0.01, 8, 5, 1)),
+        ("wrn_40_2", "ShuffleV1", (0.01, 4, 5, 1)),
+        ("vgg13", "MobileNetV2", (0.01, 4, 5, 1)),
+        ("ResNet50", "MobileNetV2", (0.01, 8, 5, 1)),
+        ("resnet32x4", "ShuffleV2", (0.01, 8, 5, 1)),
+        ("resnet110", "resnet32", (0.05, 4, 5, 1)),
+        ("vgg8", "MobileNetV2", (0.01, 4, 5, 1)),
+    ],
+)
+def test_published_settings(teacher_name, student_name, row):
+    c = cifar100.settle({"teacher": teacher_name, "student": student_name, "device": "cuda"}, {})
+    assert (c.lr, c.temperature, c.w_app, c.w_func_kl) == row
+    assert (c.w_func_l2, c.w_func_prime, c.w_task, c.w_kd) == (c.w_app, c.w_func_kl, 1, 1)
+    assert (c.epochs, c.batch_size, c.teacher_bn, c.method, c.amp) == (240, 64, "batch", "fcfd", "fp16")
+
+
+@pytest.mark.slow
+def test_on_synthetic_resnet14_beats_resnet8_by_five_points(tmp_path, capsys):
+    def accuracy(name):
+        means = []
+        for seed in (1, 2, 3):
+            out = tmp_path / f"{name}-{seed}"
+            call(capsys, "--student", name, "--dataset", "synthetic", "--epochs", 8, "--seed", seed, "--out", out)
+            means.append(json.loads((out / "result.json").read_text())["last"]["top1"])
+        return sum(means) / 3
+
+    assert accuracy("resnet14") >= accuracy("resnet8") + 5
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("options", [[], ["--amp", "bf16"], ["--amp", "off"]])
+def test_main_job_on_a_gpu(tmp_path, capsys, options):
+    small = [word if word != "cpu" else "cuda" for word in PAIR]
+    call(capsys, *small, *options, "--epochs", 2, "--out", tmp_path / "x")
+    rows = list(csv.DictReader((tmp_path / "x" / "log.csv").open()))
+    assert all(
+        np.isfinite(float(row[term])) and float(row["peak_memory_mb"]) > 0 for row in rows for term in METHODS["fcfd"]
+    )

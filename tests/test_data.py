@@ -1,0 +1,231 @@
+"""Batches, and the formats that image sets come in: made here in those formats, read by the real code."""
+
+import hashlib
+import pickle
+import urllib.error
+from collections import Counter
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from torchvision import datasets, transforms
+from torchvision.transforms import functional
+
+from common import data as data_module
+from common.data import MEAN, PAD, STD, ImageSet, eval_batches, load_data, normalise, train_batches
+from common.errors import UserError
+from common.synthetic import CLASSES, synthetic_images
+
+
+def raw(images):
+    """Undo `normalise`: float [B, 3, 32, 32] -> uint8 [B, 3, 32, 32]."""
+    mean, std = (torch.tensor(v)[:, None, None] for v in (MEAN, STD))
+    return ((images * std + mean) * 255).round().to(torch.uint8)
+
+
+def position_images(n):
+    """n equal images whose red is the row and whose green the column, both counted from 1 (0 is padding)."""
+    at = torch.arange(1, 33, dtype=torch.uint8)
+    image = torch.stack([at[:, None].expand(32, 32), at[None, :].expand(32, 32), torch.full((32, 32), 7)], -1)
+    return image.expand(n, -1, -1, -1)
+
+
+def crop_of(image):
+    """(top, left, flipped) of a crop of a position image: uint8 [3, 32, 32]."""
+    red, green = image[0].int(), image[1].int()
+    y, x = red.argmax() // 32, green.argmax() % 32  # where the largest row, and the largest column, came to lie
+    flipped = bool(green.max(0).values.diff().clamp(-1, 1).sum() < 0) if green.any() else False
+    left = green.max() - 1 - (31 - x if flipped else x) + PAD
+    return int(red.max() - 1 - y + PAD), int(left), flipped
+
+
+def test_crops_and_flips_are_those_of_torchvision():
+    """Each batch is exactly some crop and flip, and all 81 * 2 come as often as by torchvision's transforms."""
+    n = 16_200
+    images = position_images(n)
+    ours = torch.cat([raw(x) for x, _ in train_batches(ImageSet(images, torch.zeros(n, dtype=torch.long)), 512, 1, 0)])
+    transform = transforms.Compose([transforms.RandomCrop(32, padding=PAD), transforms.RandomHorizontalFlip()])
+    torch.manual_seed(0)
+    one = images[0].permute(2, 0, 1)
+    theirs = [transform(one) for _ in range(n)]
+    counts = [Counter(map(crop_of, batch)) for batch in (ours, theirs)]
+    every = {(top, left, flip) for top in range(9) for left in range(9) for flip in (False, True)}
+    for count in counts:
+        assert set(count) == every
+        chi_square = sum((m - 100) ** 2 / 100 for m in count.values())
+        assert 100 < chi_square < 240  # 161 degrees of freedom: mean 161, deviation 18
+    padded = functional.pad(one, [PAD])
+    for image in ours[:200]:
+        top, left, flipped = crop_of(image)
+        expected = functional.crop(padded, top, left, 32, 32)
+        assert torch.equal(image, functional.hflip(expected) if flipped else expected)
+
+
+def numbered(n):
+    """A set whose image i is filled with i, labelled i."""
+    labels = torch.arange(n)
+    return ImageSet(labels.to(torch.uint8)[:, None, None, None].expand(n, 32, 32, 3).contiguous(), labels)
+
+
+def test_an_epoch_has_every_image_once_with_its_label_and_a_short_last_batch():
+    batches = list(train_batches(numbered(50), 16, seed=0, epoch=0))
+    assert [len(labels) for _, labels in batches] == [16, 16, 16, 2]
+    assert sorted(torch.cat([labels for _, labels in batches]).tolist()) == list(range(50))
+    for images, labels in batches:
+        assert torch.equal(raw(images)[:, 0, 16, 16].long(), labels)
+
+
+def test_order_and_augmentation_depend_on_seed_and_epoch_alone():
+    def epoch(seed, number):
+        return torch.cat([x for x, _ in train_batches(numbered(50), 16, seed, number)])
+
+    assert torch.equal(epoch(1, 2), epoch(1, 2))
+    assert not torch.equal(epoch(1, 2), epoch(1, 3))
+    assert not torch.equal(epoch(1, 2), epoch(2, 2))
+
+
+def test_memory_format_changes_no_value():
+    for batches in (lambda cl: train_batches(numbered(20), 8, 0, 0, cl), lambda cl: eval_batches(numbered(20), 8, cl)):
+        for (x, _), (y, _) in zip(batches(False), batches(True), strict=True):
+            assert torch.equal(x, y)
+            assert x.is_contiguous()
+            assert y.is_contiguous(memory_format=torch.channels_last)
+
+
+def test_normalise_is_torchvisions():
+    image = np.random.default_rng(0).integers(0, 256, (32, 32, 3), np.uint8)
+    expected = transforms.Compose([transforms.ToTensor(), transforms.Normalize(MEAN, STD)])(Image.fromarray(image))
+    torch.testing.assert_close(normalise(torch.from_numpy(image)[None])[0], expected)
+
+
+# ------------------------------------------------------------------------------------------------- synthetic
+
+
+def test_synthetic_is_a_fixed_set_whose_start_is_a_smaller_one():
+    images, labels = synthetic_images(250, "train")
+    assert images.shape == (250, 32, 32, 3)
+    assert labels.tolist() == [i % 20 for i in range(250)]
+    again, _ = synthetic_images(130, "train")
+    assert np.array_equal(images[:130], again)
+    assert not np.array_equal(synthetic_images(130, "test")[0], again)
+    assert len({image.tobytes() for image in images}) == 250
+
+
+def test_synthetic_subsets_are_those_of_the_whole_set(monkeypatch):
+    monkeypatch.setattr(data_module, "SYNTHETIC_TRAIN", 200)
+    monkeypatch.setattr(data_module, "SYNTHETIC_TEST", 100)
+    whole, part = load_data("synthetic", ""), load_data("synthetic", "", subset=50, test_subset=30)
+    assert whole.classes == CLASSES
+    assert (len(whole.train), len(whole.test), len(part.train), len(part.test)) == (200, 100, 50, 30)
+    assert torch.equal(part.train.images, whole.train.images[:50])
+    counts = part.train.labels.bincount()
+    assert counts.max() - counts.min() <= 1
+    assert whole.fingerprint != part.fingerprint
+    assert whole.fingerprint == load_data("synthetic", "").fingerprint
+
+
+@pytest.mark.parametrize("subset", [19, 201, 0, -5])
+def test_subsets_out_of_range(monkeypatch, subset):
+    monkeypatch.setattr(data_module, "SYNTHETIC_TRAIN", 200)
+    monkeypatch.setattr(data_module, "SYNTHETIC_TEST", 100)
+    with pytest.raises(UserError, match=r"between 20 .* and 200"):
+        load_data("synthetic", "", subset=subset)
+
+
+# ---------------------------------------------------------------------------------------------------- folder
+
+
+def write_folder(root, splits=("train", "test"), classes=("cat", "dog"), per_class=3, size=(32, 32)):
+    rng = np.random.default_rng(0)
+    for split in splits:
+        for name in classes:
+            (root / split / name).mkdir(parents=True)
+            for i in range(per_class):
+                pixels = rng.integers(0, 256, (size[1], size[0], 3), np.uint8)
+                Image.fromarray(pixels).save(root / split / name / f"{i}.png")
+
+
+@pytest.mark.parametrize("test_split", ["test", "val"])
+def test_folder(tmp_path, test_split):
+    write_folder(tmp_path, ("train", test_split))
+    data = load_data("folder", tmp_path)
+    assert data.classes == ["cat", "dog"]
+    assert data.train.labels.tolist() == [0, 0, 0, 1, 1, 1]
+    stored = np.asarray(Image.open(tmp_path / "train" / "dog" / "1.png"))
+    assert np.array_equal(data.train.images[4].numpy(), stored)
+
+
+def test_folder_converts_and_resizes(tmp_path):
+    write_folder(tmp_path, size=(50, 40))
+    for mode, i in (("L", 0), ("P", 1), ("RGBA", 2)):
+        Image.new(mode, (48, 48), 200 if mode == "L" else None).save(tmp_path / "train" / "cat" / f"{i}.png")
+    data = load_data("folder", tmp_path)
+    assert data.train.images.shape == (6, 32, 32, 3)
+    assert (data.train.images[0] == 200).all()
+
+
+def test_folder_subset_is_spread_over_unequal_classes(tmp_path):
+    write_folder(tmp_path, per_class=2)
+    for i in range(5):
+        Image.new("RGB", (32, 32)).save(tmp_path / "train" / "cat" / f"more{i}.png")
+    assert load_data("folder", tmp_path, subset=4).train.labels.tolist() == [0, 0, 1, 1]
+    assert load_data("folder", tmp_path, subset=6).train.labels.tolist() == [0, 0, 0, 0, 1, 1]
+
+
+def test_folder_errors_name_what_is_wrong(tmp_path):
+    with pytest.raises(UserError, match="train"):
+        load_data("folder", tmp_path / "missing")
+    write_folder(tmp_path)
+    (tmp_path / "train" / "cat" / "1.png").write_bytes(b"no picture")
+    with pytest.raises(UserError, match=r"cat/1\.png"):
+        load_data("folder", tmp_path)
+    (tmp_path / "train" / "cat").rename(tmp_path / "train" / "cow")
+    with pytest.raises(UserError, match="'cat'"):
+        load_data("folder", tmp_path)
+
+
+# ----------------------------------------------------------------------------------------------------- CIFAR
+
+
+def write_cifar100(root, monkeypatch):
+    """CIFAR-100's own format, small: a pickled dictionary a split, and one of class names."""
+    folder = root / datasets.CIFAR100.base_folder
+    folder.mkdir()
+    pixels = np.random.default_rng(0).integers(0, 256, (300, 3072), np.uint8)
+    labels = [i % 100 for i in range(200)]
+    contents = {
+        "train": {"data": pixels[:200], "fine_labels": labels},
+        "test": {"data": pixels[200:], "fine_labels": labels[:100]},
+        "meta": {"fine_label_names": [f"class{i:02}" for i in range(100)]},
+    }
+    digests = {}
+    for name, content in contents.items():
+        (folder / name).write_bytes(pickle.dumps(content))
+        digests[name] = hashlib.md5((folder / name).read_bytes()).hexdigest()
+    monkeypatch.setattr(datasets.CIFAR100, "train_list", [["train", digests["train"]]])
+    monkeypatch.setattr(datasets.CIFAR100, "test_list", [["test", digests["test"]]])
+    monkeypatch.setattr(datasets.CIFAR100, "meta", {**datasets.CIFAR100.meta, "md5": digests["meta"]})
+    return pixels, folder
+
+
+def test_cifar100_files(tmp_path, monkeypatch):
+    pixels, _ = write_cifar100(tmp_path, monkeypatch)
+    data = load_data("cifar100", tmp_path)
+    assert len(data.classes) == 100
+    assert data.classes[7] == "class07"
+    assert (len(data.train), len(data.test)) == (200, 100)
+    assert np.array_equal(data.train.images[5].permute(2, 0, 1).flatten().numpy(), pixels[5])
+    assert data.test.labels.tolist() == list(range(100))
+
+
+def test_damaged_or_missing_cifar_without_network(tmp_path, monkeypatch):
+    def no_network(*_, **__):
+        raise urllib.error.URLError("no route")
+
+    _, folder = write_cifar100(tmp_path, monkeypatch)
+    monkeypatch.setattr("urllib.request.urlopen", no_network)
+    (folder / "train").write_bytes(b"damaged")
+    for directory in (tmp_path, tmp_path / "empty"):
+        with pytest.raises(UserError, match=r"could not be downloaded.*cifar-100-python\.tar\.gz"):
+            load_data("cifar100", directory)

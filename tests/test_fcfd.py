@@ -1,0 +1,158 @@
+"""What the parity and naive tests do not see: what is left out, what is shared, and what a step leaves alone."""
+
+from collections import Counter
+
+import pytest
+import torch
+from torch import nn
+
+from common.bridges import build_bridges
+from common.fcfd import fcfd_terms, forward_paths
+from common.models import build
+from common.multipath_bn import track_paths
+from common.paths import MixedPath, candidate_paths
+
+WIDER = [  # (teacher, student): the ten published pairs, and one that bridges everything at equal size
+    ("wrn_40_2", "wrn_16_2"),
+    ("wrn_40_2", "wrn_40_1"),
+    ("resnet56", "resnet20"),
+    ("resnet32x4", "resnet8x4"),
+    ("vgg13", "vgg8"),
+    ("resnet32x4", "ShuffleV1"),
+    ("wrn_40_2", "ShuffleV1"),
+    ("vgg13", "MobileNetV2"),
+    ("ResNet50", "MobileNetV2"),
+    ("resnet32x4", "ShuffleV2"),
+    ("resnet110", "resnet32"),
+]
+
+
+def pair(teacher_name="resnet14", student_name="resnet8", positions=None):
+    torch.manual_seed(0)
+    teacher, student = build(teacher_name, 100).requires_grad_(False), build(student_name, 100)
+    bridges = build_bridges(teacher, student, 32, positions)
+    for net in (teacher, student):
+        track_paths(net, positions or range(2, net.num_stages))
+    return teacher, student, bridges
+
+
+def batch(n=4):
+    return torch.randn(n, 3, 32, 32), torch.randint(100, (n,))
+
+
+@pytest.mark.parametrize(("teacher_name", "student_name"), WIDER)
+def test_published_pairs_step_and_lower_their_loss(teacher_name, student_name):
+    teacher, student, bridges = pair(teacher_name, student_name)
+    images, labels = batch(8)
+    optimizer = torch.optim.SGD([*student.parameters(), *bridges.parameters()], 0.005, momentum=0.9, nesterov=True)
+    last, losses, app = student.num_stages, [], []
+    for _ in range(5):
+        flow = forward_paths(teacher, student, bridges, images, [MixedPath(last - 1, 1), MixedPath(last - 1, 0)])
+        terms = fcfd_terms(flow, labels, 4.0)
+        assert all(value.isfinite() and value > 0 for value in terms.values())
+        loss = sum(terms.values())
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        losses.append(loss.item())
+        app.append(terms["app"].item())
+    assert losses[-1] < losses[0]
+    assert app[-1] < app[0]
+
+
+def test_a_bridge_whose_path_was_not_drawn_is_left_alone():
+    teacher, student, bridges = pair()
+    images, labels = batch()
+    optimizer = torch.optim.SGD(
+        [*student.parameters(), *bridges.parameters()], 0.05, momentum=0.9, weight_decay=5e-4, nesterov=True
+    )
+
+    def step(paths):
+        terms = fcfd_terms(forward_paths(teacher, student, bridges, images, paths), labels, 4.0)
+        optimizer.zero_grad(set_to_none=True)
+        sum(terms.values()).backward()
+        optimizer.step()
+
+    step(candidate_paths(4))  # now every parameter has momentum
+    unused = bridges.t2s["3"]
+    tensors = [*unused.state_dict().values(), *(optimizer.state[p]["momentum_buffer"] for p in unused.parameters())]
+    before = [t.clone() for t in tensors]
+    drawn = bridges.t2s["2"][0].weight.clone()
+    step([MixedPath(2, 0), MixedPath(3, 1)])
+    assert all(torch.equal(t, b) for t, b in zip(tensors, before, strict=True))
+    assert not torch.equal(bridges.t2s["2"][0].weight, drawn)
+
+
+def test_what_two_paths_share_runs_once():
+    teacher, student, bridges = pair()
+    calls = Counter()
+    for role, net in (("teacher", teacher), ("student", student)):
+        net.conv1.register_forward_hook(lambda *_, role=role: calls.update([role]))
+    for name, module in bridges.named_modules():
+        if isinstance(module, nn.Conv2d):
+            module.register_forward_hook(lambda *_, name=name: calls.update([name]))
+    forward_paths(teacher, student, bridges, batch()[0], candidate_paths(4))
+    assert set(calls) == {"teacher", "student", "s2t.2.0", "s2t.3.0", "s2t.4.0", "t2s.2.0", "t2s.3.0"}
+    assert set(calls.values()) == {1}
+
+
+def test_what_is_not_wanted_is_not_computed():
+    teacher, student, bridges = pair()
+    images, labels = batch()
+    flow = forward_paths(teacher, student, bridges, images, [MixedPath(3, 1)], app=False)
+    assert (list(flow.s2t), list(flow.t2s)) == ([3], [])
+    assert list(fcfd_terms(flow, labels, 4.0, ("kd", "func_l2"))) == ["kd", "func_l2"]
+    assert fcfd_terms(flow, labels, 4.0)["func_prime"].item() == 0
+    flow = forward_paths(teacher, student, None, images, app=False)
+    assert (flow.s2t, flow.t2s, flow.mixed) == ({}, {}, {})
+
+
+def test_the_last_position_matches_through_the_classifier_alone():
+    teacher, student, bridges = pair(positions=[4])
+    images, labels = batch()
+    paths = [MixedPath(4, 1), MixedPath(4, 0)]
+    flow = forward_paths(teacher, student, bridges, images, paths)
+    assert all(not mixed.features for mixed in flow.mixed.values())
+    torch.testing.assert_close(flow.mixed[paths[0]].logits, teacher.classify(flow.s2t[4]))
+    torch.testing.assert_close(flow.mixed[paths[1]].logits, student.classify(flow.t2s[4]))
+    terms = fcfd_terms(flow, labels, 4.0)
+    assert terms["func_l2"].item() == 0
+    assert terms["func_kl"].item() > 0
+
+
+def test_a_teacher_in_evaluation_mode_still_sees_mixed_paths_by_their_batch():
+    """--teacher-bn running: p_t and F_t by its running statistics, which stay; mixed paths train theirs."""
+    teacher, student, bridges = pair()
+    teacher.eval()
+    images, _ = batch()
+    before = teacher.bn1.running_mean.clone()
+    flow = forward_paths(teacher, student, bridges, images, [MixedPath(2, 1)])
+    torch.testing.assert_close(flow.teacher_logits, teacher(images))
+    assert torch.equal(teacher.bn1.running_mean, before)
+    assert teacher.layer2[0].bn1.path2.num_batches_tracked == 1
+    assert not teacher.training
+    bridges.eval()
+    forward_paths(teacher, student, bridges, images, [MixedPath(2, 1)])
+    assert teacher.layer2[0].bn1.path2.num_batches_tracked == 1
+
+
+def test_a_trainable_teacher_is_trained_by_the_mixed_paths_but_never_as_a_target():
+    """App. F: a mixed path trains every module that it passes, the teacher's early stages included."""
+    teacher, student, bridges = pair()
+    teacher.requires_grad_(True)
+    images, labels = batch()
+
+    def trained(path, term):
+        teacher.zero_grad(), student.zero_grad(), bridges.zero_grad()
+        fcfd_terms(forward_paths(teacher, student, bridges, images, [path]), labels, 4.0, (term,))[term].backward()
+        return {
+            f"{role}.{name.split('.')[0]}"
+            for role, net in (("teacher", teacher), ("student", student))
+            for name, p in net.named_parameters()
+            if p.grad is not None and p.grad.any()
+        }
+
+    early, late = {"conv1", "bn1", "layer1"}, {"layer2", "layer3", "fc"}
+    assert trained(MixedPath(2, 1), "func_kl") == {f"student.{m}" for m in early} | {f"teacher.{m}" for m in late}
+    assert trained(MixedPath(2, 0), "func_prime") == {f"teacher.{m}" for m in early} | {f"student.{m}" for m in late}
+    assert trained(MixedPath(2, 1), "app") == {f"student.{m}" for m in early | late - {"fc"}}
