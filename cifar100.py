@@ -4,11 +4,10 @@
     python cifar100.py --student resnet8x4                          train a network alone: a teacher, a baseline
     python cifar100.py --student resnet8x4 --evaluate FILE          test any checkpoint in the field's format
 
-The method itself is in common/fcfd.py. Here, from top to bottom: the settings, the networks, the training loop, the
-teacher, and what a call of the script does with them.
+The method itself is in common/fcfd.py. Here, from top to bottom: the settings, the networks, the teacher, the
+training loop, and what a call of the script does with them.
 """
 
-import argparse
 import math
 import sys
 import time
@@ -20,6 +19,7 @@ import torch.nn.functional as F
 import yaml
 from tqdm import tqdm
 
+from common import run_folder
 from common.bridges import Bridges, build_bridges
 from common.checkpoint import load_network
 from common.data import SIZE, Data, eval_batches, load_data, train_batches
@@ -29,8 +29,9 @@ from common.evaluation import evaluate
 from common.fcfd import TERMS, fcfd_terms, forward_paths
 from common.models import StagedNet, build, check_name
 from common.multipath_bn import plain_state_dict, track_paths
+from common.optimizer import sgd
 from common.paths import MixedPath, candidate_paths, sample_paths
-from common.run_folder import check_settings, find_network, open_run, publish, read_config, report, save_run
+from common.settings import Parser, check_ranges
 
 SETTINGS = yaml.safe_load((Path(__file__).parent / "common" / "settings.yaml").read_text())
 METHODS = {"kd": ("task", "kd"), "app": ("task", "kd", "app"), "fcfd": TERMS}  # the terms that each one weighs
@@ -41,17 +42,7 @@ METHODS = {"kd": ("task", "kd"), "app": ("task", "kd", "app"), "fcfd": TERMS}  #
 
 def parse_args(argv: list[str] | None) -> dict:
     """The options that were given, and no others."""
-    parser = argparse.ArgumentParser(
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        argument_default=argparse.SUPPRESS,
-        allow_abbrev=False,
-    )
-
-    def usage_error(message: str):
-        raise UserError(f"{message} (see --help)")
-
-    parser.error = usage_error
+    parser = Parser(__doc__)
     add = parser.add_argument
     add("--teacher", metavar="NAME", help="without it --student is trained alone")
     add("--student", metavar="NAME", required=True)
@@ -68,7 +59,7 @@ def parse_args(argv: list[str] | None) -> dict:
     add("--data-dir", metavar="DIR", help="default: data; for 'folder' it holds train/ and test/ or val/")
     add("--subset", type=int, metavar="N", help="train on N images, spread evenly over the classes")
     add("--test-subset", type=int, metavar="N", help="test on N images, spread evenly over the classes")
-    add("--epochs", type=int, metavar="N", help="default: 240; milestones and warm-up scale")
+    add("--epochs", type=int, metavar="N", help="default: 240; the milestones scale with it")
     add("--batch-size", type=int, metavar="N", help="default: 64")
     add("--lr", type=float, help="default: the pair's in common/settings.yaml")
     add("--seed", type=int, help="default: 1")
@@ -90,21 +81,30 @@ def settle(given: dict, stored: dict) -> Namespace:
     c = Namespace(**{**SETTINGS["defaults"], **stored, **given})
     for name in filter(None, (c.student, c.teacher)):
         check_name(name)
+    lr = SETTINGS["lr"].get(c.student, SETTINGS["lr"]["other"])
     if c.teacher:
-        pair = SETTINGS["pairs"].get(f"{c.teacher}-{c.student}", SETTINGS["other"])
+        pair = SETTINGS["pairs"].get(f"{c.teacher}-{c.student}", SETTINGS["other"] | {"lr": lr})
         weights = {"task": 1, "kd": 1, "app": pair["w_l2"], "func_l2": pair["w_l2"]}
         weights |= {"func_kl": pair["w_kl"], "func_prime": pair["w_kl"]}
+        c.method = c.method or SETTINGS["defaults"]["method"]
         chosen = METHODS[c.method]
     else:
-        odd = ("method", "teacher_ckpt", "teacher_epochs", "teacher_bn", "temperature", "num_paths", "positions")
-        if odd := [key for key in (*odd, *(f"w_{term}" for term in TERMS)) if key in given]:
-            raise UserError(f"--{odd[0].replace('_', '-')} is about distillation: name the --teacher too")
-        c.method, c.teacher_bn, pair = None, None, {"temperature": None}
+        distillation = (
+            "method",
+            "teacher_ckpt",
+            "teacher_epochs",
+            "teacher_bn",
+            "temperature",
+            "num_paths",
+            "positions",
+        )
+        if misplaced := [key for key in (*distillation, *(f"w_{term}" for term in TERMS)) if key in given]:
+            raise UserError(f"--{misplaced[0].replace('_', '-')} is about distillation: name the --teacher too")
+        c.method, c.teacher_bn, pair = None, None, {"lr": lr, "temperature": None}
         weights, chosen = {"task": 1}, ("task",)
 
     follows = {f"w_{term}": weights[term] if term in chosen else 0 for term in TERMS}
-    follows |= {"temperature": pair["temperature"], "teacher_epochs": c.epochs if c.teacher else None}
-    follows |= {"lr": SETTINGS["lr"].get(c.student, SETTINGS["other"]["lr"])}
+    follows |= {"lr": pair["lr"], "temperature": pair["temperature"], "teacher_epochs": c.teacher and c.epochs}
     follows |= {"device": "cuda" if torch.cuda.is_available() else "cpu", "out": f"runs/{run_name(c)}"}
     for key, value in follows.items():
         if getattr(c, key) is None:
@@ -112,18 +112,9 @@ def settle(given: dict, stored: dict) -> Namespace:
     if c.amp is None:
         c.amp = "fp16" if c.device.startswith("cuda") else "off"
 
-    for key, value in vars(c).items():
-        option = f"--{key.replace('_', '-')}"
-        if key in ("epochs", "teacher_epochs", "batch_size") and value is not None and value < 1:
-            raise UserError(f"{option} {value}: it must be 1 or more")
-        if key in ("lr", "temperature", "max_minutes") and value is not None and not 0 < value < math.inf:
-            raise UserError(f"{option} {value}: it must be a finite number above 0")
-        if key.startswith("w_") and not 0 <= value < math.inf:
-            raise UserError(f"{option} {value}: it must be a finite number, 0 or more")
+    check_ranges(c)
     if not any(getattr(c, f"w_{term}") for term in TERMS):
         raise UserError("every weight is 0: give one of the --w-... options a value")
-    if c.seed < 0:
-        raise UserError(f"--seed {c.seed}: it must be 0 or more")
     return c
 
 
@@ -158,12 +149,15 @@ def build_networks(c: Namespace, num_classes: int):
     if not c.teacher:
         return student, None, None, []
     teacher = build(c.teacher, num_classes).requires_grad_(False)
-    candidates = [
-        path
-        for path in candidate_paths(student.num_stages, c.positions)
-        # A path <N, 1> goes straight to the classifier: no later stage, so nothing for L_func's L2 part.
-        if (c.w_func_kl or (c.w_func_l2 and path.k < student.num_stages) if path.delta == 1 else c.w_func_prime)
-    ]
+    last = student.num_stages
+
+    def trains(path: MixedPath) -> bool:
+        if path.delta == 0:
+            return c.w_func_prime > 0
+        # A path <N, 1> goes straight to the classifier: it has no later stage for L_func's L2 part.
+        return c.w_func_kl > 0 or (c.w_func_l2 > 0 and path.k < last)
+
+    candidates = [path for path in candidate_paths(last, c.positions) if trains(path)]
     if c.num_paths is None:
         c.num_paths = min(2, len(candidates))
     sample_paths(candidates, c.num_paths, steps=1, seed=0, epoch=0)  # complains now if |S| is out of range
@@ -172,6 +166,28 @@ def build_networks(c: Namespace, num_classes: int):
     if c.w_app or c.num_paths:
         bridges = build_bridges(teacher, student, SIZE, c.positions if c.w_func_prime else [])
     return student, teacher, bridges, candidates
+
+
+# ---------------------------------------------------------------------------------------------------- teacher
+
+
+def teacher_name(c: Namespace) -> str:
+    """The folder in which the teacher is trained first, beside this run's: the one that its own run would have."""
+    alone = {"teacher": None, "student": c.teacher, "epochs": c.teacher_epochs or c.epochs}
+    return run_name(Namespace(**vars(c) | alone))
+
+
+def train_teacher(c: Namespace, data: Data, deadline: float) -> Path | None:
+    """Train the teacher alone by the published schedule, or go on where that stopped; None if time ran out."""
+    folder = Path(c.out).parent / teacher_name(c)
+    if (config := run_folder.read_config(folder)) and config.get("fingerprint") != c.fingerprint:
+        folder = folder.with_name(f"{folder.name}-{c.fingerprint[:8]}")  # the same name, but other data
+    given = {"student": c.teacher, "epochs": c.teacher_epochs, "out": str(folder)}
+    given["batch_size"] = min(SETTINGS["defaults"]["batch_size"], len(data.train))
+    given |= {key: getattr(c, key) for key in ("dataset", "data_dir", "subset", "test_subset", "seed", "device", "amp")}
+    print(f"teacher: training {c.teacher} for {c.teacher_epochs} epochs in {folder}", flush=True)
+    finished = run(given, resume=(folder / "last.pt").exists(), deadline=deadline, data=data)
+    return folder / "student.pth" if finished else None
 
 
 # --------------------------------------------------------------------------------------------------- training
@@ -198,10 +214,9 @@ def train(
     for net in nets.values():
         net.to(device, memory_format=torch.channels_last if channels_last else torch.preserve_format)
 
-    # A parameter without gradient, as of a bridge whose path was not drawn, is left alone: no decay, no momentum.
+    cuda = device.type == "cuda"
     parameters = [p for net in nets.values() for p in net.parameters() if p.requires_grad]
-    fused = device.type == "cuda"
-    optimizer = torch.optim.SGD(parameters, c.lr, momentum=0.9, weight_decay=5e-4, nesterov=True, fused=fused)
+    optimizer = sgd(parameters, c.lr, momentum=0.9, weight_decay=5e-4, nesterov=True, fused=cuda)
     amp = {"fp16": torch.float16, "bf16": torch.bfloat16, "off": None}[c.amp]
     scaler = torch.amp.GradScaler(device.type, enabled=c.amp == "fp16")
 
@@ -209,21 +224,26 @@ def train(
         for name, net in nets.items():
             net.load_state_dict(state[name])
         optimizer.load_state_dict(state["optimizer"])
+        optimizer.param_groups[0]["fused"] = cuda  # the device may be another one
         scaler.load_state_dict(state["scaler"])
-        publish(out, state, plain_state_dict(student))
+        run_folder.publish(out, state, plain_state_dict(student))
     else:
         teacher_accuracy = evaluate(teacher, eval_batches(data.test, channels_last=channels_last)) if teacher else None
         state = {"config": vars(c), "epoch": 0, "log": [], "best": {"top1": -1.0}, "teacher_accuracy": teacher_accuracy}
     if teacher:
         print(f"teacher: {state['teacher_accuracy']['top1']:.2f} % top-1 before distillation")
 
+    if cuda:
+        torch.cuda.reset_peak_memory_stats(device)
+
+    state["made_with"] = run_folder.made_with(device)
     weights = {term: getattr(c, f"w_{term}") for term in TERMS if getattr(c, f"w_{term}")}
     steps = math.ceil(len(data.train) / c.batch_size)
     for epoch in range(state["epoch"], c.epochs):
         began = time.monotonic()
         for group in optimizer.param_groups:
             group["lr"] = learning_rate(c, epoch)
-        warm = {term: w * l2_warmup(c, epoch) if term in ("app", "func_l2") else w for term, w in weights.items()}
+        warmed = {term: w * l2_warmup(c, epoch) if term in ("app", "func_l2") else w for term, w in weights.items()}
         paths = sample_paths(candidates, c.num_paths or 0, steps, c.seed, epoch)
         student.train()
         if teacher:
@@ -246,7 +266,7 @@ def train(
                 terms = fcfd_terms(flow, labels, c.temperature, weights)
             else:
                 terms = {"task": F.cross_entropy(logits.float(), labels)}
-            loss = sum(warm[term] * value for term, value in terms.items())  # Eq. 9
+            loss = sum(warmed[term] * value for term, value in terms.items())  # Eq. 9
 
             optimizer.zero_grad(set_to_none=True)
             scaler.scale(loss).backward()
@@ -275,7 +295,7 @@ def train(
             "test_top5": accuracy["top5"],
             "seconds": time.monotonic() - began,
             "images_per_s": len(data.train) / training_seconds,
-            "peak_memory_mb": torch.cuda.max_memory_allocated(device) / 2**20 if fused else "",
+            "peak_memory_mb": torch.cuda.max_memory_allocated(device) / 2**20 if cuda else "",
         }
         state["log"].append(row)
         state["epoch"] = epoch + 1
@@ -283,40 +303,13 @@ def train(
             state["best"] = {"epoch": epoch + 1, **accuracy}
         state |= {name: net.state_dict() for name, net in nets.items()}
         state |= {"optimizer": optimizer.state_dict(), "scaler": scaler.state_dict()}
-        save_run(out, state, plain_state_dict(student))
-        print(
-            f"epoch {epoch + 1:3}/{c.epochs}  loss {row['loss']:.4f}  train {row['train_top1']:.2f} %  "
-            f"test {row['test_top1']:.2f} %  best {state['best']['top1']:.2f} %  "
-            f"{row['seconds']:.1f} s, {row['images_per_s']:.0f} images/s",
-            flush=True,
-        )
+        run_folder.save_run(out, state, plain_state_dict(student))
+        run_folder.print_epoch(state)
         if time.monotonic() > deadline and epoch + 1 < c.epochs:
-            print(f"stopped after {epoch + 1} of {c.epochs} epochs (--max-minutes): go on with --resume --out {out}")
+            print(f"stopped after {epoch + 1} of {c.epochs} epochs (--max-minutes): repeat the command with --resume")
             return False
-    report(state)
+    run_folder.report(state)
     return True
-
-
-# ---------------------------------------------------------------------------------------------------- teacher
-
-
-def teacher_folder(c: Namespace) -> Path:
-    """Where the teacher is trained first: the folder that its own run would have, beside this run's."""
-    alone = vars(c) | {"teacher": None, "student": c.teacher, "epochs": c.teacher_epochs}
-    return Path(c.out).parent / run_name(Namespace(**alone))
-
-
-def train_teacher(c: Namespace, data: Data, deadline: float) -> Path | None:
-    """Train the teacher alone by the published schedule, or go on where that stopped; None if time ran out."""
-    folder = teacher_folder(c)
-    if (config := read_config(folder)) and config.get("fingerprint") != c.fingerprint:
-        folder = folder.with_name(f"{folder.name}-{c.fingerprint[:8]}")  # the same name, but other data
-    given = {"student": c.teacher, "epochs": c.teacher_epochs, "out": str(folder)}
-    given["batch_size"] = min(SETTINGS["defaults"]["batch_size"], len(data.train))
-    given |= {key: getattr(c, key) for key in ("dataset", "data_dir", "subset", "test_subset", "seed", "device", "amp")}
-    print(f"teacher: training {c.teacher} for {c.teacher_epochs} epochs in {folder}", flush=True)
-    finished = run(given, resume=(folder / "last.pt").exists(), deadline=deadline, data=data)
-    return folder / "student.pth" if finished else None
 
 
 # -------------------------------------------------------------------------------------------------------- run
@@ -329,11 +322,13 @@ def run(given: dict, resume: bool, deadline: float, data: Data | None = None) ->
         UserError: anything that is wrong with the input. All that can be checked is, before a teacher is trained.
         LossNotFiniteError: training diverged.
     """
-    c = settle(given, {})
-    if resume and c.teacher and not (Path(c.out) / "last.pt").exists() and (teacher_folder(c) / "last.pt").exists():
-        resume = False  # the teacher's training was interrupted; it goes on by itself
-    state = open_run(Path(c.out), resume)
-    c = settle(given | {"out": c.out}, state["config"] if state else {})
+    c = Namespace(**SETTINGS["defaults"] | given)
+    out = Path(c.out or f"runs/{run_name(c)}")
+    teacher_began = c.teacher and any(out.parent.glob(f"{teacher_name(c)}*/last.pt"))
+    if resume and teacher_began and not (out / "last.pt").exists():
+        resume = False  # it was the teacher's training that was interrupted; it goes on by itself
+    state = run_folder.open_run(out, resume)
+    c = settle(given | {"out": str(out)}, state["config"] if state else {})
     device = open_device(c.device)
     if data is None:
         data = load_data(c.dataset, c.data_dir, c.subset, c.test_subset)
@@ -347,15 +342,19 @@ def run(given: dict, resume: bool, deadline: float, data: Data | None = None) ->
     size = f"{len(data.train)} training and {len(data.test)} test images in {len(data.classes)} classes"
     print(f"{task}, {c.epochs} epochs on {c.dataset}: {size}; {c.device}, amp {c.amp}; {c.out}")
     if c.teacher and f"{c.teacher}-{c.student}" not in SETTINGS["pairs"]:
-        most = ", ".join(f"{key} {value}" for key, value in (SETTINGS["other"] | {"lr": c.lr}).items())
-        print(f"{c.teacher}-{c.student} is no published pair: what is not given is as for most pairs ({most})")
+        print(f"{c.teacher}-{c.student} is no published pair: settings not given are those of most pairs")
+    if c.teacher:
+        weights = ", ".join(f"{term} {getattr(c, f'w_{term}'):g}" for term in TERMS)
+        print(
+            f"lr {c.lr:g}, temperature {c.temperature:g}, weights: {weights}; {c.num_paths} of {len(candidates)} paths"
+        )
     if state:
-        check_settings(state["config"], vars(c))
+        run_folder.check_settings(state["config"], vars(c))
         state["config"] = vars(c)
     elif teacher:
         if c.teacher_ckpt:
             print(f"teacher: {c.teacher_ckpt}, as told")
-        elif found := find_network(Path(c.out).parent, c.teacher, c.fingerprint, c.teacher_epochs):
+        elif found := run_folder.find_network(Path(c.out).parent, c.teacher, c.fingerprint, c.teacher_epochs):
             print(f"teacher: {found}, from an earlier run")
             c.teacher_ckpt = str(found)
         elif trained := train_teacher(c, data, deadline):
@@ -377,7 +376,7 @@ def evaluate_checkpoint(given: dict) -> None:
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Exit code 0: done, or stopped by --max-minutes; 1: the loss stopped being finite; 2: wrong input."""
+    """Exit code 0: done, or stopped by --max-minutes; 1: the loss stopped being finite; 2: wrong input; 130: Ctrl-C."""
     try:
         given = parse_args(argv)
         if "evaluate" in given:
@@ -389,10 +388,10 @@ def main(argv: list[str] | None = None) -> int:
         print(f"error: {error}", file=sys.stderr)
         return 2
     except LossNotFiniteError as error:
-        print(f"error: the loss stopped being finite {error}; last.pt keeps the epoch before", file=sys.stderr)
+        print(f"error: the loss stopped being finite {error}; the epochs before are kept", file=sys.stderr)
         return 1
     except KeyboardInterrupt:
-        print("interrupted: finished epochs are kept, go on with --resume", file=sys.stderr)
+        print("interrupted; finished epochs are kept, repeat the command with --resume to go on", file=sys.stderr)
         return 130
     return 0
 

@@ -6,13 +6,15 @@ from .errors import UserError
 
 
 def open_device(name: str) -> torch.device:
-    """The device "cpu", "cuda", "cuda:N" or "mps".
+    """The device "cpu", "cuda", "cuda:N" or "mps"; lets cuDNN look for its fastest algorithms.
 
     Raises:
         UserError: it is not there.
     """
     try:
         device = torch.device(name)
+        if device.type not in ("cpu", "cuda", "mps"):
+            raise RuntimeError(f"networks are not trained on {device.type}")
         torch.zeros(1, device=device)
     except (RuntimeError, AssertionError) as error:
         raise UserError(f"there is no device {name!r} here: try --device cpu") from error

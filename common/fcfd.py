@@ -2,18 +2,24 @@
 
 A network is a chain of stages M^1..M^N and a classifier C. In a step, images flow along
 
-    the pure paths      teacher: F_t^1..F_t^N, p_t = C_t(F_t^N)         student: F_s^1..F_s^N, p_s = C_s(F_s^N)
-    the mixed paths     <k, 1>:  F_s^k -> B_st^k -> teacher's stages k+1..N and its classifier
-                        <k, 0>:  F_t^k -> B_ts^k -> student's stages k+1..N and its classifier
+    two pure paths     teacher: F_t^1..F_t^N, logits C_t(F_t^N)       student: F_s^1..F_s^N, logits C_s(F_s^N)
+    some mixed paths   <k, 1>:  F_s^k -> bridge B_st^k -> the teacher's stages k+1..N and its classifier
+                       <k, 0>:  F_t^k -> bridge B_ts^k -> the student's stages k+1..N and its classifier
 
-`forward_paths` computes all of it; each loss term is then a few lines on what it returns. If a student's feature
-takes a teacher's place and what follows in the teacher does not change, the two function alike, however far apart
-they are in L2; that is what L_func asks for, and L_func' asks the same of the teacher's feature inside the student.
+A training loop draws a few mixed paths for each step (S, of size 2 in the paper; common/paths.py). `forward_paths`
+computes those and the pure ones; each loss term is a few lines on what it returns.
+
+Two features are close in L2 if their numbers are. They function alike if the rest of a network makes the same of
+them. L_app asks for the first, L_func and L_func' ask for the second: L_func with the teacher's later part as the
+judge of the student's feature, L_func' with the student's later part as the judge of the teacher's.
+
+In every term the teacher's side is the target and is detached (in common/losses.py).
 """
 
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor
 
@@ -40,10 +46,10 @@ class Flow:
 
     teacher: dict[int, Tensor]  # F_t^k
     student: dict[int, Tensor]  # F_s^k
-    teacher_logits: Tensor  # [B, K], whose softmax is p_t
-    student_logits: Tensor
-    s2t: dict[int, Tensor] = field(default_factory=dict)  # B_st^k(F_s^k)
-    t2s: dict[int, Tensor] = field(default_factory=dict)  # B_ts^k(F_t^k)
+    teacher_logits: Tensor  # [B, K]; their softmax is p_t
+    student_logits: Tensor  # [B, K]; their softmax is p_s
+    s2t: dict[int, Tensor] = field(default_factory=dict)  # B_st^k(F_s^k), in the shape of F_t^k
+    t2s: dict[int, Tensor] = field(default_factory=dict)  # B_ts^k(F_t^k), in the shape of F_s^k
     mixed: dict[MixedPath, MixedFlow] = field(default_factory=dict)
 
 
@@ -55,30 +61,32 @@ def forward_paths(
     paths: Iterable[MixedPath] = (),
     app: bool = True,
 ) -> Flow:
-    """Run `images` [B, 3, H, W] along the pure paths and `paths` (Fig. 2); what two paths share runs once.
+    """Run `images` [B, 3, H, W] along both pure paths and the mixed `paths` (Fig. 2); what two of them share runs once.
 
-    Nothing is detached here: with a frozen teacher no gradient reaches it, with a trainable one (App. F) a mixed
-    path trains every module that it passes. Mixed paths normalise by their batch when `bridges` is in training
-    mode, whatever the modes of the networks, and by their own running statistics otherwise.
+    No gradient is cut here. A frozen teacher gets none; one that trains too (App. F) gets it from every mixed path
+    that passes through it, its early stages included.
 
     Args:
-        bridges: may be None if there are no `paths` and no `app`.
+        bridges: may be None if there are no `paths` and no `app`. Its mode is that of the mixed paths: in training
+            they normalise by their batch, in evaluation by their own running statistics, whatever the modes of the
+            networks, which are those of the pure paths.
         app: whether L_app is wanted, which needs the bridged student features at every position 2..N.
     """
     last = student.num_stages
-    flow_t = dict(enumerate(teacher.features(images), 1))
-    flow_s = dict(enumerate(student.features(images), 1))
-    flow = Flow(flow_t, flow_s, teacher.classify(flow_t[last]), student.classify(flow_s[last]))
+    features_t = dict(enumerate(teacher.features(images), 1))
+    features_s = dict(enumerate(student.features(images), 1))
+    flow = Flow(features_t, features_s, teacher.classify(features_t[last]), student.classify(features_s[last]))
 
     paths = list(paths)
     into_teacher = set(range(2, last + 1)) if app else {path.k for path in paths if path.delta == 1}
     into_student = {path.k for path in paths if path.delta == 0}
-    flow.s2t = {k: bridges.s2t[str(k)](flow.student[k]) for k in sorted(into_teacher)}
-    flow.t2s = {k: bridges.t2s[str(k)](flow.teacher[k]) for k in sorted(into_student)}
+    flow.s2t = {k: bridges.s2t[str(k)](features_s[k]) for k in sorted(into_teacher)}
+    flow.t2s = {k: bridges.t2s[str(k)](features_t[k]) for k in sorted(into_student)}
 
     for path in paths:
         net, x = (teacher, flow.s2t[path.k]) if path.delta == 1 else (student, flow.t2s[path.k])
         later = {}
+        # Foreign features have other means and variances, so they have running statistics of their own (Fig. 3).
         with on_path(net, path.k, training=bridges.training):
             for l in range(path.k + 1, last + 1):
                 later[l] = x = net.stage(l, x)
@@ -87,11 +95,14 @@ def forward_paths(
 
 
 def fcfd_terms(flow: Flow, labels: Tensor, temperature: float, terms: Iterable[str] = TERMS) -> dict[str, Tensor]:
-    """The terms of Eq. 9 before weighting: scalars in float32, each a sum over its positions and paths.
+    """The terms of Eq. 9 before weighting: float32 scalars, each the sum over its positions and paths.
+
+    task is the cross entropy of the student's logits with the labels; kd is the KL of the student's p_s from the
+    teacher's p_t, T^2 KL(p_t || p_s); the others are the functions below.
 
     Args:
         labels: [B], class indices.
-        temperature: T of every KL.
+        temperature: T, which divides the logits in every KL.
         terms: which of TERMS to compute.
     """
     compute = {
@@ -106,40 +117,43 @@ def fcfd_terms(flow: Flow, labels: Tensor, temperature: float, terms: Iterable[s
 
 
 def l_app(flow: Flow) -> Tensor:
-    """Eq. 5, similar appearance: the bridged student feature is near the teacher's, at every position 2..N."""
+    """Eq. 5, appearance: L2 between the bridged student feature and the teacher's, at every position 2..N.
+
+    At stage N, here and in L_func, L2 also compares what the classifier reads of the two: after ReLU and pooling.
+    """
     last = max(flow.teacher)
-    losses = [l2(x, flow.teacher[k], pooled=k == last) for k, x in flow.s2t.items()]
-    return _sum(losses, flow)
+    return _sum(flow, (l2(flow.s2t[k], flow.teacher[k], pooled=k == last) for k in range(2, last + 1)))
 
 
 def l_func_l2(flow: Flow) -> Tensor:
-    """Eq. 6, first part: after each later teacher stage the path <k, 1> is where the teacher itself is."""
+    """Eq. 6, first part: L2 between each <k, 1> path and the pure teacher, after each later stage of the teacher."""
     last = max(flow.teacher)
-    losses = [
-        l2(x, flow.teacher[l], pooled=l == last)
-        for path, mixed in flow.mixed.items()
-        if path.delta == 1
-        for l, x in mixed.features.items()
-    ]
-    return _sum(losses, flow)
+    return _sum(
+        flow,
+        (
+            l2(x, flow.teacher[l], pooled=l == last)
+            for path, mixed in flow.mixed.items()
+            if path.delta == 1
+            for l, x in mixed.features.items()
+        ),
+    )
 
 
 def l_func_kl(flow: Flow, temperature: float) -> Tensor:
-    """Eq. 6, second part: the path <k, 1>, through the teacher's later part, ends at the teacher's answer p_t."""
-    losses = [
-        kl(mixed.logits, flow.teacher_logits, temperature) for path, mixed in flow.mixed.items() if path.delta == 1
-    ]
-    return _sum(losses, flow)
+    """Eq. 6, second part: KL between p_t and the answer of each <k, 1> path, by the teacher's later part."""
+    return _answers(flow, 1, temperature)
 
 
 def l_func_prime(flow: Flow, temperature: float) -> Tensor:
-    """Eq. 7: the path <k, 0>, through the student's later part, ends at the teacher's answer p_t."""
-    losses = [
-        kl(mixed.logits, flow.teacher_logits, temperature) for path, mixed in flow.mixed.items() if path.delta == 0
-    ]
-    return _sum(losses, flow)
+    """Eq. 7: KL between p_t and the answer of each <k, 0> path, by the student's later part."""
+    return _answers(flow, 0, temperature)
 
 
-def _sum(losses: list[Tensor], flow: Flow) -> Tensor:
-    """Their sum; a float32 zero where no path of that direction was drawn in this step."""
-    return sum(losses, start=flow.student_logits.new_zeros((), dtype=flow.student_logits.float().dtype))
+def _answers(flow: Flow, delta: int, temperature: float) -> Tensor:
+    paths = (mixed for path, mixed in flow.mixed.items() if path.delta == delta)
+    return _sum(flow, (kl(mixed.logits, flow.teacher_logits, temperature) for mixed in paths))
+
+
+def _sum(flow: Flow, losses: Iterable[Tensor]) -> Tensor:
+    """Their sum; zero where the step has no path of that direction."""
+    return sum(losses, start=flow.student_logits.new_zeros((), dtype=torch.float32))

@@ -81,9 +81,7 @@ def _batch_norms(net: nn.Module) -> list[nn.Module]:
 
 
 def _exchange(layers: list[nn.Module], k: int) -> None:
+    # The dictionaries that hold the buffers, and not buffer by buffer: this runs for every path of every step.
     for layer in layers:
         path = getattr(layer, f"path{k}")
-        for name in STATISTICS:
-            own, other = getattr(layer, name), getattr(path, name)
-            setattr(layer, name, other)
-            setattr(path, name, own)
+        layer._buffers, path._buffers = path._buffers, layer._buffers

@@ -10,6 +10,7 @@ import io
 import json
 import shutil
 import subprocess
+import tempfile
 from pathlib import Path
 from typing import Any
 
@@ -35,8 +36,10 @@ def open_run(out: Path, resume: bool) -> dict[str, Any] | None:
         raise UserError(f"there is nothing to resume in {out}: start without --resume")
     try:
         out.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=out):
+            pass
     except OSError as error:
-        raise UserError(f"cannot make the folder {out} ({error}): choose another --out") from error
+        raise UserError(f"cannot write into the folder {out} ({error}): choose another --out") from error
     return load(last) if resume else None
 
 
@@ -65,7 +68,7 @@ def publish(out: Path, state: dict[str, Any], student: dict[str, torch.Tensor]) 
 
     Args:
         state: as in last.pt: "config", "epoch" (how many are done), "log" (a row each), "best" and
-            "teacher_accuracy", and whatever else a script needs to go on.
+            "teacher_accuracy" and "made_with" (see `made_with`), and whatever else a script needs to go on.
         student: the plain state dict after the last epoch.
     """
     log = state["log"]
@@ -91,7 +94,7 @@ def publish(out: Path, state: dict[str, Any], student: dict[str, torch.Tensor]) 
 
 def result_of(state: dict[str, Any]) -> dict[str, Any]:
     """What result.json says of a run: accuracies in percent on the test set, seconds, commit, torch, device."""
-    log, device = state["log"], torch.device(state["config"]["device"])
+    log = state["log"]
     return {
         "epoch": state["epoch"],
         "epochs": state["config"]["epochs"],
@@ -99,10 +102,39 @@ def result_of(state: dict[str, Any]) -> dict[str, Any]:
         "last": {"epoch": state["epoch"], "top1": log[-1]["test_top1"], "top5": log[-1]["test_top5"]},
         "teacher": state["teacher_accuracy"],
         "seconds": sum(row["seconds"] for row in log),
-        "commit": commit(),
-        "torch": torch.__version__,
-        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else device.type,
+        **state["made_with"],
     }
+
+
+def made_with(device: torch.device) -> dict[str, str]:
+    """The commit of this source tree ("+": and uncommitted changes; "unknown" outside git), torch and the device."""
+    command = [
+        "git",
+        "-C",
+        str(Path(__file__).parent),
+        "describe",
+        "--always",
+        "--abbrev=40",
+        "--dirty=+",
+        "--exclude=*",
+    ]
+    try:
+        commit = subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
+    except (OSError, subprocess.CalledProcessError):
+        commit = "unknown"
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
+    return {"commit": commit, "torch": str(torch.__version__), "device": name}
+
+
+def print_epoch(state: dict[str, Any]) -> None:
+    """One line on the epoch that was just finished."""
+    row, epochs = state["log"][-1], state["config"]["epochs"]
+    print(
+        f"epoch {row['epoch']:3}/{epochs}  loss {row['loss']:.4f}  train {row['train_top1']:.2f} %  "
+        f"test {row['test_top1']:.2f} %  best {state['best']['top1']:.2f} %  "
+        f"{row['seconds']:.1f} s, {row['images_per_s']:.0f} images/s",
+        flush=True,
+    )
 
 
 def report(state: dict[str, Any]) -> None:
@@ -142,24 +174,6 @@ def find_network(parent: Path, network: str, fingerprint: str, epochs: int) -> P
 def read_config(folder: Path) -> dict | None:
     """The config.yaml of a run, None where there is none that can be read."""
     return _read(folder / "config.yaml")
-
-
-def commit() -> str:
-    """The commit of this source tree, with "+" where tracked files differ from it; "unknown" outside git."""
-    command = [
-        "git",
-        "-C",
-        str(Path(__file__).parent),
-        "describe",
-        "--always",
-        "--abbrev=40",
-        "--dirty=+",
-        "--exclude=*",
-    ]
-    try:
-        return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
-    except (OSError, subprocess.CalledProcessError):
-        return "unknown"
 
 
 def _read(path: Path) -> dict | None:

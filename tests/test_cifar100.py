@@ -17,7 +17,12 @@ import yaml
 from PIL import Image
 
 import cifar100
+from common.bridges import build_bridges
+from common.data import load_data, train_batches
+from common.fcfd import fcfd_terms, forward_paths
 from common.models import build
+from common.multipath_bn import track_paths
+from common.paths import candidate_paths, sample_paths
 
 SCRIPT = Path(cifar100.__file__)
 SMALL = ["--dataset", "synthetic", "--subset", "120", "--test-subset", "60", "--batch-size", "32", "--device", "cpu"]
@@ -170,6 +175,73 @@ def test_settings(tmp_path, capsys, teacher, options, terms, t2s):
     assert all(np.isfinite(float(row[term])) for term in terms)
     bridges = torch.load(tmp_path / "last.pt", weights_only=True)["bridges"]
     assert any(key.startswith("t2s") for key in bridges) == t2s
+
+
+@pytest.mark.parametrize("teacher_bn", ["batch", "running"])
+def test_two_epochs_written_out(tmp_path, capsys, teacher, teacher_bn):
+    """The script's loop against one written from the paper: SGD by hand, every number given differently."""
+    weights = {"task": 0.9, "kd": 0.8, "app": 2.0, "func_l2": 3.0, "func_kl": 0.7, "func_prime": 0.6}
+    options = [word for term, w in weights.items() for word in (f"--w-{term.replace('_', '-')}", w)]
+    options += [
+        "--epochs",
+        24,
+        "--lr",
+        0.002,
+        "--temperature",
+        3,
+        "--num-paths",
+        3,
+        "--seed",
+        5,
+        "--teacher-bn",
+        teacher_bn,
+    ]
+    options += ["--teacher-ckpt", teacher / "student.pth", "--subset", 40, "--out", tmp_path, "--max-minutes", 1e-9]
+    pair = PAIR[:6] + PAIR[8:]  # without its --subset
+    call(capsys, *pair, *options)
+    call(capsys, *pair, *options, "--resume")  # stopped after each epoch: two are done
+
+    torch.manual_seed(5)
+    student, net_t = build("resnet8", 20), build("resnet14", 20)
+    bridges = build_bridges(net_t, student, 32)
+    start = {name: p.detach().clone() for name, p in student.named_parameters()}
+    weights_t = torch.load(teacher / "student.pth", weights_only=True)["model"]
+    net_t.load_state_dict(weights_t)
+    net_t.requires_grad_(False).train(teacher_bn == "batch")
+    for net in (student, net_t):
+        track_paths(net, [2, 3])
+    for net in (student, net_t, bridges):  # as the script has it, so that not even rounding differs much
+        net.to(memory_format=torch.channels_last)
+    data = load_data("synthetic", "", 40, 60)
+    velocity, losses = {}, []
+    for epoch in range(2):
+        warm = (epoch + 1) / 2  # a twelfth of 24 epochs
+        paths = sample_paths(candidate_paths(4), 3, 2, 5, epoch)
+        for step, (images, labels) in enumerate(train_batches(data.train, 32, 5, epoch, True)):
+            terms = fcfd_terms(forward_paths(net_t, student, bridges, images, paths[step]), labels, 3.0)
+            factors = {name: w * (warm if name in ("app", "func_l2") else 1) for name, w in weights.items()}
+            loss = sum(factors[name] * value for name, value in terms.items())
+            losses.append(loss.item())
+            trained = {p: p.grad for net in (student, bridges) for p in net.parameters()}
+            for p, g in zip(trained, torch.autograd.grad(loss, list(trained), allow_unused=True), strict=True):
+                if g is not None:
+                    g = g + 5e-4 * p.detach()
+                    velocity[p] = 0.9 * velocity.get(p, 0) + g
+                    p.data -= 0.002 * (g + 0.9 * velocity[p])
+
+    rows = list(csv.DictReader((tmp_path / "log.csv").open()))
+    assert [float(row["loss"]) for row in rows] == pytest.approx([sum(losses[:2]) / 2, sum(losses[2:]) / 2], rel=1e-4)
+    state = torch.load(tmp_path / "last.pt", weights_only=True)
+    for name, p in student.named_parameters():
+        update = p.detach() - start[name]
+        assert (state["student"][name] - p.detach()).norm() < 0.01 * update.norm(), name
+    for name, p in net_t.named_parameters():
+        assert torch.equal(state["teacher"][name], p)  # frozen
+    for name, value in net_t.state_dict().items():
+        if "running" in name:
+            torch.testing.assert_close(state["teacher"][name], value, rtol=1e-2, atol=1e-4)
+            if ".path" not in name:  # by the batch the teacher's own statistics move, else they stay
+                assert torch.equal(value, weights_t[name]) == (teacher_bn == "running")
 
 
 def test_killed_and_resumed_is_bit_for_bit_the_unbroken_run(tmp_path, teacher):

@@ -10,7 +10,8 @@ from common.bridges import build_bridges
 from common.fcfd import fcfd_terms, forward_paths
 from common.models import build
 from common.multipath_bn import track_paths
-from common.paths import MixedPath, candidate_paths
+from common.optimizer import sgd
+from common.paths import MixedPath, candidate_paths, sample_paths
 
 WIDER = [  # (teacher, student): the ten published pairs, and one that bridges everything at equal size
     ("wrn_40_2", "wrn_16_2"),
@@ -60,11 +61,17 @@ def test_published_pairs_step_and_lower_their_loss(teacher_name, student_name):
     assert app[-1] < app[0]
 
 
-def test_a_bridge_whose_path_was_not_drawn_is_left_alone():
+@pytest.mark.parametrize("fused", [False, True])
+def test_a_bridge_whose_path_was_not_drawn_is_left_alone(fused):
     teacher, student, bridges = pair()
     images, labels = batch()
-    optimizer = torch.optim.SGD(
-        [*student.parameters(), *bridges.parameters()], 0.05, momentum=0.9, weight_decay=5e-4, nesterov=True
+    optimizer = sgd(
+        [*student.parameters(), *bridges.parameters()],
+        0.05,
+        momentum=0.9,
+        weight_decay=5e-4,
+        nesterov=True,
+        fused=fused,
     )
 
     def step(paths):
@@ -73,7 +80,8 @@ def test_a_bridge_whose_path_was_not_drawn_is_left_alone():
         sum(terms.values()).backward()
         optimizer.step()
 
-    step(candidate_paths(4))  # now every parameter has momentum
+    step([MixedPath(2, 0), MixedPath(2, 1)])
+    step(candidate_paths(4))  # the first gradient of t2s.3; now every parameter has momentum
     unused = bridges.t2s["3"]
     tensors = [*unused.state_dict().values(), *(optimizer.state[p]["momentum_buffer"] for p in unused.parameters())]
     before = [t.clone() for t in tensors]
@@ -101,8 +109,11 @@ def test_what_is_not_wanted_is_not_computed():
     images, labels = batch()
     flow = forward_paths(teacher, student, bridges, images, [MixedPath(3, 1)], app=False)
     assert (list(flow.s2t), list(flow.t2s)) == ([3], [])
-    assert list(fcfd_terms(flow, labels, 4.0, ("kd", "func_l2"))) == ["kd", "func_l2"]
-    assert fcfd_terms(flow, labels, 4.0)["func_prime"].item() == 0
+    terms = fcfd_terms(flow, labels, 4.0, ("kd", "func_l2", "func_prime"))
+    assert list(terms) == ["kd", "func_l2", "func_prime"]
+    assert terms["func_prime"].item() == 0
+    with pytest.raises(KeyError):  # no L_app of some positions only
+        fcfd_terms(flow, labels, 4.0)
     flow = forward_paths(teacher, student, None, images, app=False)
     assert (flow.s2t, flow.t2s, flow.mixed) == ({}, {}, {})
 
@@ -156,3 +167,26 @@ def test_a_trainable_teacher_is_trained_by_the_mixed_paths_but_never_as_a_target
     assert trained(MixedPath(2, 1), "func_kl") == {f"student.{m}" for m in early} | {f"teacher.{m}" for m in late}
     assert trained(MixedPath(2, 0), "func_prime") == {f"teacher.{m}" for m in early} | {f"student.{m}" for m in late}
     assert trained(MixedPath(2, 1), "app") == {f"student.{m}" for m in early | late - {"fc"}}
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize(("teacher_name", "student_name"), WIDER)
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_published_pairs_take_ten_finite_amp_steps(teacher_name, student_name, dtype):
+    nets = pair(teacher_name, student_name)
+    teacher, student, bridges = (net.cuda() for net in nets)
+    images, labels = (x.cuda() for x in batch(64))
+    optimizer = sgd([*student.parameters(), *bridges.parameters()], 0.01, momentum=0.9, fused=True)
+    scaler = torch.amp.GradScaler(enabled=dtype == torch.float16)
+    losses = []
+    for paths in sample_paths(candidate_paths(student.num_stages), 2, 10, 0, 0):
+        with torch.autocast("cuda", dtype):
+            flow = forward_paths(teacher, student, bridges, images, paths)
+        assert flow.student_logits.dtype == dtype
+        loss = sum(fcfd_terms(flow, labels, 4.0).values())
+        optimizer.zero_grad()
+        scaler.scale(loss).backward()
+        scaler.step(optimizer)
+        scaler.update()
+        losses.append(loss.item())
+    assert all(torch.tensor(losses).isfinite())

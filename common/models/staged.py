@@ -10,12 +10,12 @@ from torch import Tensor, nn
 class StagedNet(nn.Module, ABC):
     """A network M = C . M^N . ... . M^1 whose intermediate features F^k = M^k(F^(k-1)) can be exchanged.
 
-    A subclass sets the class attributes, `self.num_stages` and `self.classifier_layer`, and writes `stage`.
+    A subclass sets the three attributes and writes `stage` and `classifier_layer`.
 
     Attributes:
         num_stages: N; the stem is stage 1.
         post_relu: whether the features F^k are handed over after their ReLU. If not, stage k + 1 applies it.
-        channels_last: whether this family trains faster in the channels_last memory format (on the CPU, measured).
+        channels_last: whether this family trains faster in the channels_last memory format (measured on the CPU).
     """
 
     num_stages: int

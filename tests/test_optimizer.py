@@ -1,0 +1,44 @@
+import pytest
+import torch
+
+from common.optimizer import sgd
+
+OPTIONS = {"momentum": 0.9, "weight_decay": 0.1, "nesterov": True}
+
+
+def by_hand(weights, gradients, lr):
+    """SGD with Nesterov momentum on one tensor; None is a step without gradient."""
+    velocity = torch.zeros_like(weights)
+    for gradient in gradients:
+        if gradient is not None:
+            gradient = gradient + 0.1 * weights
+            velocity = 0.9 * velocity + gradient
+            weights = weights - lr * (gradient + 0.9 * velocity)
+    return weights
+
+
+@pytest.mark.parametrize("fused", [False, True])
+def test_steps_are_those_of_the_definition_with_gradients_that_come_and_go(fused):
+    torch.manual_seed(0)
+    parameters = [torch.nn.Parameter(torch.randn(5)) for _ in range(2)]
+    starts = [p.detach().clone() for p in parameters]
+    gradients = [[torch.randn(5) for _ in range(4)], [None, torch.randn(5), None, torch.randn(5)]]
+    optimizer = sgd(parameters, 0.1, fused=fused, **OPTIONS)
+    for step in range(4):
+        for p, its_gradients in zip(parameters, gradients, strict=True):
+            p.grad = its_gradients[step]
+        optimizer.step()
+    for p, start, its_gradients in zip(parameters, starts, gradients, strict=True):
+        torch.testing.assert_close(p.detach(), by_hand(start, its_gradients, 0.1))
+
+
+def test_an_overflow_in_the_first_step_leaves_no_trace():
+    parameter = torch.nn.Parameter(torch.ones(1000))
+    optimizer = sgd([parameter], 0.1, fused=True, **OPTIONS)
+    scaler = torch.amp.GradScaler("cpu")
+    for factor in (float("inf"), 1.0):
+        optimizer.zero_grad()
+        scaler.scale((parameter * factor).sum()).backward()
+        scaler.step(optimizer)
+        scaler.update()
+    torch.testing.assert_close(parameter.detach(), by_hand(torch.ones(1000), [torch.ones(1000)], 0.1))
