@@ -235,8 +235,7 @@ def train(
 
     if cuda:
         torch.cuda.reset_peak_memory_stats(device)
-
-    state["made_with"] = run_folder.made_with(device)
+    made_with = run_folder.made_with(device)
     weights = {term: getattr(c, f"w_{term}") for term in TERMS if getattr(c, f"w_{term}")}
     steps = math.ceil(len(data.train) / c.batch_size)
     for epoch in range(state["epoch"], c.epochs):
@@ -302,7 +301,7 @@ def train(
         if accuracy["top1"] > state["best"]["top1"]:
             state["best"] = {"epoch": epoch + 1, **accuracy}
         state |= {name: net.state_dict() for name, net in nets.items()}
-        state |= {"optimizer": optimizer.state_dict(), "scaler": scaler.state_dict()}
+        state |= {"optimizer": optimizer.state_dict(), "scaler": scaler.state_dict(), "made_with": made_with}
         run_folder.save_run(out, state, plain_state_dict(student))
         run_folder.print_epoch(state)
         if time.monotonic() > deadline and epoch + 1 < c.epochs:
@@ -324,9 +323,9 @@ def run(given: dict, resume: bool, deadline: float, data: Data | None = None) ->
     """
     c = Namespace(**SETTINGS["defaults"] | given)
     out = Path(c.out or f"runs/{run_name(c)}")
-    teacher_began = c.teacher and any(out.parent.glob(f"{teacher_name(c)}*/last.pt"))
-    if resume and teacher_began and not (out / "last.pt").exists():
-        resume = False  # it was the teacher's training that was interrupted; it goes on by itself
+    if resume and c.teacher and not (out / "last.pt").exists():
+        # If it was the teacher's training that was interrupted, that goes on by itself.
+        resume = not any(map(run_folder.is_unfinished, out.parent.glob(f"{teacher_name(c)}*")))
     state = run_folder.open_run(out, resume)
     c = settle(given | {"out": str(out)}, state["config"] if state else {})
     device = open_device(c.device)

@@ -171,6 +171,12 @@ def find_network(parent: Path, network: str, fingerprint: str, epochs: int) -> P
     return None
 
 
+def is_unfinished(folder: Path) -> bool:
+    """Whether a run in `folder` stopped before its last epoch."""
+    result = _read(folder / "result.json") or {}
+    return (folder / "last.pt").exists() and result.get("epoch") != result.get("epochs")
+
+
 def read_config(folder: Path) -> dict | None:
     """The config.yaml of a run, None where there is none that can be read."""
     return _read(folder / "config.yaml")

@@ -282,6 +282,8 @@ def test_max_minutes_stops_teacher_and_student_resumably(tmp_path, capsys):
     options = [*whole, tmp_path / "two" / "part", "--max-minutes", 1e-9]
     assert "stopped after 1 of 2 epochs" in call(capsys, *options)
     assert "teacher: training" in call(capsys, *options, "--resume")  # its last epoch, then the student's first
+    typo = [*PAIR, "--epochs", 2, "--resume", "--out", tmp_path / "two" / "typo"]
+    assert "nothing to resume" in call(capsys, *typo, code=2)  # now that the teacher is done
     assert "--resume" in call(capsys, *options, code=2)  # the folder holds a run now
     printed = call(capsys, *options, "--resume")
     assert "epoch   2/2" in printed

@@ -1,39 +1,39 @@
 """What the README says about the code holds."""
 
 import re
+import shutil
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
-import torch
 
 import cifar100
-from common.bridges import build_bridges
-from common.fcfd import fcfd_terms, forward_paths
-from common.models import NETWORKS, build
-from common.multipath_bn import track_paths
-from common.paths import candidate_paths
 
 ROOT = Path(cifar100.__file__).parent
 README = (ROOT / "README.md").read_text()
 
 
-def test_the_worked_network_takes_part_in_a_step(monkeypatch):
-    monkeypatch.setattr("common.models.NETWORKS", NETWORKS.copy())
-    exec(re.search(r"```python\n(.*?)```", README, re.S)[1], {"__name__": "tiny"})
-    teacher, student = build("resnet14", 10).requires_grad_(False), build("Tiny", 10)
-    bridges = build_bridges(teacher, student, 32)
-    for net in (teacher, student):
-        track_paths(net, [2, 3])
-    flow = forward_paths(teacher, student, bridges, torch.randn(4, 3, 32, 32), candidate_paths(4))
-    sum(fcfd_terms(flow, torch.randint(10, (4,)), 4.0).values()).backward()
-    assert all(p.grad is not None for net in (student, bridges) for p in net.parameters())
+def test_the_worked_network_can_be_added_as_told(tmp_path):
+    shutil.copy(ROOT / "cifar100.py", tmp_path)
+    shutil.copytree(ROOT / "common", tmp_path / "common")
+    network, names = re.findall(r"```python\n(.*?)```", README, re.S)
+    models = tmp_path / "common" / "models"
+    (models / "tiny.py").write_text(network)
+    (models / "__init__.py").write_text((models / "__init__.py").read_text() + "\n\n" + names)
+    options = "--dataset synthetic --subset 40 --test-subset 20 --epochs 1 --batch-size 20 --device cpu"
+    command = [sys.executable, "cifar100.py", "--teacher", "resnet8", "--student", "Tiny", *options.split()]
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr
+    assert "Tiny lies in" in done.stdout
 
 
 def test_files_and_functions_it_names_are_there():
     for path in re.findall(
         r"`(common/[\w/.]+|docs/[\w.]+|cifar100\.py|requirements[\w-]*\.txt)`|\]\((docs/[\w.]+)\)", README
     ):
-        assert (ROOT / (path[0] or path[1])).exists(), path
+        name = path[0] or path[1]
+        assert (ROOT / name).exists() or name == "common/models/tiny.py", name  # that one is the reader's to write
     rows = re.findall(r"\| (`\w[^|]*`) in `([\w/.]+\.py)` \|", README)
     assert len(rows) >= 9
     for names, path in rows:
