@@ -40,7 +40,12 @@ def open_run(out: Path, resume: bool) -> dict[str, Any] | None:
             pass
     except OSError as error:
         raise UserError(f"cannot write into the folder {out} ({error}): choose another --out") from error
-    return load(last) if resume else None
+    if not resume:
+        return None
+    state = load(last)
+    if not isinstance(state, dict) or not {"config", "epoch", "log", "best", "student"} <= state.keys():
+        raise UserError(f"{last} is not what a run leaves: choose another --out")
+    return state
 
 
 def check_settings(stored: dict, config: dict) -> None:

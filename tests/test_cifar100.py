@@ -373,6 +373,13 @@ def test_resume_with_other_settings_names_the_first(tmp_path, capsys, main_job):
     assert (run / "last.pt").read_bytes() == before
 
 
+def test_a_last_pt_that_is_none_is_not_resumed(tmp_path, capsys):
+    torch.save({"model": {}}, tmp_path / "last.pt")
+    assert "is not what a run leaves" in call(
+        capsys, "--student", "resnet8", *SMALL, "--resume", "--out", tmp_path, code=2
+    )
+
+
 def test_process_prints_no_traceback(tmp_path):
     message = script(tmp_path, "--student", "resnet9", code=2)
     assert message.startswith("error: unknown network")
