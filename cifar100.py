@@ -22,9 +22,9 @@ from tqdm import tqdm
 from common import run_folder
 from common.bridges import Bridges, build_bridges
 from common.checkpoint import load_network
-from common.data import SIZE, Data, eval_batches, load_data, train_batches
+from common.data import SIZE, Data, eval_batches, train_batches
 from common.device import open_device
-from common.errors import LossNotFiniteError, UserError
+from common.errors import LossNotFiniteError, UserError, exit_code
 from common.evaluation import evaluate
 from common.fcfd import TERMS, fcfd_terms, forward_paths
 from common.models import StagedNet, build, check_name
@@ -32,6 +32,7 @@ from common.multipath_bn import plain_state_dict, track_paths
 from common.optimizer import sgd
 from common.paths import MixedPath, candidate_paths, sample_paths
 from common.settings import Parser, check_ranges
+from common.sources import load_data
 
 SETTINGS = yaml.safe_load((Path(__file__).parent / "common" / "settings.yaml").read_text())
 METHODS = {"kd": ("task", "kd"), "app": ("task", "kd", "app"), "fcfd": TERMS}  # the terms that each one weighs
@@ -69,7 +70,7 @@ def parse_args(argv: list[str] | None) -> dict:
     add("--resume", action="store_true", help="go on from --out; settings that are not given are the run's")
     add("--max-minutes", type=float, metavar="M", help="stop after the epoch in which they have passed")
     add("--evaluate", metavar="CKPT", help="only test this checkpoint of --student")
-    return vars(parser.parse_args(argv))
+    return parser.given(argv)
 
 
 def settle(given: dict, stored: dict) -> Namespace:
@@ -103,18 +104,16 @@ def settle(given: dict, stored: dict) -> Namespace:
         c.method, c.teacher_bn, pair = None, None, {"lr": lr, "temperature": None}
         weights, chosen = {"task": 1}, ("task",)
 
+    c.positions = c.positions and sorted(set(c.positions))
     follows = {f"w_{term}": weights[term] if term in chosen else 0 for term in TERMS}
     follows |= {"lr": pair["lr"], "temperature": pair["temperature"], "teacher_epochs": c.teacher and c.epochs}
     follows |= {"device": "cuda" if torch.cuda.is_available() else "cpu", "out": f"runs/{run_name(c)}"}
     for key, value in follows.items():
         if getattr(c, key) is None:
             setattr(c, key, value)
-    if c.amp is None:
-        c.amp = "fp16" if c.device.startswith("cuda") else "off"
+    c.amp = c.amp or ("fp16" if c.device.startswith("cuda") else "off")
 
     check_ranges(c)
-    if not any(getattr(c, f"w_{term}") for term in TERMS):
-        raise UserError("every weight is 0: give one of the --w-... options a value")
     return c
 
 
@@ -150,6 +149,7 @@ def build_networks(c: Namespace, num_classes: int):
         return student, None, None, []
     teacher = build(c.teacher, num_classes).requires_grad_(False)
     last = student.num_stages
+    c.positions = c.positions or list(range(2, last))
 
     def trains(path: MixedPath) -> bool:
         if path.delta == 0:
@@ -161,10 +161,11 @@ def build_networks(c: Namespace, num_classes: int):
     if c.num_paths is None:
         c.num_paths = min(2, len(candidates))
     sample_paths(candidates, c.num_paths, steps=1, seed=0, epoch=0)  # complains now if |S| is out of range
-    c.positions = sorted({path.k for path in candidates})
+    if not (c.w_task or c.w_kd or c.w_app or c.num_paths):
+        raise UserError("no term is left to train on: draw paths (--num-paths), or give a weight to another term")
     bridges = None
     if c.w_app or c.num_paths:
-        bridges = build_bridges(teacher, student, SIZE, c.positions if c.w_func_prime else [])
+        bridges = build_bridges(teacher, student, SIZE, [path.k for path in candidates if path.delta == 0])
     return student, teacher, bridges, candidates
 
 
@@ -182,11 +183,16 @@ def train_teacher(c: Namespace, data: Data, deadline: float) -> Path | None:
     folder = Path(c.out).parent / teacher_name(c)
     if (config := run_folder.read_config(folder)) and config.get("fingerprint") != c.fingerprint:
         folder = folder.with_name(f"{folder.name}-{c.fingerprint[:8]}")  # the same name, but other data
+    if folder.resolve() == Path(c.out).resolve():
+        raise UserError(f"{folder} is where the teacher is trained first: choose another --out")
     given = {"student": c.teacher, "epochs": c.teacher_epochs, "out": str(folder)}
     given["batch_size"] = min(SETTINGS["defaults"]["batch_size"], len(data.train))
     given |= {key: getattr(c, key) for key in ("dataset", "data_dir", "subset", "test_subset", "seed", "device", "amp")}
     print(f"teacher: training {c.teacher} for {c.teacher_epochs} epochs in {folder}", flush=True)
-    finished = run(given, resume=(folder / "last.pt").exists(), deadline=deadline, data=data)
+    try:
+        finished = run(given, resume=(folder / "last.pt").exists(), deadline=deadline, data=data)
+    except (UserError, LossNotFiniteError) as error:
+        raise type(error)(f"(the teacher in {folder}) {error}") from error
     return folder / "student.pth" if finished else None
 
 
@@ -210,7 +216,7 @@ def train(
     channels_last = student.channels_last and (teacher is None or teacher.channels_last)
     if teacher:
         for net in (student, teacher):
-            track_paths(net, c.positions)
+            track_paths(net, sorted({path.k for path in candidates}))
     for net in nets.values():
         net.to(device, memory_format=torch.channels_last if channels_last else torch.preserve_format)
 
@@ -221,11 +227,12 @@ def train(
     scaler = torch.amp.GradScaler(device.type, enabled=c.amp == "fp16")
 
     if state:
-        for name, net in nets.items():
-            net.load_state_dict(state[name])
-        optimizer.load_state_dict(state["optimizer"])
+        try:
+            for name, part in {**nets, "optimizer": optimizer, "scaler": scaler}.items():
+                part.load_state_dict(state[name])
+        except (KeyError, RuntimeError, ValueError) as error:
+            raise UserError(f"{out / 'last.pt'} does not fit this run: choose another --out") from error
         optimizer.param_groups[0]["fused"] = cuda  # the device may be another one
-        scaler.load_state_dict(state["scaler"])
         run_folder.publish(out, state, plain_state_dict(student))
     else:
         teacher_accuracy = evaluate(teacher, eval_batches(data.test, channels_last=channels_last)) if teacher else None
@@ -235,20 +242,15 @@ def train(
 
     if cuda:
         torch.cuda.reset_peak_memory_stats(device)
-    made_with = run_folder.made_with(device)
     weights = {term: getattr(c, f"w_{term}") for term in TERMS if getattr(c, f"w_{term}")}
     steps = math.ceil(len(data.train) / c.batch_size)
     for epoch in range(state["epoch"], c.epochs):
         began = time.monotonic()
-        for group in optimizer.param_groups:
-            group["lr"] = learning_rate(c, epoch)
+        lr = optimizer.param_groups[0]["lr"] = learning_rate(c, epoch)
         warmed = {term: w * l2_warmup(c, epoch) if term in ("app", "func_l2") else w for term, w in weights.items()}
         paths = sample_paths(candidates, c.num_paths or 0, steps, c.seed, epoch)
-        student.train()
-        if teacher:
-            teacher.train(c.teacher_bn == "batch")
-        if bridges:
-            bridges.train()
+        for name, net in nets.items():
+            net.train(name != "teacher" or c.teacher_bn == "batch")
 
         # Nothing in a step makes the host wait for the device: what is to be known is summed there until the end.
         sums = dict.fromkeys(("loss", *weights, "correct"), torch.zeros((), device=device))
@@ -283,12 +285,11 @@ def train(
             raise LossNotFiniteError(f"in the last step of epoch {epoch + 1}")
         training_seconds = time.monotonic() - began
         accuracy = evaluate(student, eval_batches(data.test, channels_last=channels_last))
-        means = {name: value.item() / steps for name, value in sums.items()}
         row = {
             "epoch": epoch + 1,
-            "lr": learning_rate(c, epoch),
-            "loss": means["loss"],
-            **{term: means.get(term, "") for term in TERMS},
+            "lr": lr,
+            "loss": sums["loss"].item() / steps,
+            **{term: sums[term].item() / steps if term in sums else "" for term in TERMS},
             "train_top1": 100 * sums["correct"].item() / len(data.train),
             "test_top1": accuracy["top1"],
             "test_top5": accuracy["top5"],
@@ -301,7 +302,11 @@ def train(
         if accuracy["top1"] > state["best"]["top1"]:
             state["best"] = {"epoch": epoch + 1, **accuracy}
         state |= {name: net.state_dict() for name, net in nets.items()}
-        state |= {"optimizer": optimizer.state_dict(), "scaler": scaler.state_dict(), "made_with": made_with}
+        state |= {
+            "optimizer": optimizer.state_dict(),
+            "scaler": scaler.state_dict(),
+            "made_with": run_folder.made_with(device),
+        }
         run_folder.save_run(out, state, plain_state_dict(student))
         run_folder.print_epoch(state)
         if time.monotonic() > deadline and epoch + 1 < c.epochs:
@@ -327,7 +332,9 @@ def run(given: dict, resume: bool, deadline: float, data: Data | None = None) ->
         # If it was the teacher's training that was interrupted, that goes on by itself.
         resume = not any(map(run_folder.is_unfinished, out.parent.glob(f"{teacher_name(c)}*")))
     state = run_folder.open_run(out, resume)
-    c = settle(given | {"out": str(out)}, state["config"] if state else {})
+    stored = state["config"] if state else {}
+    c = settle(given | {"out": str(out)}, stored)
+    run_folder.check_settings(stored, vars(c))
     device = open_device(c.device)
     if data is None:
         data = load_data(c.dataset, c.data_dir, c.subset, c.test_subset)
@@ -347,8 +354,8 @@ def run(given: dict, resume: bool, deadline: float, data: Data | None = None) ->
         print(
             f"lr {c.lr:g}, temperature {c.temperature:g}, weights: {weights}; {c.num_paths} of {len(candidates)} paths"
         )
+    run_folder.check_settings(stored, vars(c))  # now with what follows from data and networks
     if state:
-        run_folder.check_settings(state["config"], vars(c))
         state["config"] = vars(c)
     elif teacher:
         if c.teacher_ckpt:
@@ -375,24 +382,17 @@ def evaluate_checkpoint(given: dict) -> None:
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Exit code 0: done, or stopped by --max-minutes; 1: the loss stopped being finite; 2: wrong input; 130: Ctrl-C."""
-    try:
+    """Parse, then evaluate or run; the exit code is that of `exit_code`."""
+
+    def script() -> None:
         given = parse_args(argv)
+        resume = given.pop("resume", False)
         if "evaluate" in given:
             evaluate_checkpoint(given)
         else:
-            deadline = time.monotonic() + 60 * given.get("max_minutes", math.inf)
-            run({key: value for key, value in given.items() if key != "resume"}, given.get("resume", False), deadline)
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    except LossNotFiniteError as error:
-        print(f"error: the loss stopped being finite {error}; the epochs before are kept", file=sys.stderr)
-        return 1
-    except KeyboardInterrupt:
-        print("interrupted; finished epochs are kept, repeat the command with --resume to go on", file=sys.stderr)
-        return 130
-    return 0
+            run(given, resume, deadline=time.monotonic() + 60 * given.get("max_minutes", math.inf))
+
+    return exit_code(script)
 
 
 if __name__ == "__main__":

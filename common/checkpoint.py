@@ -5,8 +5,10 @@ The shared format is a dictionary whose "model" is the state dict of a plain net
 
 import argparse
 import contextlib
+import io
 import os
 import pickle
+import warnings
 from collections.abc import Callable
 from pathlib import Path
 from typing import IO, Any
@@ -40,15 +42,19 @@ def write_atomically(path: Path, write: Callable[[IO[bytes]], Any]) -> None:
             file.flush()
             os.fsync(file.fileno())
         os.replace(temporary, path)
-    except (OSError, RuntimeError) as error:  # torch.save reports a full disk as RuntimeError
+    except BaseException as error:
         with contextlib.suppress(OSError):
             temporary.unlink(missing_ok=True)
-        raise UserError(f"cannot write {path} ({error}): make room or choose another --out") from error
+        if isinstance(error, OSError):
+            raise UserError(f"cannot write {path} ({error}): make room or choose another --out") from error
+        raise
 
 
 def save(obj: Any, path: Path) -> None:
-    """torch.save, atomically."""
-    write_atomically(path, lambda file: torch.save(obj, file))
+    """torch.save, atomically. Through memory, since torch.save into a file disguises a full disk and Ctrl-C."""
+    buffer = io.BytesIO()
+    torch.save(obj, buffer)
+    write_atomically(path, lambda file: file.write(buffer.getbuffer()))
 
 
 def load(path: str | Path) -> Any:
@@ -58,19 +64,22 @@ def load(path: str | Path) -> Any:
         UserError: missing, a directory, unreadable, damaged, or in need of unpickling arbitrary objects.
     """
     path = Path(path)
-    if path.is_dir():
-        raise UserError(f"{path} is a directory: name the checkpoint file in it")
     try:
-        with torch.serialization.safe_globals(SAFE):
+        with warnings.catch_warnings(), torch.serialization.safe_globals(SAFE):
+            warnings.simplefilter("ignore")  # about formats of other times, which load all the same
             return torch.load(path, map_location="cpu", weights_only=True)
     except FileNotFoundError as error:
         raise UserError(f"there is no checkpoint {path}: check the path") from error
+    except IsADirectoryError as error:
+        raise UserError(f"{path} is a directory: name the checkpoint file in it") from error
+    except OSError as error:
+        raise UserError(f"cannot read {path} ({error}): check its permissions") from error
     except pickle.UnpicklingError as error:
         raise UserError(
             f"{path} is damaged, or holds objects that only running code from it could restore (nothing was run): "
             "use another copy, or one saved as a plain state dict"
         ) from error
-    except (OSError, RuntimeError, EOFError, ValueError, KeyError, IndexError, AttributeError, TypeError) as error:
+    except Exception as error:  # a damaged file can make the loader stumble over anything
         raise UserError(f"{path} cannot be read as a checkpoint, it may be cut short: use another copy") from error
 
 
@@ -85,15 +94,26 @@ def load_network(net: nn.Module, path: str | Path, name: str) -> None:
         if isinstance(content, dict) and isinstance(content.get(key), dict):
             content = content[key]
             break
-    if not isinstance(content, dict) or not content or not all(map(torch.is_tensor, content.values())):
-        raise UserError(f"{path} holds no state dict under 'model': it is no checkpoint of a network")
+    if not isinstance(content, dict) or not content or not all(map(_is_weight, content.items())):
+        hint = (
+            "name the run's student.pth" if isinstance(content, dict) and "student" in content else "use another file"
+        )
+        raise UserError(f"{path} holds no state dict of a network, bare or under 'model': {hint}")
     weights = {key.removeprefix("module."): value for key, value in content.items()}
-    if bad := [key for key, value in weights.items() if value.is_floating_point() and not value.isfinite().all()]:
+    if bad := [key for key, value in weights.items() if not value.isfinite().all()]:
         raise UserError(f"{path} has values in {bad[0]} that are not finite: use another checkpoint")
     try:
         net.load_state_dict(weights)
     except RuntimeError as error:
         raise UserError(f"{path} is no {name} of this many classes: {_first_difference(net, weights)}") from error
+
+
+def _is_weight(item: tuple[Any, Any]) -> bool:
+    """Whether a key and value can be a network's: ordinary real numbers, or a count of batches."""
+    key, value = item
+    if not isinstance(key, str) or not torch.is_tensor(value) or value.layout != torch.strided or value.is_meta:
+        return False
+    return value.is_floating_point() or (key.endswith("num_batches_tracked") and value.dtype == torch.int64)
 
 
 def _first_difference(net: nn.Module, weights: dict) -> str:

@@ -4,29 +4,20 @@ Per image, equal in distribution to torchvision's RandomCrop(32, padding=4) and 
 the images and their augmentation are drawn from (seed, epoch), so a resumed run sees what an unbroken one sees.
 """
 
-import hashlib
 from collections.abc import Iterator
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import cache, cached_property
-from pathlib import Path
 
-import numpy as np
 import torch
 import torch.nn.functional as F
-from PIL import Image
 from torch import Tensor
-from torchvision import datasets
 
-from .errors import UserError
 from .randomness import generator
-from .synthetic import CLASSES, synthetic_images
 
 SIZE = 32
 PAD = 4
 MEAN = (0.5071, 0.4867, 0.4408)  # of CIFAR-100; used for every set
 STD = (0.2675, 0.2565, 0.2761)
-SYNTHETIC_TRAIN, SYNTHETIC_TEST = 5000, 2000
 
 
 @dataclass
@@ -95,97 +86,3 @@ def normalise(images: Tensor, channels_last: bool = False) -> Tensor:
 def _moments(device: torch.device) -> tuple[Tensor, Tensor]:
     """Kept on the device: to send them there for each batch would make the host wait."""
     return torch.tensor(MEAN, device=device), torch.tensor(STD, device=device)
-
-
-def load_data(name: str, directory: str | Path, subset: int | None = None, test_subset: int | None = None) -> Data:
-    """Load "cifar100", "cifar10", "folder" or "synthetic" into host memory.
-
-    Args:
-        directory: where torchvision keeps or puts CIFAR; for "folder", what holds train/ and test/ or val/.
-        subset, test_subset: how many images of a split to keep, spread evenly over the classes.
-
-    Raises:
-        UserError: what is wrong with the directory or the numbers.
-    """
-    if name == "folder":
-        train, test, classes = _folder(Path(directory))
-    elif name == "synthetic":
-        # Only as many as are wanted are drawn: the first ones are spread over the classes as `_spread` does it.
-        sizes = ((subset, SYNTHETIC_TRAIN), (test_subset, SYNTHETIC_TEST))
-        train, test = (
-            synthetic_images(n if n and len(CLASSES) <= n <= most else most, split)
-            for split, (n, most) in zip(("train", "test"), sizes, strict=True)
-        )
-        classes = CLASSES
-    else:
-        train, test, classes = _cifar(name, Path(directory))
-    train = _spread(*train, subset, len(classes), "subset")
-    test = _spread(*test, test_subset, len(classes), "test-subset")
-    digest = hashlib.sha256("\n".join(classes).encode())
-    for array in train:
-        digest.update(np.ascontiguousarray(array))
-    splits = [ImageSet(*map(torch.from_numpy, split)) for split in (train, test)]
-    return Data(*splits, classes=list(classes), fingerprint=digest.hexdigest())
-
-
-def _cifar(name: str, directory: Path):
-    cls = {"cifar100": datasets.CIFAR100, "cifar10": datasets.CIFAR10}[name]
-    try:
-        # The files are checked against their published MD5 before they are read.
-        splits = [cls(directory, train=train, download=True) for train in (True, False)]
-    except (OSError, RuntimeError) as error:
-        raise UserError(
-            f"{name} is not in {directory} and could not be downloaded ({error}): check the network, or put "
-            f"{cls.filename} there (--data-dir), or try --dataset synthetic"
-        ) from error
-    return *((s.data, np.array(s.targets, np.int64)) for s in splits), splits[0].classes
-
-
-def _folder(directory: Path):
-    """An image folder: train/<class>/* and test/<class>/* or val/<class>/*, resized to 32x32 where needed."""
-    test = next((directory / split for split in ("test", "val") if (directory / split).is_dir()), directory / "test")
-    splits = []
-    for split in (directory / "train", test):
-        try:
-            splits.append(datasets.ImageFolder(split))
-        except OSError as error:
-            raise UserError(
-                f"{split} is no image folder ({error}): --data-dir needs train/ and test/ or val/"
-            ) from error
-    train, test = splits
-    if train.classes != test.classes:
-        odd = sorted(set(train.classes) ^ set(test.classes))[0]
-        raise UserError(f"{directory}: train and test must have the same classes, but {odd!r} is only in one of them")
-    return *(_read_all(split.samples) for split in splits), train.classes
-
-
-def _read_all(samples: list[tuple[str, int]]) -> tuple[np.ndarray, np.ndarray]:
-    paths, labels = zip(*samples, strict=True)
-    with ThreadPoolExecutor() as pool:
-        images = list(pool.map(_read, paths))
-    return np.stack(images), np.array(labels, np.int64)
-
-
-def _read(path: str) -> np.ndarray:
-    try:
-        image = Image.open(path).convert("RGB")
-    except (OSError, ValueError, SyntaxError) as error:
-        raise UserError(f"cannot read the image {path} ({error}): remove or replace it") from error
-    if image.size != (SIZE, SIZE):
-        image = image.resize((SIZE, SIZE), Image.Resampling.BILINEAR)
-    return np.asarray(image)
-
-
-def _spread(images, labels, count: int | None, num_classes: int, option: str):
-    """The first images of every class, `count` in all, as evenly as it goes, in their order."""
-    if count is None:
-        return images, labels
-    if not num_classes <= count <= len(labels):
-        raise UserError(
-            f"--{option} {count} must lie between {num_classes} (the classes) and {len(labels)} (the images)"
-        )
-    by_rank = np.empty(len(labels), np.int64)  # the how-maniest image of its class each one is
-    for c in range(num_classes):
-        by_rank[labels == c] = np.arange((labels == c).sum())
-    keep = np.sort(np.lexsort((labels, by_rank))[:count])
-    return images[keep], labels[keep]

@@ -67,6 +67,7 @@ def forward_paths(
     that passes through it, its early stages included.
 
     Args:
+        teacher, student: with `paths` or `app`, networks of as many stages, between which `bridges` were built.
         bridges: may be None if there are no `paths` and no `app`. Its mode is that of the mixed paths: in training
             they normalise by their batch, in evaluation by their own running statistics, whatever the modes of the
             networks, which are those of the pure paths.
@@ -75,7 +76,8 @@ def forward_paths(
     last = student.num_stages
     features_t = dict(enumerate(teacher.features(images), 1))
     features_s = dict(enumerate(student.features(images), 1))
-    flow = Flow(features_t, features_s, teacher.classify(features_t[last]), student.classify(features_s[last]))
+    logits_t, logits_s = teacher.classify(features_t[teacher.num_stages]), student.classify(features_s[last])
+    flow = Flow(features_t, features_s, logits_t, logits_s)
 
     paths = list(paths)
     into_teacher = set(range(2, last + 1)) if app else {path.k for path in paths if path.delta == 1}

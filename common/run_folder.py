@@ -49,14 +49,20 @@ def open_run(out: Path, resume: bool) -> dict[str, Any] | None:
 
 
 def check_settings(stored: dict, config: dict) -> None:
-    """Raise a UserError that names the first setting in which a resumed run differs from the stored one."""
+    """Raise a UserError that names the first setting, of those in both, that differs from the stored run's."""
     for key, value in stored.items():
-        if key not in MAY_CHANGE and config.get(key) != value:
+        if key not in MAY_CHANGE and key in config and not _same(key, config[key], value):
             name = "the data's fingerprint" if key == "fingerprint" else f"--{key.replace('_', '-')}"
             raise UserError(
-                f"cannot resume with other settings: {name} is {config.get(key)} and was {value}; use what the run "
+                f"cannot resume with other settings: {name} is {config[key]} and was {value}; use what the run "
                 "began with, or another --out"
             )
+
+
+def _same(key: str, a: Any, b: Any) -> bool:
+    if key == "teacher_ckpt" and a and b:
+        return Path(a).resolve() == Path(b).resolve()
+    return a == b
 
 
 def save_run(out: Path, state: dict[str, Any], student: dict[str, torch.Tensor]) -> None:
@@ -190,7 +196,7 @@ def read_config(folder: Path) -> dict | None:
 def _read(path: Path) -> dict | None:
     try:
         content = yaml.safe_load(path.read_text())  # JSON is YAML too
-    except (OSError, ValueError, yaml.YAMLError):
+    except (OSError, ValueError, RecursionError, yaml.YAMLError):
         return None
     return content if isinstance(content, dict) else None
 

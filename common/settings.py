@@ -1,13 +1,14 @@
 """Reading options and checking the ranges of settings, for every script."""
 
 import argparse
-import math
 
 from .errors import UserError
 
+LARGEST = 10**9  # beyond any setting's sense, within what every computation with it can take
+
 
 class Parser(argparse.ArgumentParser):
-    """An argument parser that returns only the options that were given, and raises UserError instead of exiting."""
+    """An argument parser whose `given` are the options that were given, and which raises UserError, not SystemExit."""
 
     def __init__(self, description: str):
         super().__init__(
@@ -16,6 +17,14 @@ class Parser(argparse.ArgumentParser):
             argument_default=argparse.SUPPRESS,
             allow_abbrev=False,
         )
+
+    def given(self, argv: list[str] | None) -> dict:
+        """The options that were given, by name, and no others."""
+        options = vars(self.parse_args(argv))
+        for key, value in options.items():
+            if value == "":
+                self.error(f"--{key.replace('_', '-')} is empty")
+        return options
 
     def error(self, message: str):
         raise UserError(f"{message} (see --help)")
@@ -27,11 +36,11 @@ def check_ranges(c: argparse.Namespace) -> None:
         option = f"--{key.replace('_', '-')} {value}"
         if value is None:
             continue
-        if key in ("epochs", "teacher_epochs", "batch_size") and value < 1:
-            raise UserError(f"{option}: it must be 1 or more")
-        if key == "seed" and value < 0:
-            raise UserError(f"{option}: it must be 0 or more")
-        if key in ("lr", "temperature", "max_minutes") and not 0 < value < math.inf:
-            raise UserError(f"{option}: it must be a finite number above 0")
-        if key.startswith("w_") and not 0 <= value < math.inf:
-            raise UserError(f"{option}: it must be a finite number, 0 or more")
+        if key in ("epochs", "teacher_epochs", "batch_size") and not 1 <= value <= LARGEST:
+            raise UserError(f"{option}: it must lie between 1 and {LARGEST}")
+        if key == "seed" and not 0 <= value <= LARGEST:
+            raise UserError(f"{option}: it must lie between 0 and {LARGEST}")
+        if key in ("lr", "temperature", "max_minutes") and not 0 < value <= LARGEST:
+            raise UserError(f"{option}: it must be a number above 0, at most {LARGEST}")
+        if key.startswith("w_") and not 0 <= value <= LARGEST:
+            raise UserError(f"{option}: it must be a number from 0 to {LARGEST}")

@@ -102,7 +102,9 @@ def test_wrong_content_is_named(tmp_path, net):
     assert "layer1.1.conv1.weight is unknown" in complaint({"model": build("resnet14", 10).state_dict()})
     assert "no state dict" in complaint({"epoch": 3})
     assert "no state dict" in complaint([1, 2])
+    assert "student.pth" in complaint({"student": net.state_dict(), "epoch": 3})
     weights = net.state_dict()
+    assert "no state dict" in complaint({**weights, "bn1.bias": weights["bn1.bias"].to(torch.int8)})
     weights["bn1.bias"] = torch.full_like(weights["bn1.bias"], float("nan"))
     assert "bn1.bias" in complaint(weights)
 
@@ -110,11 +112,10 @@ def test_wrong_content_is_named(tmp_path, net):
 def test_a_failed_write_leaves_the_old_file(tmp_path, monkeypatch):
     save({"a": 1}, tmp_path / "f.pt")
 
-    def full_disk(obj, file):
-        file.write(b"half")
+    def full_disk(_):
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(checkpoint.torch, "save", full_disk)
+    monkeypatch.setattr(checkpoint.os, "fsync", full_disk)
     with pytest.raises(UserError, match=r"f\.pt .*No space left"):
         save({"a": 2}, tmp_path / "f.pt")
     assert torch.load(tmp_path / "f.pt", weights_only=True) == {"a": 1}

@@ -18,11 +18,12 @@ from PIL import Image
 
 import cifar100
 from common.bridges import build_bridges
-from common.data import load_data, train_batches
+from common.data import train_batches
 from common.fcfd import fcfd_terms, forward_paths
 from common.models import build
 from common.multipath_bn import track_paths
 from common.paths import candidate_paths, sample_paths
+from common.sources import load_data
 
 SCRIPT = Path(cifar100.__file__)
 SMALL = ["--dataset", "synthetic", "--subset", "120", "--test-subset", "60", "--batch-size", "32", "--device", "cpu"]
@@ -338,6 +339,12 @@ def test_a_diverging_run_keeps_the_last_good_epoch(tmp_path, capsys, monkeypatch
         (["--student", "resnet8", "--teacher", "resnet14", "--temperature", 0], "--temperature 0"),
         (["--student", "resnet8", "--teacher", "resnet14", "--teacher-ckpt", "missing.pth"], "missing.pth"),
         (["--student", "resnet8", "--method", "kd"], "--teacher"),
+        (["--student", "resnet8", "--teacher", ""], "--teacher is empty"),
+        (["--student", "resnet8", "--out", "x" * 300], "x" * 300),
+        (["--student", "resnet8", "--device", "meta"], "meta"),
+        (["--student", "resnet8", "--seed", 10**20], "--seed 1"),
+        (["--student", "resnet8", "--teacher", "vgg8", "--method", "kd", "--w-task", 0, "--w-kd", 0], "no term"),
+        ([*PAIR[:4], "--epochs", 1, "--out", "synthetic-subset120-resnet14-alone-1ep-seed1"], "choose another --out"),
         (["--student", "resnet8", "--lr", "inf"], "--lr inf"),
         (["--student", "resnet8", "--epochs", 0], "--epochs 0"),
         (["--student", "resnet8", "--subset", 10], "--subset 10"),
@@ -371,6 +378,16 @@ def test_resume_with_other_settings_names_the_first(tmp_path, capsys, main_job):
         message = call(capsys, *PAIR, *option, "--resume", "--out", run, code=2)
         assert f"{name} is {option[1]}" in message
     assert (run / "last.pt").read_bytes() == before
+
+
+def test_resumed_settings_are_compared_before_anything_else(tmp_path, capsys):
+    call(capsys, "--student", "resnet8", *SMALL, "--epochs", 1, "--out", tmp_path)
+    for options, name in (
+        (["--student", "resnet8", "--teacher", "resnet14"], "--teacher"),
+        (["--student", "vgg8"], "--student"),
+        (["--student", "resnet8", "--dataset", "cifar10"], "--dataset"),
+    ):
+        assert f"{name} is" in call(capsys, *options, "--resume", "--out", tmp_path, code=2)
 
 
 def test_a_last_pt_that_is_none_is_not_resumed(tmp_path, capsys):

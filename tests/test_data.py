@@ -12,9 +12,10 @@ from PIL import Image
 from torchvision import datasets, transforms
 from torchvision.transforms import functional
 
-from common import data as data_module
-from common.data import MEAN, PAD, STD, ImageSet, eval_batches, load_data, normalise, train_batches
+from common import sources
+from common.data import MEAN, PAD, STD, ImageSet, eval_batches, normalise, train_batches
 from common.errors import UserError
+from common.sources import load_data
 from common.synthetic import CLASSES, synthetic_images
 
 
@@ -113,8 +114,8 @@ def test_synthetic_is_a_fixed_set_whose_start_is_a_smaller_one():
 
 
 def test_synthetic_subsets_are_those_of_the_whole_set(monkeypatch):
-    monkeypatch.setattr(data_module, "SYNTHETIC_TRAIN", 200)
-    monkeypatch.setattr(data_module, "SYNTHETIC_TEST", 100)
+    monkeypatch.setattr(sources, "SYNTHETIC_TRAIN", 200)
+    monkeypatch.setattr(sources, "SYNTHETIC_TEST", 100)
     whole, part = load_data("synthetic", ""), load_data("synthetic", "", subset=50, test_subset=30)
     assert whole.classes == CLASSES
     assert (len(whole.train), len(whole.test), len(part.train), len(part.test)) == (200, 100, 50, 30)
@@ -127,8 +128,8 @@ def test_synthetic_subsets_are_those_of_the_whole_set(monkeypatch):
 
 @pytest.mark.parametrize("subset", [19, 201, 0, -5])
 def test_subsets_out_of_range(monkeypatch, subset):
-    monkeypatch.setattr(data_module, "SYNTHETIC_TRAIN", 200)
-    monkeypatch.setattr(data_module, "SYNTHETIC_TEST", 100)
+    monkeypatch.setattr(sources, "SYNTHETIC_TRAIN", 200)
+    monkeypatch.setattr(sources, "SYNTHETIC_TEST", 100)
     with pytest.raises(UserError, match=r"between 20 .* and 200"):
         load_data("synthetic", "", subset=subset)
 
@@ -163,6 +164,24 @@ def test_folder_converts_and_resizes(tmp_path):
     data = load_data("folder", tmp_path)
     assert data.train.images.shape == (6, 32, 32, 3)
     assert (data.train.images[0] == 200).all()
+
+
+def test_folder_scales_16_bit_gray_and_refuses_unknown_ranges(tmp_path):
+    write_folder(tmp_path)
+    ramp = np.linspace(0, 65535, 1024).astype(np.uint16).reshape(32, 32)
+    Image.fromarray(ramp).save(tmp_path / "train" / "cat" / "0.png")
+    assert np.array_equal(load_data("folder", tmp_path).train.images[0, :, :, 0].numpy(), ramp // 257)
+    Image.fromarray(np.zeros((32, 32), np.float32)).save(tmp_path / "train" / "cat" / "1.tif")
+    with pytest.raises(UserError, match=r"1\.tif"):
+        load_data("folder", tmp_path)
+
+
+def test_folder_leaves_hidden_things_out(tmp_path):
+    write_folder(tmp_path)
+    (tmp_path / "train" / ".cache").mkdir()
+    (tmp_path / "train" / "cat" / "._0.png").write_bytes(b"no picture")
+    data = load_data("folder", tmp_path)
+    assert (data.classes, len(data.train)) == (["cat", "dog"], 6)
 
 
 def test_folder_subset_is_spread_over_unequal_classes(tmp_path):

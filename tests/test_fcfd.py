@@ -116,6 +116,15 @@ def test_what_is_not_wanted_is_not_computed():
     assert (flow.s2t, flow.t2s, flow.mixed) == ({}, {}, {})
 
 
+@pytest.mark.parametrize(("teacher_name", "student_name"), [("vgg8", "resnet8"), ("resnet8", "vgg8")])
+def test_kd_alone_needs_no_corresponding_stages(teacher_name, student_name):
+    teacher, student = build(teacher_name, 10).eval(), build(student_name, 10).eval()
+    images, _ = batch()
+    flow = forward_paths(teacher, student, None, images, app=False)
+    torch.testing.assert_close(flow.teacher_logits, teacher(images))
+    torch.testing.assert_close(flow.student_logits, student(images))
+
+
 def test_the_last_position_matches_through_the_classifier_alone():
     teacher, student, bridges = pair(positions=[4])
     images, labels = batch()

@@ -1,0 +1,134 @@
+"""Where image sets come from: CIFAR, an image folder, or the made set; in host memory, as 32x32 RGB."""
+
+import hashlib
+import http.client
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image
+from torchvision import datasets
+
+from .data import SIZE, Data, ImageSet
+from .errors import UserError
+from .synthetic import CLASSES, synthetic_images
+
+SYNTHETIC_TRAIN, SYNTHETIC_TEST = 5000, 2000  # images
+
+
+def load_data(name: str, directory: str | Path, subset: int | None = None, test_subset: int | None = None) -> Data:
+    """Load "cifar100", "cifar10", "folder" or "synthetic" into host memory.
+
+    Args:
+        directory: where torchvision keeps or puts CIFAR; for "folder", what holds train/ and test/ or val/.
+        subset, test_subset: how many images of a split to keep, spread evenly over the classes.
+
+    Raises:
+        UserError: what is wrong with the directory or the numbers.
+    """
+    if name == "folder":
+        train, test, classes = _folder(Path(directory))
+    elif name == "synthetic":
+        # Only as many as are wanted are drawn: the first ones are spread over the classes as `_spread` does it.
+        sizes = ((subset, SYNTHETIC_TRAIN), (test_subset, SYNTHETIC_TEST))
+        train, test = (
+            synthetic_images(n if n and len(CLASSES) <= n <= most else most, split)
+            for split, (n, most) in zip(("train", "test"), sizes, strict=True)
+        )
+        classes = CLASSES
+    else:
+        train, test, classes = _cifar(name, Path(directory))
+    train = _spread(*train, subset, len(classes), "subset")
+    test = _spread(*test, test_subset, len(classes), "test-subset")
+    digest = hashlib.sha256("\n".join(classes).encode(errors="surrogateescape"))
+    for array in train:
+        digest.update(np.ascontiguousarray(array))
+    splits = [ImageSet(*map(torch.from_numpy, split)) for split in (train, test)]
+    return Data(*splits, classes=list(classes), fingerprint=digest.hexdigest())
+
+
+def _cifar(name: str, directory: Path):
+    cls = {"cifar100": datasets.CIFAR100, "cifar10": datasets.CIFAR10}[name]
+    try:
+        # The files are checked against their published MD5 before they are read.
+        splits = [cls(directory, train=train, download=True) for train in (True, False)]
+    except (OSError, RuntimeError, http.client.HTTPException) as error:
+        raise UserError(
+            f"{name} is not in {directory}, or is damaged, and could not be downloaded ({error}): check the network, "
+            f"or put {cls.filename} there (--data-dir), or try --dataset synthetic"
+        ) from error
+    return *((s.data, np.array(s.targets, np.int64)) for s in splits), splits[0].classes
+
+
+class _Folder(datasets.ImageFolder):
+    """torchvision's ImageFolder without hidden files and folders, which tools leave among the images."""
+
+    def __init__(self, root: Path):
+        super().__init__(root, is_valid_file=self.is_image)
+
+    @staticmethod
+    def is_image(path: str) -> bool:
+        return not Path(path).name.startswith(".") and path.lower().endswith(datasets.folder.IMG_EXTENSIONS)
+
+    def find_classes(self, directory: str) -> tuple[list[str], dict[str, int]]:
+        classes = sorted(p.name for p in Path(directory).iterdir() if p.is_dir() and not p.name.startswith("."))
+        if not classes:
+            raise FileNotFoundError(f"no class folder in {directory}")
+        return classes, {name: i for i, name in enumerate(classes)}
+
+
+def _folder(directory: Path):
+    """An image folder: train/<class>/* and test/<class>/* or val/<class>/*, resized to 32x32 where needed."""
+    splits = []
+    for names in (("train",), ("test", "val")):
+        split = next((directory / name for name in names if (directory / name).is_dir()), directory / names[0])
+        try:
+            splits.append(_Folder(split))
+        except OSError as error:
+            text = str(error).splitlines()[0]
+            raise UserError(
+                f"{split} is no image folder ({text}): --data-dir needs train/ and test/ or val/"
+            ) from error
+    train, test = splits
+    if train.classes != test.classes:
+        odd = sorted(set(train.classes) ^ set(test.classes))[0]
+        raise UserError(f"{directory}: train and test must have the same classes, but {odd!r} is only in one of them")
+    return *(_read_all(split.samples) for split in splits), train.classes
+
+
+def _read_all(samples: list[tuple[str, int]]) -> tuple[np.ndarray, np.ndarray]:
+    paths, labels = zip(*samples, strict=True)
+    with ThreadPoolExecutor() as pool:
+        images = list(pool.map(_read, paths))
+    return np.stack(images), np.array(labels, np.int64)
+
+
+def _read(path: str) -> np.ndarray:
+    try:
+        image = Image.open(path)
+        if image.mode.startswith("I;16"):  # 16 bits of gray, which PIL would cut off at 255
+            image = Image.fromarray((np.asarray(image) // 257).astype(np.uint8))
+        if image.mode in ("I", "F"):
+            raise ValueError("its pixels are 32-bit numbers of unknown range")
+        image = image.convert("RGB")
+    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
+        raise UserError(f"cannot read the image {path} ({error}): remove or replace it") from error
+    if image.size != (SIZE, SIZE):
+        image = image.resize((SIZE, SIZE), Image.Resampling.BILINEAR)
+    return np.asarray(image)
+
+
+def _spread(images, labels, count: int | None, num_classes: int, option: str):
+    """The first images of every class, `count` in all, as evenly as it goes, in their order."""
+    if count is None:
+        return images, labels
+    if not num_classes <= count <= len(labels):
+        raise UserError(
+            f"--{option} {count} must lie between {num_classes} (the classes) and {len(labels)} (the images)"
+        )
+    by_rank = np.empty(len(labels), np.int64)  # the how-maniest image of its class each one is
+    for c in range(num_classes):
+        by_rank[labels == c] = np.arange((labels == c).sum())
+    keep = np.sort(np.lexsort((labels, by_rank))[:count])
+    return images[keep], labels[keep]
