@@ -112,7 +112,6 @@ def settle(given: dict, stored: dict) -> Namespace:
         if getattr(c, key) is None:
             setattr(c, key, value)
     c.amp = c.amp or ("fp16" if c.device.startswith("cuda") else "off")
-
     check_ranges(c)
     return c
 
@@ -330,7 +329,8 @@ def run(given: dict, resume: bool, deadline: float, data: Data | None = None) ->
     out = Path(c.out or f"runs/{run_name(c)}")
     if resume and c.teacher and not (out / "last.pt").exists():
         # If it was the teacher's training that was interrupted, that goes on by itself.
-        resume = not any(map(run_folder.is_unfinished, out.parent.glob(f"{teacher_name(c)}*")))
+        folders = [out.parent / teacher_name(c), *out.parent.glob(f"{teacher_name(c)}-*")]
+        resume = not any(map(run_folder.is_unfinished, folders))
     state = run_folder.open_run(out, resume)
     stored = state["config"] if state else {}
     c = settle(given | {"out": str(out)}, stored)

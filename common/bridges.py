@@ -1,4 +1,4 @@
-"""The transforms between the feature spaces of student and teacher, B_st^k and B_ts^k (Sec. 2.2).
+"""The transforms between the feature spaces of student and teacher, B_st^k and B_ts^k (Sec. 2).
 
 A bridge is one convolution and one BatchNorm; a leaky ReLU follows where the target feature is post-ReLU.
 """

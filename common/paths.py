@@ -1,4 +1,4 @@
-"""The candidate mixed paths <k, delta> and how a step's set S is drawn from them (Sec. 2.3)."""
+"""The candidate mixed paths <k, delta> and how a step's set S is drawn from them (Sec. 2)."""
 
 from collections.abc import Iterable
 from typing import NamedTuple

@@ -184,8 +184,8 @@ def find_network(parent: Path, network: str, fingerprint: str, epochs: int) -> P
 
 def is_unfinished(folder: Path) -> bool:
     """Whether a run in `folder` stopped before its last epoch."""
-    result = _read(folder / "result.json") or {}
-    return (folder / "last.pt").exists() and result.get("epoch") != result.get("epochs")
+    result = _read(folder / "result.json")  # missing where the run was killed between last.pt and the rest
+    return (folder / "last.pt").exists() and (result is None or result.get("epoch") != result.get("epochs"))
 
 
 def read_config(folder: Path) -> dict | None:

@@ -282,6 +282,9 @@ def test_max_minutes_stops_teacher_and_student_resumably(tmp_path, capsys):
     call(capsys, *whole, tmp_path / "one" / "whole")
     options = [*whole, tmp_path / "two" / "part", "--max-minutes", 1e-9]
     assert "stopped after 1 of 2 epochs" in call(capsys, *options)
+    other_seed = [*options, "--resume", "--out", tmp_path / "two" / "seed", "--seed", 10]
+    assert "nothing to resume" in call(capsys, *other_seed, code=2)  # the interrupted teacher is of seed 1
+    (tmp_path / "two" / "synthetic-subset120-resnet14-alone-2ep-seed1" / "result.json").unlink()  # as after a kill
     assert "teacher: training" in call(capsys, *options, "--resume")  # its last epoch, then the student's first
     typo = [*PAIR, "--epochs", 2, "--resume", "--out", tmp_path / "two" / "typo"]
     assert "nothing to resume" in call(capsys, *typo, code=2)  # now that the teacher is done
@@ -345,6 +348,7 @@ def test_a_diverging_run_keeps_the_last_good_epoch(tmp_path, capsys, monkeypatch
         (["--student", "resnet8", "--seed", 10**20], "--seed 1"),
         (["--student", "resnet8", "--teacher", "vgg8", "--method", "kd", "--w-task", 0, "--w-kd", 0], "no term"),
         ([*PAIR[:4], "--epochs", 1, "--out", "synthetic-subset120-resnet14-alone-1ep-seed1"], "choose another --out"),
+        ([*PAIR[:4], "--positions", 4, "--w-func-kl", 0, "--w-func-prime", 0, "--num-paths", 1], "0 candidates"),
         (["--student", "resnet8", "--lr", "inf"], "--lr inf"),
         (["--student", "resnet8", "--epochs", 0], "--epochs 0"),
         (["--student", "resnet8", "--subset", 10], "--subset 10"),

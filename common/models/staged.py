@@ -1,4 +1,4 @@
-"""The interface through which FCFD sees a network: N stages and a classifier (Sec. 2.1)."""
+"""The interface through which FCFD sees a network: N stages and a classifier (Sec. 2)."""
 
 from abc import ABC, abstractmethod
 
