@@ -19,7 +19,7 @@ import torch.nn.functional as F
 import yaml
 from tqdm import tqdm
 
-from common import run_folder
+from common import earlier_runs, run_folder
 from common.bridges import Bridges, build_bridges
 from common.checkpoint import load_network
 from common.data import SIZE, Data, eval_batches, train_batches
@@ -83,6 +83,10 @@ def settle(given: dict, stored: dict) -> Namespace:
     for name in filter(None, (c.student, c.teacher)):
         check_name(name)
     lr = SETTINGS["lr"].get(c.student, SETTINGS["lr"]["other"])
+    if "teacher_ckpt" in given and "teacher_epochs" in given:
+        raise UserError(
+            "--teacher-epochs is of a teacher that is trained first, not of --teacher-ckpt: give one of them"
+        )
     if c.teacher:
         pair = SETTINGS["pairs"].get(f"{c.teacher}-{c.student}", SETTINGS["other"] | {"lr": lr})
         weights = {"task": 1, "kd": 1, "app": pair["w_l2"], "func_l2": pair["w_l2"]}
@@ -90,16 +94,8 @@ def settle(given: dict, stored: dict) -> Namespace:
         c.method = c.method or SETTINGS["defaults"]["method"]
         chosen = METHODS[c.method]
     else:
-        distillation = (
-            "method",
-            "teacher_ckpt",
-            "teacher_epochs",
-            "teacher_bn",
-            "temperature",
-            "num_paths",
-            "positions",
-        )
-        if misplaced := [key for key in (*distillation, *(f"w_{term}" for term in TERMS)) if key in given]:
+        options = ["method", "teacher_ckpt", "teacher_epochs", "teacher_bn", "temperature", "num_paths", "positions"]
+        if misplaced := [key for key in (*options, *(f"w_{term}" for term in TERMS)) if key in given]:
             raise UserError(f"--{misplaced[0].replace('_', '-')} is about distillation: name the --teacher too")
         c.method, c.teacher_bn, pair = None, None, {"lr": lr, "temperature": None}
         weights, chosen = {"task": 1}, ("task",)
@@ -180,7 +176,7 @@ def teacher_name(c: Namespace) -> str:
 def train_teacher(c: Namespace, data: Data, deadline: float) -> Path | None:
     """Train the teacher alone by the published schedule, or go on where that stopped; None if time ran out."""
     folder = Path(c.out).parent / teacher_name(c)
-    if (config := run_folder.read_config(folder)) and config.get("fingerprint") != c.fingerprint:
+    if (config := earlier_runs.read_config(folder)) and config.get("fingerprint") != c.fingerprint:
         folder = folder.with_name(f"{folder.name}-{c.fingerprint[:8]}")  # the same name, but other data
     if folder.resolve() == Path(c.out).resolve():
         raise UserError(f"{folder} is where the teacher is trained first: choose another --out")
@@ -330,45 +326,44 @@ def run(given: dict, resume: bool, deadline: float, data: Data | None = None) ->
     if resume and c.teacher and not (out / "last.pt").exists():
         # If it was the teacher's training that was interrupted, that goes on by itself.
         folders = [out.parent / teacher_name(c), *out.parent.glob(f"{teacher_name(c)}-*")]
-        resume = not any(map(run_folder.is_unfinished, folders))
-    state = run_folder.open_run(out, resume)
-    stored = state["config"] if state else {}
-    c = settle(given | {"out": str(out)}, stored)
-    run_folder.check_settings(stored, vars(c))
-    device = open_device(c.device)
-    if data is None:
-        data = load_data(c.dataset, c.data_dir, c.subset, c.test_subset)
-        data.train, data.test = data.train.to(device), data.test.to(device)
-    if c.batch_size > len(data.train):
-        raise UserError(f"--batch-size {c.batch_size}: there are only {len(data.train)} training images")
-    c.fingerprint = data.fingerprint
-    student, teacher, bridges, candidates = build_networks(c, len(data.classes))
+        resume = not any(map(earlier_runs.is_unfinished, folders))
+    with run_folder.open_run(out, resume) as state:
+        stored = state["config"] if state else {}
+        c = settle(given | {"out": str(out)}, stored)
+        run_folder.check_settings(stored, vars(c))
+        device = open_device(c.device)
+        if data is None:
+            data = load_data(c.dataset, c.data_dir, c.subset, c.test_subset)
+            data.train, data.test = data.train.to(device), data.test.to(device)
+        if c.batch_size > len(data.train):
+            raise UserError(f"--batch-size {c.batch_size}: there are only {len(data.train)} training images")
+        c.fingerprint = data.fingerprint
+        student, teacher, bridges, candidates = build_networks(c, len(data.classes))
 
-    task = f"{c.student} from {c.teacher} by {c.method}" if c.teacher else f"{c.student} alone"
-    size = f"{len(data.train)} training and {len(data.test)} test images in {len(data.classes)} classes"
-    print(f"{task}, {c.epochs} epochs on {c.dataset}: {size}; {c.device}, amp {c.amp}; {c.out}")
-    if c.teacher and f"{c.teacher}-{c.student}" not in SETTINGS["pairs"]:
-        print(f"{c.teacher}-{c.student} is no published pair: settings not given are those of most pairs")
-    if c.teacher:
-        weights = ", ".join(f"{term} {getattr(c, f'w_{term}'):g}" for term in TERMS)
-        print(
-            f"lr {c.lr:g}, temperature {c.temperature:g}, weights: {weights}; {c.num_paths} of {len(candidates)} paths"
-        )
-    run_folder.check_settings(stored, vars(c))  # now with what follows from data and networks
-    if state:
-        state["config"] = vars(c)
-    elif teacher:
-        if c.teacher_ckpt:
-            print(f"teacher: {c.teacher_ckpt}, as told")
-        elif found := run_folder.find_network(Path(c.out).parent, c.teacher, c.fingerprint, c.teacher_epochs):
-            print(f"teacher: {found}, from an earlier run")
-            c.teacher_ckpt = str(found)
-        elif trained := train_teacher(c, data, deadline):
-            c.teacher_ckpt = str(trained)
-        else:
-            return False
-        load_network(teacher, c.teacher_ckpt, c.teacher)
-    return train(c, data, student, teacher, bridges, candidates, state, deadline)
+        task = f"{c.student} from {c.teacher} by {c.method}" if c.teacher else f"{c.student} alone"
+        size = f"{len(data.train)} training and {len(data.test)} test images in {len(data.classes)} classes"
+        print(f"{task}, {c.epochs} epochs on {c.dataset}: {size}; {c.device}, amp {c.amp}; {c.out}")
+        if c.teacher and f"{c.teacher}-{c.student}" not in SETTINGS["pairs"]:
+            print(f"{c.teacher}-{c.student} is no published pair: settings not given are those of most pairs")
+        if c.teacher:
+            weights = ", ".join(f"{term} {getattr(c, f'w_{term}'):g}" for term in TERMS)
+            paths = f"{c.num_paths} of {len(candidates)} paths"
+            print(f"lr {c.lr:g}, temperature {c.temperature:g}, weights: {weights}; {paths}")
+        run_folder.check_settings(stored, vars(c))  # now with what follows from data and networks
+        if state:
+            state["config"] = vars(c)
+        elif teacher:
+            if c.teacher_ckpt:
+                print(f"teacher: {c.teacher_ckpt}, as told")
+            elif found := earlier_runs.find_network(Path(c.out).parent, c.teacher, c.fingerprint, c.teacher_epochs):
+                print(f"teacher: {found}, from an earlier run")
+                c.teacher_ckpt = str(found)
+            elif trained := train_teacher(c, data, deadline):
+                c.teacher_ckpt = str(trained)
+            else:
+                return False
+            load_network(teacher, c.teacher_ckpt, c.teacher)
+        return train(c, data, student, teacher, bridges, candidates, state, deadline)
 
 
 def evaluate_checkpoint(given: dict) -> None:

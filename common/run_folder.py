@@ -5,12 +5,15 @@ log.csv         a row an epoch                   last.pt, best.pt               
 result.json     best and last accuracy
 """
 
+import contextlib
 import csv
 import io
 import json
+import os
 import shutil
 import subprocess
 import tempfile
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -20,28 +23,74 @@ import yaml
 from .checkpoint import load, save, write_atomically
 from .errors import UserError
 
+try:
+    import fcntl
+except ImportError:  # Windows
+    fcntl = None
+
 MAY_CHANGE = ("device", "data_dir", "out", "max_minutes")  # between a run and its resumption
 
 
-def open_run(out: Path, resume: bool) -> dict[str, Any] | None:
-    """Make the folder if need be and return the state to resume from, None for a fresh run.
+@contextlib.contextmanager
+def open_run(out: Path, resume: bool) -> Iterator[dict[str, Any] | None]:
+    """Make the folder if need be and keep it to this process; gives the state to resume from, None for a fresh run.
+
+    A folder that was made here and into which nothing was saved is removed again at the end.
 
     Raises:
-        UserError: it holds a run and `resume` is off; it holds none and `resume` is on; it cannot be made.
+        UserError: it holds a run and `resume` is off; it holds none and `resume` is on; another process is at work
+            in it; it cannot be made, or written into.
     """
     last = out / "last.pt"
-    if last.exists() and not resume:
-        raise UserError(f"{out} holds a run already: go on with --resume, or choose another --out")
     if resume and not last.exists():
         raise UserError(f"there is nothing to resume in {out}: start without --resume")
+    made = not out.exists()
     try:
         out.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryFile(dir=out):
             pass
     except OSError as error:
         raise UserError(f"cannot write into the folder {out} ({error}): choose another --out") from error
-    if not resume:
-        return None
+    try:
+        with locked(out):
+            if last.exists() and not resume:
+                raise UserError(f"{out} holds a run already: go on with --resume, or choose another --out")
+            yield _read_state(last) if resume else None
+    finally:
+        if made:
+            with contextlib.suppress(OSError):  # it is not empty
+                out.rmdir()
+
+
+@contextlib.contextmanager
+def locked(folder: Path) -> Iterator[None]:
+    """Keep other processes out of `folder` until the end of the context, or of this process, however that ends.
+
+    The lock is on the folder itself, so no file is left behind. On Windows, and on file systems without such locks,
+    there is none.
+
+    Raises:
+        UserError: another process has it.
+    """
+    if fcntl is None:
+        yield
+        return
+    handle = os.open(folder, os.O_RDONLY)
+    try:
+        try:
+            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            raise UserError(
+                f"another process is at work in {folder}: wait until it has ended, or choose another --out"
+            ) from error
+        except OSError:
+            pass
+        yield
+    finally:
+        os.close(handle)
+
+
+def _read_state(last: Path) -> dict[str, Any]:
     state = load(last)
     if not isinstance(state, dict) or not {"config", "epoch", "log", "best", "student"} <= state.keys():
         raise UserError(f"{last} is not what a run leaves: choose another --out")
@@ -157,48 +206,6 @@ def report(state: dict[str, Any]) -> None:
         print(f"{name:8} {accuracy['top1']:.2f} % top-1, {accuracy['top5']:.2f} % top-5 on the test set, {when}")
     print(f"time     {result['seconds'] / 60:.1f} minutes on {result['device']}")
     print(f"{config['student']} lies in {config['out']}/student.pth (last) and student_best.pth", flush=True)
-
-
-def find_network(parent: Path, network: str, fingerprint: str, epochs: int) -> Path | None:
-    """The student.pth of a finished run of `network` alone in a folder of `parent`, on the same data and as long.
-
-    Prints why a run of that network does not serve.
-    """
-    for folder in sorted(path.parent for path in parent.glob("*/config.yaml")):
-        config, result = read_config(folder), _read(folder / "result.json")
-        if not config or not result or config.get("teacher") or config.get("student") != network:
-            continue
-        if config.get("fingerprint") != fingerprint:
-            reason = "it saw other data"
-        elif config.get("epochs") != epochs:
-            reason = f"it was trained for {config.get('epochs')} epochs, not {epochs}"
-        elif result.get("epoch") != epochs:
-            reason = f"it stopped after {result.get('epoch')} of {epochs} epochs"
-        elif not (folder / "student.pth").exists():
-            reason = "its student.pth is missing"
-        else:
-            return folder / "student.pth"
-        print(f"teacher: not the one in {folder}: {reason}")
-    return None
-
-
-def is_unfinished(folder: Path) -> bool:
-    """Whether a run in `folder` stopped before its last epoch."""
-    result = _read(folder / "result.json")  # missing where the run was killed between last.pt and the rest
-    return (folder / "last.pt").exists() and (result is None or result.get("epoch") != result.get("epochs"))
-
-
-def read_config(folder: Path) -> dict | None:
-    """The config.yaml of a run, None where there is none that can be read."""
-    return _read(folder / "config.yaml")
-
-
-def _read(path: Path) -> dict | None:
-    try:
-        content = yaml.safe_load(path.read_text())  # JSON is YAML too
-    except (OSError, ValueError, RecursionError, yaml.YAMLError):
-        return None
-    return content if isinstance(content, dict) else None
 
 
 def _write_text(path: Path, text: str) -> None:

@@ -2,6 +2,7 @@
 
 import hashlib
 import http.client
+import warnings
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -99,7 +100,8 @@ def _folder(directory: Path):
 
 def _read_all(samples: list[tuple[str, int]]) -> tuple[np.ndarray, np.ndarray]:
     paths, labels = zip(*samples, strict=True)
-    with ThreadPoolExecutor() as pool:
+    with warnings.catch_warnings(), ThreadPoolExecutor() as pool:
+        warnings.simplefilter("ignore")  # PIL's, on odd but readable files
         images = list(pool.map(_read, paths))
     return np.stack(images), np.array(labels, np.int64)
 

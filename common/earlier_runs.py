@@ -1,0 +1,52 @@
+"""What the folders of earlier runs tell: whether a teacher is there already, and how far it came."""
+
+from pathlib import Path
+
+import yaml
+
+
+def find_network(parent: Path, network: str, fingerprint: str, epochs: int) -> Path | None:
+    """The student.pth of a finished run of `network` alone in a folder of `parent`, on the same data and as long.
+
+    Prints why a run of that network does not serve.
+    """
+    for folder in sorted(path.parent for path in parent.glob("*/config.yaml")):
+        config, result = read_config(folder), read_result(folder)
+        if not config or not result or config.get("teacher") or config.get("student") != network:
+            continue
+        if config.get("fingerprint") != fingerprint:
+            reason = "it saw other data"
+        elif config.get("epochs") != epochs:
+            reason = f"it was trained for {config.get('epochs')} epochs, not {epochs}"
+        elif result.get("epoch") != epochs:
+            reason = f"it stopped after {result.get('epoch')} of {epochs} epochs"
+        elif not (folder / "student.pth").exists():
+            reason = "its student.pth is missing"
+        else:
+            return folder / "student.pth"
+        print(f"teacher: not the one in {folder}: {reason}")
+    return None
+
+
+def is_unfinished(folder: Path) -> bool:
+    """Whether a run in `folder` stopped before its last epoch."""
+    result = read_result(folder)  # missing where the run was killed between last.pt and the rest
+    return (folder / "last.pt").exists() and (result is None or result.get("epoch") != result.get("epochs"))
+
+
+def read_config(folder: Path) -> dict | None:
+    """The config.yaml of a run, None where there is none that can be read."""
+    return _read(folder / "config.yaml")
+
+
+def read_result(folder: Path) -> dict | None:
+    """The result.json of a run, None where there is none that can be read."""
+    return _read(folder / "result.json")
+
+
+def _read(path: Path) -> dict | None:
+    try:
+        content = yaml.safe_load(path.read_text())  # JSON is YAML too
+    except (OSError, ValueError, RecursionError, yaml.YAMLError):
+        return None
+    return content if isinstance(content, dict) else None
