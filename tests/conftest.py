@@ -2,6 +2,9 @@ from pathlib import Path
 
 import pytest
 import torch
+from running import SMALL
+
+import cifar100
 
 DATA = Path(__file__).parent / "data"
 
@@ -16,3 +19,11 @@ def pytest_collection_modifyitems(items):
 def parity():
     """One batch, two networks, their bridges, and what a step of the method as first published gives."""
     return torch.load(DATA / "parity_resnet14_resnet8.pt", weights_only=True)
+
+
+@pytest.fixture(scope="session")
+def teacher(tmp_path_factory):
+    """A resnet14 trained alone, two epochs, by the script."""
+    folder = tmp_path_factory.mktemp("teacher") / "alone"
+    assert cifar100.main(["--student", "resnet14", *SMALL, "--epochs", "2", "--out", str(folder)]) == 0
+    return folder

@@ -1,20 +1,15 @@
 """cifar100.py as a user runs it."""
 
-import csv
 import json
-import os
 import re
-import signal
-import subprocess
-import sys
 from argparse import Namespace
-from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 import yaml
 from PIL import Image
+from running import PAIR, SMALL, assert_bit_for_bit, call, read_log, script
 
 import cifar100
 from common.bridges import build_bridges
@@ -25,53 +20,11 @@ from common.multipath_bn import track_paths
 from common.paths import candidate_paths, sample_paths
 from common.sources import load_data
 
-SCRIPT = Path(cifar100.__file__)
-SMALL = ["--dataset", "synthetic", "--subset", "120", "--test-subset", "60", "--batch-size", "32", "--device", "cpu"]
-PAIR = ["--teacher", "resnet14", "--student", "resnet8", *SMALL]
 METHODS = {
     "kd": {"task", "kd"},
     "app": {"task", "kd", "app"},
     "fcfd": {"task", "kd", "app", "func_l2", "func_kl", "func_prime"},
 }
-
-
-def script(cwd, *args, code=0):
-    """Run the script in a process of its own, in the folder `cwd`; its output."""
-    command = [sys.executable, str(SCRIPT), *map(str, args)]
-    done = subprocess.run(command, cwd=cwd, capture_output=True, text=True, timeout=300)
-    assert done.returncode == code, done.stderr
-    return done.stdout if code == 0 else done.stderr
-
-
-def call(capsys, *args, code=0):
-    """The same in this process, which is quicker."""
-    assert cifar100.main([str(a) for a in args]) == code
-    output = capsys.readouterr()
-    return output.out if code == 0 else output.err
-
-
-def tensors(value, path=""):
-    """Every tensor in a nested state, by its place."""
-    if torch.is_tensor(value):
-        return {path: value}
-    items = value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, list) else ()
-    return {k: v for key, child in items for k, v in tensors(child, f"{path}/{key}").items()}
-
-
-def assert_bit_for_bit(a, b):
-    a, b = (tensors(torch.load(Path(folder) / "last.pt", weights_only=True)) for folder in (a, b))
-    assert a.keys() == b.keys()
-    assert len(a) > 100
-    different = [key for key in a if not torch.equal(a[key], b[key])]
-    assert not different
-
-
-@pytest.fixture(scope="module")
-def teacher(tmp_path_factory):
-    """A teacher trained alone, two epochs, by the script."""
-    folder = tmp_path_factory.mktemp("teacher")
-    assert cifar100.main(["--student", "resnet14", *SMALL, "--epochs", "2", "--out", str(folder / "alone")]) == 0
-    return folder / "alone"
 
 
 @pytest.fixture(scope="module")
@@ -106,7 +59,7 @@ def test_main_job_leaves_its_files(main_job):
     folder = main_job[0] / "runs" / "synthetic-subset120-resnet14-resnet8-fcfd-2ep-seed1"
     names = ["best.pt", "config.yaml", "last.pt", "log.csv", "result.json", "student.pth", "student_best.pth"]
     assert sorted(path.name for path in folder.iterdir()) == names
-    rows = list(csv.DictReader((folder / "log.csv").open()))
+    rows = read_log(folder)
     result, config = (
         json.loads((folder / "result.json").read_text()),
         yaml.safe_load((folder / "config.yaml").read_text()),
@@ -152,7 +105,7 @@ def test_evaluate_reproduces_the_accuracy_of_a_run(main_job):
 @pytest.mark.parametrize("method", ["kd", "app"])
 def test_methods_compute_their_terms_alone(tmp_path, capsys, teacher, method):
     call(capsys, *PAIR, "--method", method, "--epochs", 1, "--teacher-ckpt", teacher / "student.pth", "--out", tmp_path)
-    row = next(csv.DictReader((tmp_path / "log.csv").open()))
+    row = read_log(tmp_path)[0]
     assert {term for term in METHODS["fcfd"] if row[term]} == METHODS[method]
     state = torch.load(tmp_path / "last.pt", weights_only=True)
     assert ("bridges" in state) == (method == "app")
@@ -171,7 +124,7 @@ def test_methods_compute_their_terms_alone(tmp_path, capsys, teacher, method):
 )
 def test_settings(tmp_path, capsys, teacher, options, terms, t2s):
     call(capsys, *PAIR, *options, "--epochs", 1, "--teacher-ckpt", teacher / "student.pth", "--out", tmp_path)
-    row = next(csv.DictReader((tmp_path / "log.csv").open()))
+    row = read_log(tmp_path)[0]
     assert {term for term in METHODS["fcfd"] if row[term]} == terms
     assert all(np.isfinite(float(row[term])) for term in terms)
     bridges = torch.load(tmp_path / "last.pt", weights_only=True)["bridges"]
@@ -230,7 +183,7 @@ def test_two_epochs_written_out(tmp_path, capsys, teacher, teacher_bn):
                     velocity[p] = 0.9 * velocity.get(p, 0) + g
                     p.data -= 0.002 * (g + 0.9 * velocity[p])
 
-    rows = list(csv.DictReader((tmp_path / "log.csv").open()))
+    rows = read_log(tmp_path)
     assert [float(row["loss"]) for row in rows] == pytest.approx([sum(losses[:2]) / 2, sum(losses[2:]) / 2], rel=1e-4)
     state = torch.load(tmp_path / "last.pt", weights_only=True)
     for name, p in student.named_parameters():
@@ -243,26 +196,6 @@ def test_two_epochs_written_out(tmp_path, capsys, teacher, teacher_bn):
             torch.testing.assert_close(state["teacher"][name], value, rtol=1e-2, atol=1e-4)
             if ".path" not in name:  # by the batch the teacher's own statistics move, else they stay
                 assert torch.equal(value, weights_t[name]) == (teacher_bn == "running")
-
-
-def test_killed_and_resumed_is_bit_for_bit_the_unbroken_run(tmp_path, teacher):
-    options = [*PAIR, "--epochs", 3, "--teacher-ckpt", teacher / "student.pth"]
-    script(tmp_path, *options, "--out", "whole")
-    command = [sys.executable, SCRIPT, *options, "--out", "broken"]
-    process = subprocess.Popen([str(word) for word in command], cwd=tmp_path, stdout=subprocess.PIPE, text=True)
-    for line in process.stdout:
-        if line.startswith("epoch   1/3"):
-            break
-    os.kill(process.pid, signal.SIGKILL)
-    process.wait()
-    assert torch.load(tmp_path / "broken" / "last.pt", weights_only=True)["epoch"] < 3
-    # What was not given is taken from the run.
-    printed = script(tmp_path, "--student", "resnet8", "--resume", "--out", "broken")
-    assert "epoch   1/3" not in printed
-    assert_bit_for_bit(tmp_path / "whole", tmp_path / "broken")
-    columns = ("epoch", "loss", "func_prime", "train_top1", "test_top1")
-    logs = [list(csv.DictReader((tmp_path / run / "log.csv").open())) for run in ("whole", "broken")]
-    assert [[row[c] for c in columns] for row in logs[0]] == [[row[c] for c in columns] for row in logs[1]]
 
 
 def test_files_are_written_again_from_last_pt(tmp_path, capsys):
@@ -341,6 +274,7 @@ def test_a_diverging_run_keeps_the_last_good_epoch(tmp_path, capsys, monkeypatch
         (["--student", "resnet8", "--teacher", "resnet14", "--w-app", "nan"], "--w-app nan"),
         (["--student", "resnet8", "--teacher", "resnet14", "--temperature", 0], "--temperature 0"),
         (["--student", "resnet8", "--teacher", "resnet14", "--teacher-ckpt", "missing.pth"], "missing.pth"),
+        ([*PAIR[:4], "--teacher-ckpt", "x.pth", "--teacher-epochs", 2], "give one of them"),
         (["--student", "resnet8", "--method", "kd"], "--teacher"),
         (["--student", "resnet8", "--teacher", ""], "--teacher is empty"),
         (["--student", "resnet8", "--out", "x" * 300], "x" * 300),
@@ -368,7 +302,7 @@ def test_wrong_input_is_one_line_and_exit_code_2(tmp_path, capsys, monkeypatch, 
     assert message.startswith("error: ")
     assert expected in message
     assert message.count("\n") == 1
-    assert not list(tmp_path.rglob("last.pt"))  # found out before anything was trained
+    assert not [path for path in tmp_path.rglob("*") if path.name != "runs"]  # nothing was trained, nothing is left
 
 
 def test_resume_with_other_settings_names_the_first(tmp_path, capsys, main_job):
@@ -462,7 +396,7 @@ def test_on_synthetic_resnet14_beats_resnet8_by_five_points(tmp_path, capsys):
 def test_main_job_on_a_gpu(tmp_path, capsys, options):
     small = [word if word != "cpu" else "cuda" for word in PAIR]
     call(capsys, *small, *options, "--epochs", 2, "--out", tmp_path / "x")
-    rows = list(csv.DictReader((tmp_path / "x" / "log.csv").open()))
+    rows = read_log(tmp_path / "x")
     assert all(
         np.isfinite(float(row[term])) and float(row["peak_memory_mb"]) > 0 for row in rows for term in METHODS["fcfd"]
     )

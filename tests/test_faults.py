@@ -1,0 +1,181 @@
+"""Runs that are killed, interrupted, short of disk space, or two at once: at most the epoch in progress is lost."""
+
+import contextlib
+import os
+import resource
+import signal
+import subprocess
+import sys
+
+import pytest
+import torch
+from running import PAIR, SCRIPT, SMALL, assert_bit_for_bit, call, read_log, script
+
+from common import checkpoint
+from common.errors import UserError
+from common.run_folder import open_run, publish, save_run
+
+CODES = {signal.SIGKILL: -9, signal.SIGINT: 130, signal.SIGTERM: 143}
+
+
+@pytest.fixture(scope="module")
+def options(teacher):
+    return [*PAIR, "--epochs", 3, "--teacher-ckpt", teacher / "student.pth"]
+
+
+@pytest.fixture(scope="module")
+def whole(options, tmp_path_factory):
+    """A run that nothing disturbed."""
+    folder = tmp_path_factory.mktemp("whole") / "run"
+    script(folder.parent, *options, "--out", folder)
+    return folder
+
+
+@contextlib.contextmanager
+def started(*options):
+    """The script in a process of its own, past its first epoch."""
+    command = [str(word) for word in (sys.executable, SCRIPT, *options)]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
+        try:
+            assert any(line.startswith("epoch   1/") for line in process.stdout)
+            yield process
+        finally:
+            process.kill()
+
+
+@pytest.mark.parametrize("sent", CODES)
+def test_ended_and_resumed_is_bit_for_bit_the_unbroken_run(tmp_path, options, whole, sent):
+    out = tmp_path / "broken"
+    with started(*options, "--out", out) as process:
+        process.send_signal(sent)
+        message = process.communicate(timeout=60)[1]
+        assert process.returncode == CODES[sent]
+    assert message.count("\n") == (sent != signal.SIGKILL)
+    assert torch.load(out / "last.pt", weights_only=True)["epoch"] < 3
+    # What was not given is taken from the run.
+    assert "epoch   1/3" not in script(tmp_path, "--student", "resnet8", "--resume", "--out", out)
+    assert_bit_for_bit(whole, out)
+    columns = ("epoch", "loss", "func_prime", "train_top1", "test_top1")
+    logs = [read_log(run) for run in (whole, out)]
+    assert [[row[c] for c in columns] for row in logs[0]] == [[row[c] for c in columns] for row in logs[1]]
+
+
+def test_a_second_process_is_refused(tmp_path, capsys):
+    alone = ["--student", "resnet8", *SMALL, "--epochs", 10**6, "--out", tmp_path / "run"]
+    with started(*alone):
+        for resume in ([], ["--resume"]):
+            assert "another process is at work" in call(capsys, *alone, *resume, code=2)
+    call(capsys, *alone, "--resume", "--max-minutes", 1e-9)  # the lock went with its process
+
+
+def test_a_second_process_that_needs_the_same_teacher_is_refused(tmp_path, capsys):
+    pair = [*PAIR, "--epochs", 10**6]
+    with started(*pair, "--out", tmp_path / "one"):  # its teacher's first epoch
+        message = call(capsys, *pair, "--out", tmp_path / "two", code=2)
+    assert "(the teacher in" in message
+    assert "another process is at work" in message
+    assert not (tmp_path / "two").exists()
+
+
+def test_a_disk_that_fills_while_saving(tmp_path, capsys, options, whole):
+    out = tmp_path / "run"
+
+    def call_with_small_disk(*more):
+        soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+        size = (whole / "last.pt").stat().st_size
+        resource.setrlimit(resource.RLIMIT_FSIZE, (size // 2, hard))
+        try:
+            return call(capsys, *options, *more, "--out", out, code=2)
+        finally:
+            resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+
+    message = call_with_small_disk()
+    assert message.startswith(f"error: cannot write {out / 'last.pt'} (")
+    assert message.count("\n") == 1
+    assert not out.exists()
+    call(capsys, *options, "--out", out, "--max-minutes", 1e-9)
+    before = {path.name: path.read_bytes() for path in out.iterdir()}
+    call_with_small_disk("--resume")
+    assert {path.name: path.read_bytes() for path in out.iterdir()} == before
+    call(capsys, *options, "--out", out, "--resume")
+    assert_bit_for_bit(whole, out)
+
+
+def state_after(epoch):
+    """What a run of two epochs hands to save_run; each epoch is the best so far."""
+    log = [{"epoch": e, "test_top1": 10.0 * e, "test_top5": 50.0, "seconds": 1.0} for e in range(1, epoch + 1)]
+    return {
+        "config": {"epochs": 2},
+        "epoch": epoch,
+        "log": log,
+        "best": {"epoch": epoch, "top1": 10.0 * epoch, "top5": 50.0},
+        "student": {"weight": torch.full((1000,), float(epoch))},
+        "teacher_accuracy": None,
+        "made_with": {},
+    }
+
+
+def test_killed_at_any_point_of_saving(tmp_path, monkeypatch):
+    """A child saves the second epoch and is killed at its n-th sync or rename, for every n there is."""
+    expected = tmp_path / "expected"
+    with open_run(expected, resume=False):
+        save_run(expected, state_after(2), state_after(2)["student"])
+    names = sorted(path.name for path in expected.iterdir())
+
+    for point in range(100):
+        out = tmp_path / str(point)
+        with open_run(out, resume=False):
+            save_run(out, state_after(1), state_after(1)["student"])
+        child = os.fork()
+        if child == 0:
+            die_at_call(point, monkeypatch)
+            save_run(out, state_after(2), state_after(2)["student"])
+            os._exit(0)
+        survived = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
+        for path in out.glob("*.pt*"):
+            if path.suffix != ".tmp":
+                torch.load(path, weights_only=True)  # whole
+        with open_run(out, resume=True) as state:
+            assert state["epoch"] in (1, 2)
+            publish(out, state, state["student"])
+            if state["epoch"] == 1:
+                save_run(out, state_after(2), state_after(2)["student"])
+        for name in names:
+            assert (out / name).read_bytes() == (expected / name).read_bytes(), (point, name)
+        if survived:
+            break
+    assert point == 2 * len(names)  # it was killed at each
+
+
+def die_at_call(point, monkeypatch):
+    calls = iter(range(100))
+
+    def dying(function):
+        def wrapper(*args):
+            if next(calls) == point:
+                os.kill(os.getpid(), signal.SIGKILL)
+            return function(*args)
+
+        return wrapper
+
+    for name in ("fsync", "replace"):
+        monkeypatch.setattr(checkpoint.os, name, dying(getattr(os, name)))
+
+
+def test_an_empty_folder_is_removed_only_where_it_was_made(tmp_path):
+    (tmp_path / "mine").mkdir()
+    for name in ("mine", "new"):
+        with pytest.raises(ZeroDivisionError), open_run(tmp_path / name, resume=False):
+            1 / 0  # noqa: B018
+    assert [path.name for path in tmp_path.iterdir()] == ["mine"]
+
+
+def test_a_folder_is_opened_once_at_a_time(tmp_path):
+    with (
+        open_run(tmp_path, resume=False),
+        pytest.raises(UserError, match="another process"),
+        open_run(tmp_path, resume=False),
+    ):
+        pass
+    with open_run(tmp_path, resume=False) as state:
+        assert state is None
