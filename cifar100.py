@@ -36,6 +36,8 @@ from common.sources import load_data
 
 SETTINGS = yaml.safe_load((Path(__file__).parent / "common" / "settings.yaml").read_text())
 METHODS = {"kd": ("task", "kd"), "app": ("task", "kd", "app"), "fcfd": TERMS}  # the terms that each one weighs
+DISTILLATION = ("method", "teacher_ckpt", "teacher_epochs", "teacher_bn", "temperature", "num_paths", "positions")
+DISTILLATION += tuple(f"w_{term}" for term in TERMS)  # the settings without a meaning for a network alone
 
 
 # --------------------------------------------------------------------------------------------------- settings
@@ -94,8 +96,7 @@ def settle(given: dict, stored: dict) -> Namespace:
         c.method = c.method or SETTINGS["defaults"]["method"]
         chosen = METHODS[c.method]
     else:
-        options = ["method", "teacher_ckpt", "teacher_epochs", "teacher_bn", "temperature", "num_paths", "positions"]
-        if misplaced := [key for key in (*options, *(f"w_{term}" for term in TERMS)) if key in given]:
+        if misplaced := [key for key in DISTILLATION if key in given]:
             raise UserError(f"--{misplaced[0].replace('_', '-')} is about distillation: name the --teacher too")
         c.method, c.teacher_bn, pair = None, None, {"lr": lr, "temperature": None}
         weights, chosen = {"task": 1}, ("task",)

@@ -1,0 +1,110 @@
+"""Learning curves from the log.csv of any runs.
+
+    python ablations/curves.py runs/A-seed1 runs/A-seed2 runs/B-seed1 --out curves.png
+
+A run is named by its folder. Runs whose names differ in the seed alone share a colour: their mean is drawn thick, each
+of them thin.
+"""
+
+import csv
+import re
+import statistics
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from common.errors import UserError, exit_code
+from common.settings import Parser
+
+LABELS = {"test_top1": "test accuracy, top-1 (%)", "train_top1": "training accuracy, top-1 (%)", "loss": "loss"}
+# Told apart by the colour-blind too (Okabe and Ito).
+COLOURS = ["#0072B2", "#E69F00", "#009E73", "#D55E00", "#CC79A7", "#56B4E9", "#000000"]
+STYLES = ["-", "--", ":", "-."]  # for more curves than colours
+
+
+def read_curve(run: Path, column: str) -> list[float]:
+    """A column of a run's log.csv, a value an epoch.
+
+    Raises:
+        UserError: there is no log, no such column in it, or something that is no number.
+    """
+    try:
+        with (run / "log.csv").open(newline="") as file:
+            rows = list(csv.DictReader(file))
+        return [float(row[column]) for row in rows]
+    except (OSError, UnicodeDecodeError, csv.Error) as error:
+        raise UserError(f"{run} is no run's folder ({error}): name folders that hold a log.csv") from error
+    except KeyError as error:
+        raise UserError(f"{run / 'log.csv'} has no column {column}: it has {', '.join(rows[0])}") from error
+    except (TypeError, ValueError) as error:
+        raise UserError(f"{run / 'log.csv'} has no numbers in its column {column}: choose another --columns") from error
+
+
+def group(runs: list[Path], column: str) -> dict[str, list[list[float]]]:
+    """The curves of runs that differ in the seed alone, by their common name."""
+    groups: dict[str, list[list[float]]] = {}
+    for run in runs:
+        groups.setdefault(re.sub(r"-seed\d+$", "", run.resolve().name), []).append(read_curve(run, column))
+    return groups
+
+
+def mean_curve(curves: list[list[float]]) -> list[float]:
+    """Their mean at every epoch that all of them have."""
+    return [statistics.mean(values) for values in zip(*curves, strict=False)]
+
+
+def draw(runs: list[Path], columns: list[str], out: Path) -> None:
+    """Write a picture with a panel for each column.
+
+    Raises:
+        UserError: matplotlib is missing; a run cannot be read; the picture cannot be written.
+    """
+    try:
+        import matplotlib
+
+        matplotlib.use("Agg")
+        from matplotlib import pyplot
+    except ImportError as error:
+        raise UserError("figures need matplotlib: pip install -r requirements-extra.txt") from error
+    groups = {column: group(runs, column) for column in columns}
+    figure, panels = pyplot.subplots(
+        1, len(columns), figsize=(6.4 * len(columns), 4.4), squeeze=False, layout="constrained"
+    )
+    for panel, column in zip(panels[0], columns, strict=True):
+        for i, (name, curves) in enumerate(groups[column].items()):
+            look = {"color": COLOURS[i % len(COLOURS)], "linestyle": STYLES[i // len(COLOURS) % len(STYLES)]}
+            for curve in curves if len(curves) > 1 else []:
+                panel.plot(range(1, len(curve) + 1), curve, linewidth=0.6, alpha=0.5, **look)
+            mean = mean_curve(curves)
+            count = f" (mean of {len(curves)})" if len(curves) > 1 else ""
+            panel.plot(range(1, len(mean) + 1), mean, linewidth=1.8, label=name + count, **look)
+        panel.set(xlabel="epoch", ylabel=LABELS.get(column, column))
+        panel.grid(alpha=0.3)
+        panel.spines[["top", "right"]].set_visible(False)
+    figure.legend(*panels[0][0].get_legend_handles_labels(), loc="outside upper center", frameon=False, ncols=2)
+    try:
+        out.parent.mkdir(parents=True, exist_ok=True)
+        figure.savefig(out, dpi=150)
+    except (OSError, ValueError) as error:
+        raise UserError(f"cannot write {out} ({error}): choose another --out, ending in .png, .svg or .pdf") from error
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Draw the curves; the exit code is that of `exit_code`."""
+
+    def script() -> None:
+        parser = Parser(__doc__)
+        parser.add_argument("runs", nargs="+", metavar="RUN", type=Path, help="folders that hold a log.csv")
+        parser.add_argument("--columns", nargs="+", metavar="NAME", help="of log.csv (default: test_top1)")
+        parser.add_argument("--out", metavar="FILE", help="default: results/curves/curves.png")
+        given = parser.given(argv)
+        out = Path(given.get("out", "results/curves/curves.png"))
+        draw(given["runs"], given.get("columns", ["test_top1"]), out)
+        print(f"written to {out}")
+
+    return exit_code(script)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
