@@ -4,9 +4,10 @@
     python ablations/compare.py --pairs resnet32x4-resnet8x4 --seeds 1 2 3 --jobs 4
     python ablations/compare.py --pairs resnet20-resnet8 --epochs 30 --dataset folder --data-dir DIR
 
-Every other option is one of cifar100.py and goes to its runs. A teacher is trained once, with the first of the seeds,
-and serves all its students. Runs that are finished are kept and those broken off are resumed: the same command goes on
-with what is left. In --out come to lie table.md, cells.csv with the numbers of every run, and a folder for each run.
+Every other option is one of cifar100.py and goes to those of its runs that have a use for it. A teacher is trained
+once, with the first of the seeds, and serves all its students. Runs that are finished are kept and those broken off are
+resumed: the same command goes on with what is left. In --out come to lie table.md, cells.csv with the numbers of every
+run, and a folder for each run.
 """
 
 import csv
@@ -26,10 +27,12 @@ import cifar100
 from ablations.cells import Cell, markdown, mean_and_deviation, run_cells
 from common.checkpoint import write_atomically
 from common.errors import UserError, exit_code
+from common.fcfd import TERMS
 from common.settings import Parser
 
 PUBLISHED = yaml.safe_load((Path(__file__).parent / "published.yaml").read_text())
 METHODS = ("alone", *cifar100.METHODS)
+OF_METHODS = {"num_paths", "positions", *(f"w_{term}" for term in TERMS)}  # settings that some methods have no use for
 # What may differ from a published run while its figure still means the same.
 NOT_DEFINING = ("seed", "device", "amp", "out", "data_dir", "max_minutes", "teacher_ckpt")
 SMOKE = ["--dataset", "synthetic", "--subset", "40", "--test-subset", "40", "--batch-size", "20", "--epochs", "1"]
@@ -56,6 +59,8 @@ def parse_args(argv: list[str] | None) -> tuple[Namespace, dict[str, Any]]:
     add("--out", metavar="DIR", default=None, help="default: results/compare/<dataset>-<epochs>ep")
     add("--smoke", action="store_true", default=False, help="the whole way with two small networks, in seconds")
     args, words = parser.parse_known_args(argv)
+    if args.jobs < 1:
+        parser.error(f"--jobs {args.jobs}: it must be at least 1")
     if args.smoke:
         args.pairs, args.jobs, args.out = ["resnet14-resnet8"], max(2, args.jobs), args.out or "results/compare/smoke"
         words = [*SMOKE, *words]
@@ -71,10 +76,12 @@ def grid(args: Namespace, given: dict[str, Any]) -> dict[tuple[str, str, int], C
     """The run of each (pair, method, seed); one that needs a teacher's run has that as its `after`.
 
     Raises:
-        UserError: a pair is not written as one.
+        UserError: a pair or a teacher's file is not written as it should be.
     """
     given = {"epochs": cifar100.SETTINGS["defaults"]["epochs"]} | given
-    out, files = Path(args.out or default_out(given)), dict(word.partition("=")[::2] for word in args.teacher_ckpt)
+    if wrong := [word for word in args.teacher_ckpt if not all(word.partition("="))]:
+        raise UserError(f"--teacher-ckpt {wrong[0]}: write NAME=FILE, as in resnet32x4=ckpt_epoch_240.pth")
+    out, files = Path(args.out or default_out(given)), dict(word.split("=", 1) for word in args.teacher_ckpt)
 
     @cache  # a network that is the teacher of several pairs, or a student and a teacher, is trained once
     def alone(network: str, seed: int, epochs: int) -> Cell:
@@ -90,9 +97,12 @@ def grid(args: Namespace, given: dict[str, Any]) -> dict[tuple[str, str, int], C
         if method == "alone":
             return alone(student, seed, given["epochs"])
         after = None if teacher in files else alone(teacher, args.seeds[0], args.teacher_epochs or given["epochs"])
-        own = {"teacher": teacher, "student": student, "method": method, "seed": seed}
+        weighs = {f"w_{term}" for term in cifar100.METHODS[method]}
+        paths = {"num_paths", "positions"} if method == "fcfd" else set()
+        own = {key: value for key, value in given.items() if key not in OF_METHODS or key in weighs | paths}
+        own |= {"teacher": teacher, "student": student, "method": method, "seed": seed}
         own["teacher_ckpt"] = str(after.network) if after else files[teacher]
-        return Cell(out / f"{pair}-{method}-seed{seed}", given | own, after)
+        return Cell(out / f"{pair}-{method}-seed{seed}", own, after)
 
     return {key: cell(*key) for key in product(args.pairs, args.methods, args.seeds)}
 

@@ -5,8 +5,9 @@
 
 A step is what cifar100.py does with a batch: forward along all paths, the terms, backward, SGD. The unit is one
 forward and backward of the student alone, plain eager NCHW float32. Every figure is the median of --repeats steps; the
-rows take turns, so that a machine that slows down slows all of them. "plain" is the step in eager NCHW float32, which
-the form that is used (channels_last where a family gains by it, AMP on CUDA) must not be slower than.
+rows take turns, so that a machine that slows down slows all of them. "plain" is the step in eager NCHW float32; the
+form that is used (channels_last where both families gain by it, AMP on CUDA) must not be slower. Where the two are one
+and the same, the row is left out.
 
 Peak memory is what PyTorch held at most while networks were built and two steps done: on CUDA by the allocator's own
 count, on the CPU by the profiler's record of every allocation.
@@ -77,7 +78,7 @@ def fcfd_steps(pair: str, c: Namespace, plain: bool) -> Callable[[int, int], Non
     teacher, student = (build(name, CLASSES) for name in pair.split("-"))
     bridges = build_bridges(teacher, student, SIZE)
     candidates = candidate_paths(student.num_stages)
-    channels_last = student.channels_last and teacher.channels_last and not plain
+    channels_last = uses_channels_last(pair) and not plain
     for net in (teacher, student):
         track_paths(net, {path.k for path in candidates})
     for net in (teacher, student, bridges):
@@ -100,6 +101,11 @@ def fcfd_steps(pair: str, c: Namespace, plain: bool) -> Callable[[int, int], Non
         scaler.update()
 
     return step
+
+
+def uses_channels_last(pair: str) -> bool:
+    """Whether cifar100.py trains the pair in the channels_last memory format."""
+    return all(build(name, CLASSES).channels_last for name in pair.split("-"))
 
 
 def random_batch(c: Namespace, channels_last: bool) -> tuple[Tensor, Tensor]:
@@ -150,7 +156,7 @@ def measure_time(rows: list[Row], c: Namespace) -> None:
     steps, seconds = list(steps_of(rows, c)), {id(row): [] for row in rows}
     wait = torch.cuda.synchronize if c.device.startswith("cuda") else lambda: None
     for i in range(1 + c.repeats):
-        for row, step in steps:
+        for row, step in steps if i % 2 else reversed(steps):
             wait()
             began = time.perf_counter()
             step(i)
@@ -210,8 +216,8 @@ def parse_args(argv: list[str] | None) -> Namespace:
     return c
 
 
-def rows_of(pair: str, num_paths: list[int] | None) -> list[Row]:
-    """The rows of a pair: the unit, every |S|, and one of them in the plain form.
+def rows_of(pair: str, c: Namespace) -> list[Row]:
+    """The rows of a pair: the unit, every |S|, and one of them in the plain form if that is another.
 
     Raises:
         UserError: the networks' stages do not correspond, or an |S| is out of range.
@@ -219,11 +225,13 @@ def rows_of(pair: str, num_paths: list[int] | None) -> list[Row]:
     teacher, student = (build(name, CLASSES) for name in pair.split("-"))
     build_bridges(teacher, student, SIZE)
     candidates = candidate_paths(student.num_stages)
-    num_paths = num_paths or list(range(len(candidates) + 1))
+    num_paths = c.num_paths or list(range(len(candidates) + 1))
     for n in num_paths:
         sample_paths(candidates, n, steps=1, seed=0, epoch=0)
-    plain = 2 if 2 in num_paths else num_paths[-1]
-    return [Row(pair, "alone"), *(Row(pair, "fcfd", n) for n in num_paths), Row(pair, "plain", plain)]
+    rows = [Row(pair, "alone"), *(Row(pair, "fcfd", n) for n in num_paths)]
+    if uses_channels_last(pair) or c.amp != "off":
+        rows.append(Row(pair, "plain", 2 if 2 in num_paths else num_paths[-1]))
+    return rows
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -232,7 +240,7 @@ def main(argv: list[str] | None = None) -> int:
     def script() -> None:
         c = parse_args(argv)
         device, out = open_device(c.device), Path(c.out)
-        of_pairs = [rows_of(pair, c.num_paths) for pair in c.pairs]
+        of_pairs = [rows_of(pair, c) for pair in c.pairs]
         for rows in of_pairs:
             for row in rows:
                 measure_memory(row, c)

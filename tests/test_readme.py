@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 
 import cifar100
+from ablations import compare, complexity, curves
 
 ROOT = Path(cifar100.__file__).parent
 README = (ROOT / "README.md").read_text()
@@ -29,10 +30,9 @@ def test_the_worked_network_can_be_added_as_told(tmp_path):
 
 
 def test_files_and_functions_it_names_are_there():
-    for path in re.findall(
-        r"`(common/[\w/.]+|docs/[\w.]+|cifar100\.py|requirements[\w-]*\.txt)`|\]\((docs/[\w.]+)\)", README
-    ):
-        name = path[0] or path[1]
+    named = r"((?:common|docs|ablations|results)/[\w/.-]+|cifar100\.py|requirements[\w-]*\.txt)"
+    for path in re.findall(rf"`{named}`|\]\({named}\)|python {named}", README):
+        name = "".join(path)
         assert (ROOT / name).exists() or name == "common/models/tiny.py", name  # that one is the reader's to write
     rows = re.findall(r"\| (`\w[^|]*`) in `([\w/.]+\.py)` \|", README)
     assert len(rows) >= 9
@@ -42,11 +42,18 @@ def test_files_and_functions_it_names_are_there():
 
 
 def test_options_it_names_exist(capsys):
-    with pytest.raises(SystemExit):
-        cifar100.main(["--help"])
+    for script in (cifar100, compare, complexity, curves):
+        with pytest.raises(SystemExit):
+            script.main(["--help"])
     known = capsys.readouterr().out
     for option in set(re.findall(r"(?<![\w-])--[a-z][a-z-]+", README)):
         assert option in known, option
+
+
+def test_published_figures_are_those_of_compare():
+    rows = re.findall(r"^\| (\w+-\w+) \|((?: [\d.]+ \|){9})", README, re.M)
+    figures = {pair: [float(figure) for figure in re.findall(r"[\d.]+", line)] for pair, line in rows}
+    assert figures == compare.PUBLISHED["pairs"]
 
 
 def test_published_pairs_are_the_settings():

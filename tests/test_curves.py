@@ -1,0 +1,61 @@
+"""ablations/curves.py."""
+
+import sys
+
+import pytest
+from PIL import Image
+
+from ablations import curves
+
+
+def write_run(folder, values):
+    folder.mkdir()
+    rows = "".join(f"{epoch},{value},\n" for epoch, value in enumerate(values, 1))
+    (folder / "log.csv").write_text("epoch,test_top1,app\n" + rows)
+    return folder
+
+
+@pytest.fixture
+def runs(tmp_path):
+    return [write_run(tmp_path / name, v) for name, v in (("a-seed1", [1, 2]), ("a-seed2", [3, 5, 9]), ("b", [7, 7]))]
+
+
+def test_runs_that_differ_in_the_seed_are_one_curve(runs):
+    groups = curves.group(runs, "test_top1")
+    assert groups == {"a": [[1, 2], [3, 5, 9]], "b": [[7, 7]]}
+    assert curves.mean_curve(groups["a"]) == [2, 3.5]
+
+
+def test_picture(tmp_path, runs):
+    pytest.importorskip("matplotlib")
+    out = tmp_path / "new" / "curves.png"
+    assert curves.main([*map(str, runs), "--columns", "test_top1", "epoch", "--out", str(out)]) == 0
+    with Image.open(out) as picture:
+        assert picture.width > 1.5 * picture.height  # two panels
+        assert len(picture.convert("RGB").getcolors(10**6)) > 10  # and something on them
+
+
+@pytest.mark.parametrize(
+    ("options", "expected"),
+    [
+        (["missing"], "missing"),
+        (["a-seed1", "--columns", "bogus"], "it has epoch, test_top1, app"),
+        (["a-seed1", "--columns", "app"], "no numbers"),
+        (["a-seed1", "--out", "curves.bogus"], "curves.bogus"),
+        (["a-seed1", "--out", "b/log.csv/curves.png"], "log.csv"),
+        ([], "RUN"),
+    ],
+)
+def test_wrong_input_is_one_line_and_exit_code_2(tmp_path, runs, capsys, monkeypatch, options, expected):
+    pytest.importorskip("matplotlib")
+    monkeypatch.chdir(tmp_path)
+    assert curves.main(options) == 2
+    message = capsys.readouterr().err
+    assert expected in message
+    assert message.count("\n") == 1
+
+
+def test_without_matplotlib(runs, capsys, monkeypatch):
+    monkeypatch.setitem(sys.modules, "matplotlib", None)
+    assert curves.main([str(runs[0])]) == 2
+    assert "requirements-extra.txt" in capsys.readouterr().err
