@@ -20,5 +20,5 @@ def evaluate(net: nn.Module, batches: Iterable[tuple[Tensor, Tensor]]) -> dict[s
         hit = logits.topk(min(5, logits.shape[1])).indices == labels[:, None]
         hits = hits + torch.stack([hit[:, 0].sum(), hit.sum()])
         images_seen += len(labels)
-    top1, top5 = (100 * hits / images_seen).tolist()
+    top1, top5 = (100 * hit / images_seen for hit in hits.tolist())
     return {"top1": top1, "top5": top5}
