@@ -7,13 +7,13 @@ of them thin.
 """
 
 import csv
-import re
 import statistics
 import sys
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
+from common.earlier_runs import series
 from common.errors import UserError, exit_code
 from common.settings import Parser
 
@@ -45,7 +45,7 @@ def group(runs: list[Path], column: str) -> dict[str, list[list[float]]]:
     """The curves of runs that differ in the seed alone, by their common name."""
     groups: dict[str, list[list[float]]] = {}
     for run in runs:
-        groups.setdefault(re.sub(r"-seed\d+$", "", run.resolve().name), []).append(read_curve(run, column))
+        groups.setdefault(series(run), []).append(read_curve(run, column))
     return groups
 
 

@@ -1,5 +1,6 @@
 """What the folders of earlier runs tell: whether a teacher is there already, and how far it came."""
 
+import re
 from pathlib import Path
 
 import yaml
@@ -32,6 +33,11 @@ def is_unfinished(folder: Path) -> bool:
     """Whether a run in `folder` stopped before its last epoch."""
     result = read_result(folder)  # missing where the run was killed between last.pt and the rest
     return (folder / "last.pt").exists() and (result is None or result.get("epoch") != result.get("epochs"))
+
+
+def series(run: Path) -> str:
+    """What the names of runs that differ in the seed alone have in common."""
+    return re.sub(r"-seed\d+$", "", run.resolve().name)
 
 
 def read_config(folder: Path) -> dict | None:

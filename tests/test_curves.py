@@ -17,12 +17,15 @@ def write_run(folder, values):
 
 @pytest.fixture
 def runs(tmp_path):
-    return [write_run(tmp_path / name, v) for name, v in (("a-seed1", [1, 2]), ("a-seed2", [3, 5, 9]), ("b", [7, 7]))]
+    return [
+        write_run(tmp_path / name, v)
+        for name, v in (("a-seed1", [1, 2]), ("a-seed2", [3, 5, 9]), ("b-seed10-x", [7, 7]))
+    ]
 
 
 def test_runs_that_differ_in_the_seed_are_one_curve(runs):
     groups = curves.group(runs, "test_top1")
-    assert groups == {"a": [[1, 2], [3, 5, 9]], "b": [[7, 7]]}
+    assert groups == {"a": [[1, 2], [3, 5, 9]], "b-seed10-x": [[7, 7]]}
     assert curves.mean_curve(groups["a"]) == [2, 3.5]
 
 
@@ -42,7 +45,7 @@ def test_picture(tmp_path, runs):
         (["a-seed1", "--columns", "bogus"], "it has epoch, test_top1, app"),
         (["a-seed1", "--columns", "app"], "no numbers"),
         (["a-seed1", "--out", "curves.bogus"], "curves.bogus"),
-        (["a-seed1", "--out", "b/log.csv/curves.png"], "log.csv"),
+        (["a-seed1", "--out", "a-seed1/log.csv/curves.png"], "log.csv"),
         ([], "RUN"),
     ],
 )

@@ -1,0 +1,101 @@
+"""How closely students follow their teacher on test images, beside how often they are right.
+
+    python ablations/agreement.py --teacher TEACHER_RUN STUDENT_RUN...
+
+All are folders of cifar100.py's runs on the same data; a teacher's is that of its own training. Agreement is the share
+of test images on which both give the same answer; the KL is that of L_kd, T^2 KL(p_t || p_s), at T = 4 for all. Runs
+whose names differ in the seed alone are one row: mean ± sample standard deviation.
+"""
+
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+import torch
+from torch import Tensor
+
+from ablations.cells import markdown, mean_and_deviation
+from common.checkpoint import load_network, write_atomically
+from common.data import ImageSet, eval_batches
+from common.earlier_runs import read_config, series
+from common.errors import UserError, exit_code
+from common.losses import kl
+from common.models import build
+from common.settings import Parser
+from common.sources import load_data
+
+TEMPERATURE = 4.0
+
+
+def config_of(run: Path) -> dict:
+    """The settings of a run.
+
+    Raises:
+        UserError: it is none.
+    """
+    config = read_config(run)
+    if not config or not {"student", "dataset", "data_dir", "fingerprint"} <= config.keys():
+        raise UserError(f"{run} is no folder of a run of cifar100.py: it needs a config.yaml and a student.pth")
+    return config
+
+
+@torch.no_grad()
+def logits_of(run: Path, test: ImageSet, num_classes: int) -> Tensor:
+    """The answers [n, num_classes] of the network that a run trained to the n test images."""
+    name = config_of(run)["student"]
+    net = build(name, num_classes).eval()
+    load_network(net, run / "student.pth", name)
+    return torch.cat([net(images) for images, _ in eval_batches(test)])
+
+
+def compare(student: Tensor, teacher: Tensor, labels: Tensor) -> dict[str, float]:
+    """Accuracy and agreement in percent and the KL, of logits [n, K] with logits [n, K] and labels [n]."""
+    answer = student.argmax(1)
+    return {
+        "accuracy": 100 * (answer == labels).double().mean().item(),
+        "agreement": 100 * (answer == teacher.argmax(1)).double().mean().item(),
+        "kl": kl(student, teacher, TEMPERATURE).item(),
+    }
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Print the table and write it; the exit code is that of `exit_code`."""
+
+    def script() -> None:
+        parser = Parser(__doc__)
+        parser.add_argument("runs", nargs="+", metavar="RUN", type=Path, help="folders of students' runs")
+        parser.add_argument("--teacher", metavar="RUN", type=Path, required=True, help="folder of the teacher's run")
+        parser.add_argument("--data-dir", metavar="DIR", help="default: where the teacher's run had it")
+        parser.add_argument("--out", metavar="FILE", help="default: results/agreement/table.md")
+        given = parser.given(argv)
+        config = config_of(given["teacher"])
+        for run in given["runs"]:
+            if config_of(run)["fingerprint"] != config["fingerprint"]:
+                raise UserError(f"{run} saw other data than {given['teacher']}: name runs on the same images")
+        subsets = config.get("subset"), config.get("test_subset")
+        data = load_data(config["dataset"], given.get("data_dir", config["data_dir"]), *subsets)
+        teacher = logits_of(given["teacher"], data.test, len(data.classes))
+        found: dict[str, list[dict[str, float]]] = {}
+        for run in given["runs"]:
+            student = logits_of(run, data.test, len(data.classes))
+            found.setdefault(series(run), []).append(compare(student, teacher, data.test.labels))
+        rows = [
+            [
+                name,
+                len(runs),
+                *(mean_and_deviation([run[key] for run in runs]) for key in ("accuracy", "agreement", "kl")),
+            ]
+            for name, runs in found.items()
+        ]
+        text = markdown(["student", "n", "accuracy (%)", "agreement with the teacher (%)", "KL from the teacher"], rows)
+        out = Path(given.get("out", "results/agreement/table.md"))
+        out.parent.mkdir(parents=True, exist_ok=True)
+        write_atomically(out, lambda file: file.write(text.encode()))
+        print(f"{text}\nwritten to {out}")
+
+    return exit_code(script)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

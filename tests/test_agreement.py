@@ -1,0 +1,46 @@
+"""ablations/agreement.py."""
+
+import json
+
+import pytest
+import torch
+from running import PAIR, call
+
+from ablations import agreement
+
+
+def test_a_student_beside_its_teacher():
+    teacher = torch.tensor([[2.0, 0.0], [2.0, 0.0], [0.0, 2.0], [0.0, 2.0]])
+    student = torch.tensor([[1.0, 0.0], [0.0, 1.0], [0.0, 1.0], [1.0, 0.0]])
+    labels = torch.tensor([0, 1, 1, 1])
+    p, q = (logits.double().div(4).softmax(1) for logits in (teacher, student))
+    found = agreement.compare(student, teacher, labels)
+    assert (found["accuracy"], found["agreement"]) == (75, 50)
+    assert found["kl"] == pytest.approx(16 * (p * (p / q).log()).sum().item() / 4, rel=1e-4)
+
+
+def test_the_teacher_agrees_with_itself_and_students_with_their_log(tmp_path, capsys, teacher):
+    for seed in (1, 2):
+        options = ["--epochs", 1, "--teacher-ckpt", teacher / "student.pth", "--seed", seed]
+        call(capsys, *PAIR, *options, "--out", tmp_path / f"kd-seed{seed}")
+    out, students = tmp_path / "table.md", [tmp_path / f"kd-seed{seed}" for seed in (1, 2)]
+    runs = [str(run) for run in (teacher, *students)]
+    assert agreement.main(["--teacher", *runs[:1], *runs, "--out", str(out)]) == 0
+    rows = [line.strip("| \n").split(" | ") for line in out.read_text().splitlines()[2:]]
+    assert [row[:2] for row in rows] == [["alone", "1"], ["kd", "2"]]
+    assert rows[0][3:] == ["100.00", "0.00"]
+    accuracies = [json.loads((run / "result.json").read_text())["last"]["top1"] for run in (teacher, *students)]
+    assert rows[0][2] == f"{accuracies[0]:.2f}"
+    assert rows[1][2].startswith(f"{sum(accuracies[1:]) / 2:.2f} ± ")
+
+
+@pytest.mark.parametrize("options", [["missing"], ["other"], []])
+def test_wrong_input_is_one_line_and_exit_code_2(tmp_path, capsys, monkeypatch, teacher, options):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "other").mkdir()
+    (tmp_path / "other" / "config.yaml").write_text("{student: resnet8, dataset: x, data_dir: x, fingerprint: x}")
+    assert agreement.main(["--teacher", str(teacher), *options]) == 2
+    message = capsys.readouterr().err
+    assert message.startswith("error: ")
+    assert message.count("\n") == 1
+    assert not (tmp_path / "results").exists()
