@@ -8,6 +8,7 @@ The method itself is in common/fcfd.py. Here, from top to bottom: the settings, 
 training loop, and what a call of the script does with them.
 """
 
+import glob
 import math
 import sys
 import time
@@ -35,6 +36,7 @@ from common.settings import Parser, check_ranges
 from common.sources import load_data
 
 SETTINGS = yaml.safe_load((Path(__file__).parent / "common" / "settings.yaml").read_text())
+AMP = {"fp16": torch.float16, "bf16": torch.bfloat16, "off": None}
 METHODS = {"kd": ("task", "kd"), "app": ("task", "kd", "app"), "fcfd": TERMS}  # the terms that each one weighs
 DISTILLATION = ("method", "teacher_ckpt", "teacher_epochs", "teacher_bn", "temperature", "num_paths", "positions")
 DISTILLATION += tuple(f"w_{term}" for term in TERMS)  # the settings without a meaning for a network alone
@@ -67,7 +69,7 @@ def parse_args(argv: list[str] | None) -> dict:
     add("--lr", type=float, help="default: the pair's in common/settings.yaml")
     add("--seed", type=int, help="default: 1")
     add("--device", help="cpu, cuda, cuda:N or mps (default: cuda if there is one, else cpu)")
-    add("--amp", choices=("fp16", "bf16", "off"), help="default: fp16 on CUDA, else off")
+    add("--amp", choices=AMP, help="default: fp16 on CUDA, else off")
     add("--out", metavar="DIR", help="default: a folder under runs/ named after the settings")
     add("--resume", action="store_true", help="go on from --out; settings that are not given are the run's")
     add("--max-minutes", type=float, metavar="M", help="stop after the epoch in which they have passed")
@@ -219,7 +221,7 @@ def train(
     cuda = device.type == "cuda"
     parameters = [p for net in nets.values() for p in net.parameters() if p.requires_grad]
     optimizer = sgd(parameters, c.lr, momentum=0.9, weight_decay=5e-4, nesterov=True, fused=cuda)
-    amp = {"fp16": torch.float16, "bf16": torch.bfloat16, "off": None}[c.amp]
+    amp = AMP[c.amp]
     scaler = torch.amp.GradScaler(device.type, enabled=c.amp == "fp16")
 
     if state:
@@ -325,8 +327,8 @@ def run(given: dict, resume: bool, deadline: float, data: Data | None = None) ->
     c = Namespace(**SETTINGS["defaults"] | given)
     out = Path(c.out or f"runs/{run_name(c)}")
     if resume and c.teacher and not (out / "last.pt").exists():
-        # If it was the teacher's training that was interrupted, that goes on by itself.
-        folders = [out.parent / teacher_name(c), *out.parent.glob(f"{teacher_name(c)}-*")]
+        # Where only the teacher was begun, this run is a fresh one, and train_teacher resumes the teacher by itself.
+        folders = [out.parent / teacher_name(c), *out.parent.glob(f"{glob.escape(teacher_name(c))}-*")]
         resume = not any(map(earlier_runs.is_unfinished, folders))
     with run_folder.open_run(out, resume) as state:
         stored = state["config"] if state else {}

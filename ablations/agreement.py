@@ -26,6 +26,7 @@ from common.settings import Parser
 from common.sources import load_data
 
 TEMPERATURE = 4.0
+DIGITS = {"accuracy": 2, "agreement": 2, "kl": 3}  # after the point, in the table
 
 
 def config_of(run: Path) -> dict:
@@ -49,7 +50,7 @@ def logits_of(run: Path, test: ImageSet, num_classes: int) -> Tensor:
     return torch.cat([net(images) for images, _ in eval_batches(test)])
 
 
-def compare(student: Tensor, teacher: Tensor, labels: Tensor) -> dict[str, float]:
+def measure(student: Tensor, teacher: Tensor, labels: Tensor) -> dict[str, float]:
     """Accuracy and agreement in percent and the KL, of logits [n, K] with logits [n, K] and labels [n]."""
     answer = student.argmax(1)
     return {
@@ -76,25 +77,22 @@ def main(argv: list[str] | None = None) -> int:
         subsets = config.get("subset"), config.get("test_subset")
         data = load_data(config["dataset"], given.get("data_dir", config["data_dir"]), *subsets)
         teacher = logits_of(given["teacher"], data.test, len(data.classes))
-        found: dict[str, list[dict[str, float]]] = {}
-        for run in given["runs"]:
-            student = logits_of(run, data.test, len(data.classes))
-            found.setdefault(series(run), []).append(compare(student, teacher, data.test.labels))
-        rows = [
-            [
-                name,
-                len(runs),
-                *(mean_and_deviation([run[key] for run in runs]) for key in ("accuracy", "agreement", "kl")),
-            ]
-            for name, runs in found.items()
-        ]
+        found = {
+            name: [measure(logits_of(run, data.test, len(data.classes)), teacher, data.test.labels) for run in runs]
+            for name, runs in series(given["runs"]).items()
+        }
+        rows = []
+        for name, runs in found.items():
+            of_key = {key: [run[key] for run in runs] for key in runs[0]}
+            texts = [mean_and_deviation(of_key[key], digits) for key, digits in DIGITS.items()]
+            rows.append([name, len(runs), *texts])
         text = markdown(["student", "n", "accuracy (%)", "agreement with the teacher (%)", "KL from the teacher"], rows)
         out = Path(given.get("out", "results/agreement/table.md"))
         out.parent.mkdir(parents=True, exist_ok=True)
         write_atomically(out, lambda file: file.write(text.encode()))
         print(f"{text}\nwritten to {out}")
 
-    return exit_code(script)
+    return exit_code(script, "repeat the command")
 
 
 if __name__ == "__main__":

@@ -12,8 +12,10 @@ from pathlib import Path
 from typing import Any
 
 import cifar100
-from common import earlier_runs, run_folder
+from common.earlier_runs import read_config, read_result
 from common.errors import UserError
+from common.run_folder import check_settings
+from common.sources import load_data
 
 SCRIPT = Path(cifar100.__file__)
 
@@ -25,7 +27,7 @@ class Cell:
     Attributes:
         folder: its --out.
         given: the other options, by the names of common/settings.yaml.
-        after: the run whose network this one needs first, None where there is none.
+        after: the run whose network teaches this one and must be there first, None where there is none.
     """
 
     folder: Path
@@ -37,10 +39,15 @@ class Cell:
         """The trained network, in the shared format."""
         return self.folder / "student.pth"
 
+    @property
+    def log(self) -> Path:
+        """What the run printed."""
+        return self.folder / "output.log"
+
     def result(self) -> dict | None:
         """The result.json of the run, None while it is not finished."""
-        result = earlier_runs.read_result(self.folder)
-        return result if result and result.get("epoch") == result.get("epochs") else None
+        result = read_result(self.folder)
+        return result if result and result["epoch"] == result["epochs"] else None
 
     def settings(self) -> Namespace:
         """All settings, resolved as cifar100.py does it, for the device of the run that is there already.
@@ -49,12 +56,20 @@ class Cell:
             UserError: what cifar100.py would say of the options, as far as it can without the data; the folder holds
                 a run with other settings.
         """
-        stored = earlier_runs.read_config(self.folder) or {}
-        of_the_machine = {key: stored[key] for key in ("device", "amp") if key in stored}
+        stored = read_config(self.folder) or {}
+        of_the_machine = {key: stored[key] for key in ("device", "amp") if isinstance(stored.get(key), str)}
         settings = cifar100.settle(self.given | {"out": str(self.folder)}, of_the_machine)
         cifar100.build_networks(settings, num_classes=10)
+        wanted, teacher = dict(vars(settings)), stored.get("teacher_ckpt")
+        if self.after:
+            del wanted["teacher_ckpt"]  # a path, which changes with the place from which a table is made
+            if teacher and Path(teacher).parent.name != self.after.folder.name:
+                raise UserError(
+                    f"the teacher of {self.folder} was {teacher} and would be {self.after.network}: keep the first of "
+                    "--seeds (further ones go to the end), or choose another --out"
+                )
         try:
-            run_folder.check_settings(stored, vars(settings))
+            check_settings(stored, wanted)
         except UserError as error:
             raise UserError(f"(in {self.folder}) {error}") from error
         return settings
@@ -63,23 +78,46 @@ class Cell:
         """The command of the run, or of the rest of it."""
         given = self.given | {"out": self.folder} | ({"device": device} if device else {})
         words = [sys.executable, str(SCRIPT)]
+        if (self.folder / "last.pt").exists():
+            words.append("--resume")
+            given.pop("teacher_ckpt", None)  # last.pt has the teacher
         for key, value in given.items():
-            words += [f"--{key.replace('_', '-')}", *map(str, value if isinstance(value, list) else [value])]
-        return words + (["--resume"] if (self.folder / "last.pt").exists() else [])
+            option = f"--{key.replace('_', '-')}"
+            words += [option, *map(str, value)] if isinstance(value, list) else [f"{option}={value}"]
+        return words
 
 
-def run_cells(cells: Iterable[Cell], jobs: int = 1, devices: Iterable[str] = ()) -> None:
-    """Run `cells`, and those they need, as far as they are not finished; `jobs` at once on each of `devices`.
-
-    Without `devices` a run chooses its own, as cifar100.py does. It prints to <its folder>.log. One that was broken off
-    is resumed. When one fails, those that need it are left out and the others go on.
+def with_needed(cells: Iterable[Cell]) -> list[Cell]:
+    """The cells and those they need, each once, all checked, the data too; these are the same for all of them.
 
     Raises:
-        UserError: before anything is run, as `Cell.settings`; after all that can be run: some failed.
+        UserError: as `Cell.settings`; the data cannot be loaded, or a run that is there saw others.
     """
     cells = list(dict.fromkeys(each for cell in cells for each in (cell.after, cell) if each))
-    for cell in cells:
-        cell.settings()
+    c, *_ = [cell.settings() for cell in cells]
+    stored = {cell.folder: config for cell in cells if (config := read_config(cell.folder))}
+    moved = [s for s in stored.values() if Path(s.get("data_dir", "")).resolve() != Path(c.data_dir).resolve()]
+    fingerprints = {folder: config.get("fingerprint") for folder, config in stored.items()}
+    if moved or not all(cell.result() for cell in cells):
+        # Here and once, so that runs that start together find the data downloaded.
+        fingerprints = {Path(c.data_dir): load_data(c.dataset, c.data_dir, c.subset, c.test_subset).fingerprint}
+        fingerprints |= {folder: config.get("fingerprint") for folder, config in stored.items()}
+    first, *others = fingerprints.items()
+    for folder, fingerprint in others:
+        if fingerprint != first[1]:
+            raise UserError(f"the run in {folder} saw other images than {first[0]}: choose another --out or --data-dir")
+    return cells
+
+
+def run_cells(cells: list[Cell], jobs: int = 1, devices: Iterable[str] = ()) -> None:
+    """Run those of `cells` (from `with_needed`) that are not finished, `jobs` at once on each of `devices`.
+
+    Without `devices` a run chooses its own, as cifar100.py does. It prints to output.log in its folder. One that was
+    broken off is resumed. When one fails, those that need it are left out and the others go on.
+
+    Raises:
+        UserError: at the end: some failed.
+    """
     waiting = [cell for cell in cells if not cell.result()]
     needed = {cell.after for cell in waiting}  # results may have been kept without the networks they are of
     waiting = [cell for cell in cells if cell in waiting or (cell in needed and not cell.network.exists())]
@@ -87,15 +125,16 @@ def run_cells(cells: Iterable[Cell], jobs: int = 1, devices: Iterable[str] = ())
 
     free = [device for device in (list(devices) or [None]) for _ in range(jobs)]
     environment = dict(os.environ)
-    if jobs > 1:  # processes that each start a thread a core wait for one another most of the time
-        environment.setdefault("OMP_NUM_THREADS", str(max(1, os.cpu_count() // jobs)))
-    running, failed = {}, []
+    if len(free) > 1:  # processes that each start a thread a core wait for one another most of the time
+        environment.setdefault("OMP_NUM_THREADS", str(max(1, os.cpu_count() // len(free))))
+    running: dict[Cell, tuple[subprocess.Popen, str | None]] = {}
+    failed, stopped = [], []  # stopped: by --max-minutes
     try:
         while waiting or running:
             for cell in [cell for cell in waiting if cell.after not in (*waiting, *running)]:
-                if cell.after in failed:
+                if lost := [cells for cells in (failed, stopped) if cell.after in cells]:
                     waiting.remove(cell)
-                    failed.append(cell)
+                    lost[0].append(cell)
                 elif free:
                     waiting.remove(cell)
                     device = free.pop(0)
@@ -105,36 +144,39 @@ def run_cells(cells: Iterable[Cell], jobs: int = 1, devices: Iterable[str] = ())
                 if process.poll() is not None:
                     del running[cell]
                     free.append(device)
-                    if result := cell.result():
-                        print(f"{cell.folder}: {result['last']['top1']:.2f} % after the last epoch", flush=True)
-                    else:
-                        failed.append(cell)
-                        print(f"{cell.folder}: {_last_line(cell)}", flush=True)
+                    result = cell.result() if process.returncode == 0 else None
+                    if result is None:
+                        (failed if process.returncode else stopped).append(cell)
+                    text = f"{result['last']['top1']:.2f} % after the last epoch" if result else _last_word(cell)
+                    print(f"{cell.folder}: {text}", flush=True)
     finally:
         for process, _ in running.values():
             process.terminate()
         for process, _ in running.values():
             process.wait()
     if failed:
-        raise UserError(f"{len(failed)} of the runs are not finished ({failed[0].folder}.log): repeat the command")
+        raise UserError(f"{len(failed)} of the runs failed (look at {failed[0].log}): what is finished is kept")
+    if stopped:
+        print(f"{len(stopped)} of the runs are not finished: repeat the command to go on")
 
 
 def _start(cell: Cell, device: str | None, environment: dict[str, str]) -> subprocess.Popen:
-    cell.folder.parent.mkdir(parents=True, exist_ok=True)
-    print(f"{cell.folder}: started, prints to {cell.folder}.log", flush=True)
-    with open(f"{cell.folder}.log", "a") as log:
+    cell.folder.mkdir(parents=True, exist_ok=True)
+    print(f"{cell.folder}: started", flush=True)
+    with cell.log.open("a") as log:
         return subprocess.Popen(cell.command(device), stdout=log, stderr=subprocess.STDOUT, env=environment)
 
 
-def _last_line(cell: Cell) -> str:
-    lines = Path(f"{cell.folder}.log").read_text(errors="replace").splitlines()
-    return lines[-1] if lines else "it ended without a word"
+def _last_word(cell: Cell) -> str:
+    """The last error that a run printed, else its last line."""
+    lines = cell.log.read_text(errors="replace").splitlines()
+    return next((line for line in reversed(lines) if line.startswith("error:")), lines[-1] if lines else "no word")
 
 
-def mean_and_deviation(values: list[float]) -> str:
+def mean_and_deviation(values: list[float], digits: int = 2) -> str:
     """ "76.62", or "76.62 ± 0.21" with the sample standard deviation where there are several values."""
-    mean = f"{statistics.mean(values):.2f}"
-    return f"{mean} ± {statistics.stdev(values):.2f}" if len(values) > 1 else mean
+    mean = f"{statistics.mean(values):.{digits}f}"
+    return f"{mean} ± {statistics.stdev(values):.{digits}f}" if len(values) > 1 else mean
 
 
 def markdown(header: list[str], rows: list[list]) -> str:

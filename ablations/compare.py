@@ -6,8 +6,8 @@
 
 Every other option is one of cifar100.py and goes to those of its runs that have a use for it. A teacher is trained
 once, with the first of the seeds, and serves all its students. Runs that are finished are kept and those broken off are
-resumed: the same command goes on with what is left. In --out come to lie table.md, cells.csv with the numbers of every
-run, and a folder for each run.
+resumed: the same command goes on with what is left, and a command with more seeds at the end of --seeds adds to it. In
+--out come to lie a folder for each run, and of the runs of the last command table.md and the numbers in cells.csv.
 """
 
 import csv
@@ -24,10 +24,12 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import yaml
 
 import cifar100
-from ablations.cells import Cell, markdown, mean_and_deviation, run_cells
+from ablations.cells import Cell, markdown, mean_and_deviation, run_cells, with_needed
 from common.checkpoint import write_atomically
+from common.device import check_device
 from common.errors import UserError, exit_code
 from common.fcfd import TERMS
+from common.run_folder import locked
 from common.settings import Parser
 
 PUBLISHED = yaml.safe_load((Path(__file__).parent / "published.yaml").read_text())
@@ -38,10 +40,11 @@ NOT_DEFINING = ("seed", "device", "amp", "out", "data_dir", "max_minutes", "teac
 SMOKE = ["--dataset", "synthetic", "--subset", "40", "--test-subset", "40", "--batch-size", "20", "--epochs", "1"]
 NOTE = """
 Top-1 test accuracy in percent: mean ± sample standard deviation over n seeds; a teacher's is of the one that taught.
+The best epoch is chosen on the test set, which flatters it.
 """
 NOTE_PUBLISHED = """
-Published figures stand beside runs of the published settings alone. Those marked * are of other settings: without
-Nesterov momentum, and KD as 0.1 L_task + 0.9 L_kd at T = 4.
+Published figures stand beside runs of the published settings alone, precision apart: they were made in float32. Those
+marked * are of other settings: the last epoch, without Nesterov momentum, and KD as 0.1 L_task + 0.9 L_kd at T = 4.
 """
 
 
@@ -59,15 +62,19 @@ def parse_args(argv: list[str] | None) -> tuple[Namespace, dict[str, Any]]:
     add("--out", metavar="DIR", default=None, help="default: results/compare/<dataset>-<epochs>ep")
     add("--smoke", action="store_true", default=False, help="the whole way with two small networks, in seconds")
     args, words = parser.parse_known_args(argv)
+    for device in args.devices:
+        check_device(device)
+    if args.out == "":
+        parser.error("--out is empty")
     if args.jobs < 1:
         parser.error(f"--jobs {args.jobs}: it must be at least 1")
     if args.smoke:
         args.pairs, args.jobs, args.out = ["resnet14-resnet8"], max(2, args.jobs), args.out or "results/compare/smoke"
         words = [*SMOKE, *words]
-    for option in ("--teacher", "--student", "--method", "--seed", "--resume", "--evaluate"):
+    for option in ("--teacher", "--student", "--method", "--seed", "--device", "--resume", "--evaluate"):
         if any(word.split("=")[0] == option for word in words):
-            parser.error(f"{option} is for one run: here it is --pairs, --methods and --seeds")
-    given = cifar100.parse_args([*words, "--student", args.pairs[0].rpartition("-")[2]])
+            parser.error(f"{option} is for one run: here there are --pairs, --methods, --seeds and --devices")
+    given = cifar100.parse_args([*words, "--student", "resnet8"])
     del given["student"]
     return args, given
 
@@ -83,6 +90,13 @@ def grid(args: Namespace, given: dict[str, Any]) -> dict[tuple[str, str, int], C
         raise UserError(f"--teacher-ckpt {wrong[0]}: write NAME=FILE, as in resnet32x4=ckpt_epoch_240.pth")
     out, files = Path(args.out or default_out(given)), dict(word.split("=", 1) for word in args.teacher_ckpt)
 
+    epochs_teacher = given["epochs"] if args.teacher_epochs is None else args.teacher_epochs
+    for name, file in files.items():
+        if not any(pair.startswith(f"{name}-") for pair in args.pairs):
+            raise UserError(f"--teacher-ckpt {name}={file}: {name} is the teacher of none of the --pairs")
+        if not Path(file).is_file():
+            raise UserError(f"--teacher-ckpt {name}={file}: there is no such file")
+
     @cache  # a network that is the teacher of several pairs, or a student and a teacher, is trained once
     def alone(network: str, seed: int, epochs: int) -> Cell:
         own = {key: value for key, value in given.items() if key not in cifar100.DISTILLATION}
@@ -91,12 +105,12 @@ def grid(args: Namespace, given: dict[str, Any]) -> dict[tuple[str, str, int], C
         return Cell(out / f"{network}-alone{duration}-seed{seed}", own)
 
     def cell(pair: str, method: str, seed: int) -> Cell:
-        teacher, hyphen, student = pair.partition("-")
-        if not hyphen:
+        teacher, _, student = pair.partition("-")
+        if not (teacher and student):
             raise UserError(f"--pairs {pair}: write teacher and student with a hyphen, as resnet32x4-resnet8x4")
         if method == "alone":
             return alone(student, seed, given["epochs"])
-        after = None if teacher in files else alone(teacher, args.seeds[0], args.teacher_epochs or given["epochs"])
+        after = None if teacher in files else alone(teacher, args.seeds[0], epochs_teacher)
         weighs = {f"w_{term}" for term in cifar100.METHODS[method]}
         paths = {"num_paths", "positions"} if method == "fcfd" else set()
         own = {key: value for key, value in given.items() if key not in OF_METHODS or key in weighs | paths}
@@ -126,7 +140,7 @@ def numbers(cells: dict[tuple[str, str, int], Cell]) -> list[dict[str, Any]]:
                 "best_epoch": result["best"]["epoch"],
             }
             row["teacher"] = result["teacher"]["top1"] if result["teacher"] else ""
-            rows.append(row | {key: result[key] for key in ("seconds", "commit", "torch", "device")})
+            rows.append(row | {key: result.get(key, "") for key in ("seconds", "commit", "torch", "device")})
     return rows
 
 
@@ -144,7 +158,7 @@ def table(rows: list[dict[str, Any]], published: dict[str, dict[str, float]]) ->
             last, best = (mean_and_deviation([run[key] for run in runs]) for key in ("last", "best"))
             lines.append([pair, method, len(runs), last, best, figures.get(method, "")])
     return (
-        markdown(["pair", "method", "n", "last epoch", "best epoch", "published"], lines)
+        markdown(["pair", "method", "n", "last epoch", "best", "published"], lines)
         + NOTE
         + (NOTE_PUBLISHED if published else "")
     )
@@ -156,8 +170,9 @@ def published_figures(cells: dict[tuple[str, str, int], Cell]) -> dict[str, dict
     for (pair, method, _), cell in cells.items():
         if pair in PUBLISHED["pairs"] and method in PUBLISHED["columns"] and has_published_settings(cell):
             row = dict(zip(PUBLISHED["columns"], PUBLISHED["pairs"][pair], strict=True))
-            figures.setdefault(pair, {"teacher": f"{row['teacher']:.2f} *"})
-            figures[pair][method] = f"{row[method]:.2f}" + ("" if method == "fcfd" else " *")
+            figures.setdefault(pair, {})[method] = f"{row[method]:.2f}" + ("" if method == "fcfd" else " *")
+            if cell.after:
+                figures[pair]["teacher"] = f"{row['teacher']:.2f} *"
     return figures
 
 
@@ -169,27 +184,35 @@ def has_published_settings(cell: Cell) -> bool:
     return same and (cell.after is None or has_published_settings(cell.after))
 
 
+def write_table(cells: dict[tuple[str, str, int], Cell], out: Path) -> None:
+    """Print the table of what is finished; write it, and the numbers behind it."""
+    if rows := numbers(cells):
+        text = table(rows, published_figures(cells))
+        lines = io.StringIO()
+        writer = csv.DictWriter(lines, rows[0])
+        writer.writeheader()
+        writer.writerows(rows)
+        write_atomically(out / "cells.csv", lambda file: file.write(lines.getvalue().encode()))
+        write_atomically(out / "table.md", lambda file: file.write(text.encode()))
+        print(f"\n{text}\nwritten to {out}/table.md, the numbers to cells.csv")
+
+
 def main(argv: list[str] | None = None) -> int:
-    """Run the grid and write its table; the exit code is that of `exit_code`."""
+    """Check the grid, run it and write its table; the exit code is that of `exit_code`."""
 
     def script() -> None:
         args, given = parse_args(argv)
         cells = grid(args, given)
         out = next(iter(cells.values())).folder.parent
-        try:
-            run_cells(cells.values(), args.jobs, args.devices)
-        finally:
-            if rows := numbers(cells):
-                text = table(rows, published_figures(cells))
-                lines = io.StringIO()
-                writer = csv.DictWriter(lines, rows[0])
-                writer.writeheader()
-                writer.writerows(rows)
-                write_atomically(out / "cells.csv", lambda file: file.write(lines.getvalue().encode()))
-                write_atomically(out / "table.md", lambda file: file.write(text.encode()))
-                print(f"\n{text}\nwritten to {out}/table.md, the numbers to cells.csv")
+        runs = with_needed(cells.values())
+        out.mkdir(parents=True, exist_ok=True)
+        with locked(out):
+            try:
+                run_cells(runs, args.jobs, args.devices)
+            finally:
+                write_table(cells, out)
 
-    return exit_code(script)
+    return exit_code(script, "what is finished is kept, repeat the command to go on")
 
 
 if __name__ == "__main__":

@@ -7,7 +7,8 @@ A step is what cifar100.py does with a batch: forward along all paths, the terms
 forward and backward of the student alone, plain eager NCHW float32. Every figure is the median of --repeats steps; the
 rows take turns, so that a machine that slows down slows all of them. "plain" is the step in eager NCHW float32; the
 form that is used (channels_last where both families gain by it, AMP on CUDA) must not be slower. Where the two are one
-and the same, the row is left out.
+and the same, the row is left out. Float32 is PyTorch's, which on CUDA convolves in TF32. Every step draws its paths
+anew, and paths differ in cost: a figure is the median over draws, too.
 
 Peak memory is what PyTorch held at most while networks were built and two steps done: on CUDA by the allocator's own
 count, on the CPU by the profiler's record of every allocation.
@@ -23,6 +24,7 @@ import time
 from argparse import Namespace
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from itertools import accumulate
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
@@ -47,7 +49,6 @@ from common.settings import Parser, check_ranges
 
 CLASSES = 100
 KINDS = {"alone": "the unit: the student alone", "fcfd": "FCFD", "plain": "FCFD, plain"}
-AMP = {"fp16": torch.float16, "bf16": torch.bfloat16, "off": None}
 
 
 @dataclass
@@ -56,7 +57,7 @@ class Row:
 
     pair: str
     kind: str
-    num_paths: int | str = ""  # |S|
+    num_paths: int | None = None  # |S|
     seconds: float = 0.0  # the median
     megabytes: float = 0.0  # the peak
 
@@ -84,7 +85,7 @@ def fcfd_steps(pair: str, c: Namespace, plain: bool) -> Callable[[int, int], Non
     for net in (teacher, student, bridges):
         net.to(c.device, memory_format=torch.channels_last if channels_last else torch.preserve_format)
     teacher.requires_grad_(False)
-    device, amp = torch.device(c.device), None if plain else AMP[c.amp]
+    device, amp = torch.device(c.device), None if plain else cifar100.AMP[c.amp]
     parameters = [*student.parameters(), *bridges.parameters()]
     optimizer = sgd(parameters, 0.01, momentum=0.9, weight_decay=5e-4, nesterov=True, fused=device.type == "cuda")
     scaler = torch.amp.GradScaler(device.type, enabled=amp == torch.float16)
@@ -141,14 +142,15 @@ def measure_memory(row: Row, c: Namespace) -> None:
         torch.cuda.reset_peak_memory_stats(c.device)
         two_steps()
         row.megabytes = torch.cuda.max_memory_allocated(c.device) / 2**20
-    elif c.device == "cpu":
+    elif c.device.startswith("cpu"):
         os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # or the profiler talks
         with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
             two_steps()
         with tempfile.NamedTemporaryFile(suffix=".json") as file:
             profile.export_chrome_trace(file.name)
             events = json.loads(Path(file.name).read_text())["traceEvents"]
-        row.megabytes = max(e["args"]["Total Allocated"] for e in events if e["name"] == "[memory]") / 2**20
+        changes = sorted((e["ts"], e["args"]["Bytes"]) for e in events if e["name"] == "[memory]")
+        row.megabytes = max(accumulate(size for _, size in changes)) / 2**20
 
 
 def measure_time(rows: list[Row], c: Namespace) -> None:
@@ -174,7 +176,7 @@ def table(rows: list[Row], batch_size: int) -> str:
         [
             row.pair,
             KINDS[row.kind],
-            row.num_paths,
+            "" if row.num_paths is None else row.num_paths,
             f"{row.seconds / units[row.pair]:.2f}",
             f"{1000 * row.seconds:.1f}",
             f"{batch_size / row.seconds:.0f}",
@@ -194,12 +196,13 @@ def parse_args(argv: list[str] | None) -> Namespace:
     add("--batch-size", type=int, metavar="N", help="default: 64")
     add("--repeats", type=int, metavar="N", help="steps behind each figure (default: 11)")
     add("--device", help="default: cuda if there is one, else cpu")
-    add("--amp", choices=AMP, help="default: fp16 on CUDA, else off")
+    add("--amp", choices=cifar100.AMP, help="default: fp16 on CUDA, else off")
     add("--out", metavar="DIR", help="default: results/complexity")
     add("--smoke", action="store_true", help="the whole way with two small networks, in seconds")
     given = parser.given(argv)
     if given.pop("smoke", False):
-        given = {"pairs": ["resnet14-resnet8"], "batch_size": 4, "repeats": 2, "num_paths": [0, 2]} | given
+        small = {"pairs": ["resnet14-resnet8"], "batch_size": 4, "repeats": 2, "num_paths": [0, 2]}
+        given = small | {"out": "results/complexity/smoke"} | given
     defaults = {"pairs": ["resnet32x4-resnet8x4"], "num_paths": None, "batch_size": 64, "repeats": 11}
     c = Namespace(**defaults | {"device": None, "amp": None, "out": "results/complexity"} | given)
     c.device = c.device or ("cuda" if torch.cuda.is_available() else "cpu")
@@ -241,6 +244,7 @@ def main(argv: list[str] | None = None) -> int:
         c = parse_args(argv)
         device, out = open_device(c.device), Path(c.out)
         of_pairs = [rows_of(pair, c) for pair in c.pairs]
+        out.mkdir(parents=True, exist_ok=True)
         for rows in of_pairs:
             for row in rows:
                 measure_memory(row, c)
@@ -253,12 +257,11 @@ def main(argv: list[str] | None = None) -> int:
         )
         text = f"{table(rows, c.batch_size)}\n{note}, {machine['threads']} threads\n"
         numbers = {"settings": vars(c), "machine": machine, "rows": [vars(row) for row in rows]}
-        out.mkdir(parents=True, exist_ok=True)
         write_atomically(out / "table.md", lambda file: file.write(text.encode()))
         write_atomically(out / "rows.json", lambda file: file.write(json.dumps(numbers, indent=1).encode()))
         print(f"written to {out}/table.md and rows.json")
 
-    return exit_code(script)
+    return exit_code(script, "repeat the command")
 
 
 if __name__ == "__main__":

@@ -9,6 +9,7 @@ of them thin.
 import csv
 import statistics
 import sys
+import warnings
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
@@ -32,21 +33,23 @@ def read_curve(run: Path, column: str) -> list[float]:
     try:
         with (run / "log.csv").open(newline="") as file:
             rows = list(csv.DictReader(file))
-        return [float(row[column]) for row in rows]
+        values = [float(row[column]) for row in rows]
     except (OSError, UnicodeDecodeError, csv.Error) as error:
         raise UserError(f"{run} is no run's folder ({error}): name folders that hold a log.csv") from error
     except KeyError as error:
-        raise UserError(f"{run / 'log.csv'} has no column {column}: it has {', '.join(rows[0])}") from error
+        raise UserError(
+            f"{run / 'log.csv'} has no column {column}: it has {', '.join(filter(None, rows[0]))}"
+        ) from error
     except (TypeError, ValueError) as error:
         raise UserError(f"{run / 'log.csv'} has no numbers in its column {column}: choose another --columns") from error
+    if not values:
+        raise UserError(f"{run / 'log.csv'} has no epochs: leave it out")
+    return values
 
 
 def group(runs: list[Path], column: str) -> dict[str, list[list[float]]]:
     """The curves of runs that differ in the seed alone, by their common name."""
-    groups: dict[str, list[list[float]]] = {}
-    for run in runs:
-        groups.setdefault(series(run), []).append(read_curve(run, column))
-    return groups
+    return {name: [read_curve(run, column) for run in group] for name, group in series(runs).items()}
 
 
 def mean_curve(curves: list[list[float]]) -> list[float]:
@@ -67,6 +70,8 @@ def draw(runs: list[Path], columns: list[str], out: Path) -> None:
         from matplotlib import pyplot
     except ImportError as error:
         raise UserError("figures need matplotlib: pip install -r requirements-extra.txt") from error
+    if out.suffix not in (".png", ".svg", ".pdf"):
+        raise UserError(f"--out {out}: it must end in .png, .svg or .pdf")
     groups = {column: group(runs, column) for column in columns}
     figure, panels = pyplot.subplots(
         1, len(columns), figsize=(6.4 * len(columns), 4.4), squeeze=False, layout="constrained"
@@ -78,16 +83,18 @@ def draw(runs: list[Path], columns: list[str], out: Path) -> None:
                 panel.plot(range(1, len(curve) + 1), curve, linewidth=0.6, alpha=0.5, **look)
             mean = mean_curve(curves)
             count = f" (mean of {len(curves)})" if len(curves) > 1 else ""
-            panel.plot(range(1, len(mean) + 1), mean, linewidth=1.8, label=name + count, **look)
+            panel.plot(range(1, len(mean) + 1), mean, linewidth=1.8, label=name.replace("$", r"\$") + count, **look)
         panel.set(xlabel="epoch", ylabel=LABELS.get(column, column))
         panel.grid(alpha=0.3)
         panel.spines[["top", "right"]].set_visible(False)
     figure.legend(*panels[0][0].get_legend_handles_labels(), loc="outside upper center", frameon=False, ncols=2)
     try:
         out.parent.mkdir(parents=True, exist_ok=True)
-        figure.savefig(out, dpi=150)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # of letters that the font lacks
+            figure.savefig(out, dpi=150)
     except (OSError, ValueError) as error:
-        raise UserError(f"cannot write {out} ({error}): choose another --out, ending in .png, .svg or .pdf") from error
+        raise UserError(f"cannot write {out} ({error}): choose another --out") from error
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -103,7 +110,7 @@ def main(argv: list[str] | None = None) -> int:
         draw(given["runs"], given.get("columns", ["test_top1"]), out)
         print(f"written to {out}")
 
-    return exit_code(script)
+    return exit_code(script, "repeat the command")
 
 
 if __name__ == "__main__":

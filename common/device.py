@@ -5,16 +5,27 @@ import torch
 from .errors import UserError
 
 
+def check_device(name: str) -> None:
+    """Raise a UserError if there is no such device, without opening it."""
+    try:
+        device = torch.device(name)
+        if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
+            raise RuntimeError("there are fewer")
+        if device.type not in ("cpu", "cuda", "mps"):
+            raise RuntimeError(f"networks are not trained on {device.type}")
+    except RuntimeError as error:
+        raise UserError(f"there is no device {name!r} here: try --device cpu") from error
+
+
 def open_device(name: str) -> torch.device:
     """The device "cpu", "cuda", "cuda:N" or "mps"; lets cuDNN look for its fastest algorithms.
 
     Raises:
         UserError: it is not there.
     """
+    check_device(name)
+    device = torch.device(name)
     try:
-        device = torch.device(name)
-        if device.type not in ("cpu", "cuda", "mps"):
-            raise RuntimeError(f"networks are not trained on {device.type}")
         torch.zeros(1, device=device)
     except (RuntimeError, AssertionError) as error:
         raise UserError(f"there is no device {name!r} here: try --device cpu") from error

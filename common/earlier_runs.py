@@ -1,6 +1,7 @@
 """What the folders of earlier runs tell: whether a teacher is there already, and how far it came."""
 
 import re
+from collections.abc import Iterable
 from pathlib import Path
 
 import yaml
@@ -35,9 +36,15 @@ def is_unfinished(folder: Path) -> bool:
     return (folder / "last.pt").exists() and (result is None or result.get("epoch") != result.get("epochs"))
 
 
-def series(run: Path) -> str:
-    """What the names of runs that differ in the seed alone have in common."""
-    return re.sub(r"-seed\d+$", "", run.resolve().name)
+def series(runs: Iterable[Path]) -> dict[str, list[Path]]:
+    """Runs whose folders differ in the seed alone, under their common name; a run named twice counts once."""
+    runs = list(dict.fromkeys(run.resolve() for run in runs))
+    several = len({run.parent for run in runs}) > 1
+    groups: dict[str, list[Path]] = {}
+    for run in runs:
+        name = re.sub(r"-seed\d+$", "", run.name)
+        groups.setdefault(f"{run.parent.name}/{name}" if several else name, []).append(run)
+    return groups
 
 
 def read_config(folder: Path) -> dict | None:
@@ -47,12 +54,14 @@ def read_config(folder: Path) -> dict | None:
 
 def read_result(folder: Path) -> dict | None:
     """The result.json of a run, None where there is none that can be read."""
-    return _read(folder / "result.json")
+    result = _read(folder / "result.json") or {}
+    whole = isinstance(result.get("last"), dict) and {"epoch", "epochs", "best", "teacher", "seconds"} <= result.keys()
+    return result if whole else None
 
 
 def _read(path: Path) -> dict | None:
     try:
         content = yaml.safe_load(path.read_text())  # JSON is YAML too
-    except (OSError, ValueError, RecursionError, yaml.YAMLError):
+    except Exception:  # a damaged file can make the reader stumble over anything
         return None
     return content if isinstance(content, dict) else None

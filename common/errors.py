@@ -6,6 +6,8 @@ import sys
 import threading
 from collections.abc import Callable
 
+AFTER_INTERRUPT = "epochs that were finished are kept, go on with --resume (without it if none was)"
+
 
 class UserError(ValueError):
     """The input was wrong. The message is one line that names the fault and the remedy; exit code 2."""
@@ -16,21 +18,31 @@ class LossNotFiniteError(ArithmeticError):
 
 
 class Terminated(KeyboardInterrupt):
-    """SIGTERM came, as from a cluster whose time is up: to be met like Ctrl-C. Exit code 143."""
+    """SIGTERM or SIGHUP, the number it holds, came, as from a cluster whose time is up: to be met like Ctrl-C."""
 
 
-def exit_code(script: Callable[[], None]) -> int:
+def exit_code(script: Callable[[], None], interrupted: str = AFTER_INTERRUPT) -> int:
     """Run a script and return its exit code, having printed a line on what went wrong.
 
-    0: done, or stopped by --max-minutes; 1: the loss stopped being finite; 2: wrong input, or a file that cannot be
-    read or written; 130: Ctrl-C; 143: SIGTERM; 141: whatever read the output went away.
+    `interrupted` is what to say of an interrupt.
+
+    0: done, or stopped by --max-minutes; 1: the loss stopped being finite; 2: wrong input, a file that cannot be
+    read or written, or too little memory; 130: Ctrl-C; 143: SIGTERM; 129: SIGHUP; 141: whatever read the output went
+    away.
     """
 
-    def terminate(*_):
-        raise Terminated
+    def terminate(number, _):
+        raise Terminated(number)
 
-    in_main_thread = threading.current_thread() is threading.main_thread()  # the only one that may set handlers
-    before = signal.signal(signal.SIGTERM, terminate) if in_main_thread else None
+    before = {}
+    if threading.current_thread() is threading.main_thread():  # the only one that may set handlers
+        for number in (signal.SIGTERM, getattr(signal, "SIGHUP", signal.SIGTERM)):
+            if signal.getsignal(number) != signal.SIG_IGN:  # as nohup has it
+                before[number] = signal.signal(number, terminate)
+    sys.stderr = sys.stderr or open(os.devnull, "w")  # noqa: SIM115  closed by whoever started the script
+    for stream in filter(None, (sys.stdout, sys.stderr)):
+        if hasattr(stream, "reconfigure"):
+            stream.reconfigure(errors="backslashreplace")  # a terminal that lacks a letter is no reason to stop
     try:
         script()
     except UserError as error:
@@ -40,16 +52,21 @@ def exit_code(script: Callable[[], None]) -> int:
         print(f"error: the loss stopped being finite {error}; epochs before that are kept", file=sys.stderr)
         return 1
     except KeyboardInterrupt as interrupt:
-        advice = "repeat the command with --resume, or without it if there were none"
-        print(f"interrupted; epochs that were finished are kept: {advice}", file=sys.stderr)
-        return 143 if isinstance(interrupt, Terminated) else 130
+        print(f"interrupted: {interrupted}", file=sys.stderr)
+        return 128 + (interrupt.args[0] if isinstance(interrupt, Terminated) else signal.SIGINT)
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # or Python complains again at exit
         return 141
     except OSError as error:
         print(f"error: {error}: check the path, its permissions and the space that is left", file=sys.stderr)
         return 2
+    except RuntimeError as error:
+        if not any(words in str(error).lower() for words in ("out of memory", "allocate memory")):
+            raise
+        text = "out of memory: try a smaller --batch-size, or fewer mixed paths (--num-paths)"
+        print(f"error: {text}", file=sys.stderr)
+        return 2
     finally:
-        if in_main_thread:
-            signal.signal(signal.SIGTERM, before)
+        for number, handler in before.items():
+            signal.signal(number, handler)
     return 0

@@ -35,7 +35,7 @@ MAY_CHANGE = ("device", "data_dir", "out", "max_minutes")  # between a run and i
 def open_run(out: Path, resume: bool) -> Iterator[dict[str, Any] | None]:
     """Make the folder if need be and keep it to this process; gives the state to resume from, None for a fresh run.
 
-    A folder that was made here and into which nothing was saved is removed again at the end.
+    Folders that were made here and into which nothing was saved are removed again at the end.
 
     Raises:
         UserError: it holds a run and `resume` is off; it holds none and `resume` is on; another process is at work
@@ -44,7 +44,7 @@ def open_run(out: Path, resume: bool) -> Iterator[dict[str, Any] | None]:
     last = out / "last.pt"
     if resume and not last.exists():
         raise UserError(f"there is nothing to resume in {out}: start without --resume")
-    made = not out.exists()
+    made = [folder for folder in (out, *out.parents) if not folder.exists()]
     try:
         out.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryFile(dir=out):
@@ -57,9 +57,9 @@ def open_run(out: Path, resume: bool) -> Iterator[dict[str, Any] | None]:
                 raise UserError(f"{out} holds a run already: go on with --resume, or choose another --out")
             yield _read_state(last) if resume else None
     finally:
-        if made:
-            with contextlib.suppress(OSError):  # it is not empty
-                out.rmdir()
+        with contextlib.suppress(OSError):  # until one is not empty
+            for folder in made:
+                folder.rmdir()
 
 
 @contextlib.contextmanager
@@ -92,7 +92,8 @@ def locked(folder: Path) -> Iterator[None]:
 
 def _read_state(last: Path) -> dict[str, Any]:
     state = load(last)
-    if not isinstance(state, dict) or not {"config", "epoch", "log", "best", "student"} <= state.keys():
+    keys = {"config": dict, "epoch": int, "log": list, "best": dict, "student": dict}
+    if not isinstance(state, dict) or not all(isinstance(state.get(key), kind) for key, kind in keys.items()):
         raise UserError(f"{last} is not what a run leaves: choose another --out")
     return state
 

@@ -14,7 +14,7 @@ def test_a_student_beside_its_teacher():
     student = torch.tensor([[1.0, 0.0], [0.0, 1.0], [0.0, 1.0], [1.0, 0.0]])
     labels = torch.tensor([0, 1, 1, 1])
     p, q = (logits.double().div(4).softmax(1) for logits in (teacher, student))
-    found = agreement.compare(student, teacher, labels)
+    found = agreement.measure(student, teacher, labels)
     assert (found["accuracy"], found["agreement"]) == (75, 50)
     assert found["kl"] == pytest.approx(16 * (p * (p / q).log()).sum().item() / 4, rel=1e-4)
 
@@ -27,8 +27,8 @@ def test_the_teacher_agrees_with_itself_and_students_with_their_log(tmp_path, ca
     runs = [str(run) for run in (teacher, *students)]
     assert agreement.main(["--teacher", *runs[:1], *runs, "--out", str(out)]) == 0
     rows = [line.strip("| \n").split(" | ") for line in out.read_text().splitlines()[2:]]
-    assert [row[:2] for row in rows] == [["alone", "1"], ["kd", "2"]]
-    assert rows[0][3:] == ["100.00", "0.00"]
+    assert [row[:2] for row in rows] == [[f"{teacher.parent.name}/alone", "1"], [f"{tmp_path.name}/kd", "2"]]
+    assert rows[0][3:] == ["100.00", "0.000"]
     accuracies = [json.loads((run / "result.json").read_text())["last"]["top1"] for run in (teacher, *students)]
     assert rows[0][2] == f"{accuracies[0]:.2f}"
     assert rows[1][2].startswith(f"{sum(accuracies[1:]) / 2:.2f} ± ")

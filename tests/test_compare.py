@@ -2,73 +2,89 @@
 
 import csv
 import json
+import os
+import time
 
 import pytest
 
 from ablations import cells, compare
-from ablations.cells import Cell, mean_and_deviation, run_cells
+from ablations.cells import Cell, mean_and_deviation, run_cells, with_needed
 from common.errors import UserError
+from common.run_folder import locked
+from common.sources import load_data
 
-# In the place of cifar100.py: notes when it was at work and whether it was told to resume; "resnet32" fails.
+# In the place of cifar100.py. It works until as many others are at work as WIDTH says, and fails if there are more, so
+# that no test depends on how long anything takes; "resnet32" fails, "resnet110" works on until it is killed.
 FAKE = """
-import json, sys, time
+import json, os, sys, time
 from pathlib import Path
-given = dict(zip(sys.argv[1::2], sys.argv[2::2]))
-out = Path(given["--out"])
-began = time.time()
-time.sleep(0.3)
-if given["--student"] == "resnet32":
-    sys.exit("error: it fails")
-out.mkdir(exist_ok=True)
+given = dict(word.lstrip("-").split("=", 1) for word in sys.argv[1:] if "=" in word)
+out, desk, width = Path(given["out"]), Path(__file__).parent / "desk", int(os.environ.get("WIDTH", 0))
+(desk / f"{out.name}.began").write_text(str(os.getpid()))
+end = time.time() + 60
+while (busy := len([*desk.glob("*.began")]) - len([*desk.glob("*.ended")])) < width and time.time() < end:
+    time.sleep(0.01)
+while given["student"] == "resnet110":
+    time.sleep(0.01)
+if (width and busy != width) or given["student"] == "resnet32":
+    sys.exit(f"error: it fails, {busy} at work")
+time.sleep(0.2)  # for one too many to be noticed
 (out / "student.pth").touch()
-place = given.get("--device")
-(out / "notes.json").write_text(json.dumps([began, time.time(), "--resume" in sys.argv, place]))
-(out / "result.json").write_text(json.dumps({"epoch": 1, "epochs": 1, "last": {"top1": 50.0}}))
+notes = {"words": sys.argv[1:], "device": given.get("device"), "threads": os.environ.get("OMP_NUM_THREADS")}
+notes["before"] = sorted(path.stem for path in desk.glob("*.ended"))
+(out / "notes.json").write_text(json.dumps(notes))
+score = {"epoch": 1, "top1": 50.0}
+(out / "result.json").write_text(json.dumps(dict(epoch=1, epochs=1, last=score, best=score, teacher=None, seconds=1)))
+(desk / f"{out.name}.ended").touch()
 """
 
 
 @pytest.fixture
 def fake(tmp_path, monkeypatch):
+    (tmp_path / "desk").mkdir()
     (tmp_path / "fake.py").write_text(FAKE)
     monkeypatch.setattr(cells, "SCRIPT", tmp_path / "fake.py")
-    return lambda name, **more: Cell(tmp_path / name, {"student": "resnet8", "epochs": 1}, **more)
+    monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
+    return lambda name, **more: Cell(
+        tmp_path / name, {"student": "resnet8", "epochs": 1, "dataset": "synthetic"}, **more
+    )
 
 
 def notes(cell):
     return json.loads((cell.folder / "notes.json").read_text())
 
 
-def at_once(runs):
-    """The largest number of runs that were at work at one time."""
-    spans = [notes(run)[:2] for run in runs]
-    return max(sum(a <= began < b for a, b in spans) for began, _ in spans)
-
-
 @pytest.mark.parametrize(("jobs", "devices"), [(1, []), (2, []), (1, ["cpu", "cuda:1"])])
-def test_runs_at_once(fake, jobs, devices):
+def test_runs_at_once(fake, monkeypatch, jobs, devices):
+    width = jobs * max(1, len(devices))
+    monkeypatch.setenv("WIDTH", str(width))
+    monkeypatch.setattr(cells.os, "cpu_count", lambda: 6)
     runs = [fake(str(i)) for i in range(4)]
     run_cells(runs, jobs, devices)
-    assert at_once(runs) == jobs * max(1, len(devices))
-    assert {notes(run)[3] for run in runs} == set(devices or [None])
+    assert {notes(run)["device"] for run in runs} == set(devices or [None])
+    assert {notes(run)["threads"] for run in runs} == {"3" if width == 2 else None}
 
 
 def test_a_run_starts_when_what_it_needs_is_finished(fake):
     teacher = fake("teacher")
     students = [fake("a", after=teacher), fake("b", after=teacher)]
-    run_cells(students, jobs=3)
-    assert all(notes(student)[0] >= notes(teacher)[1] for student in students)
+    run_cells([*students, teacher], jobs=3)
+    assert all("teacher" in notes(student)["before"] for student in students)
 
 
-def test_finished_runs_are_kept_and_broken_ones_resumed(fake):
+def test_finished_runs_are_kept_and_broken_ones_resumed(fake, tmp_path):
     kept, broken, teacher = fake("kept"), fake("broken"), fake("teacher")
     run_cells([kept, broken, teacher])
-    before = notes(kept)
+    for file in (tmp_path / "desk").iterdir():
+        file.unlink()
     (broken.folder / "last.pt").touch()
-    (broken.folder / "result.json").write_text(json.dumps({"epoch": 1, "epochs": 2}))
+    result = json.loads((broken.folder / "result.json").read_text())
+    (broken.folder / "result.json").write_text(json.dumps(result | {"epochs": 2}))
     teacher.network.unlink()  # its numbers were kept, as in a clone of the results, but not its weights
-    run_cells([kept, broken, fake("student", after=teacher)])
-    assert notes(kept) == before
-    assert notes(broken)[2]
+    run_cells([kept, broken, teacher, fake("student", after=teacher)])
+    assert not (tmp_path / "desk" / "kept.began").exists()
+    assert "--resume" in notes(broken)["words"]
+    assert "--resume" not in notes(teacher)["words"]
     assert teacher.network.exists()
 
 
@@ -81,6 +97,48 @@ def test_what_fails_takes_along_what_needs_it_and_no_more(fake, tmp_path, capsys
     assert not (tmp_path / "needs").exists()
 
 
+def test_an_old_result_does_not_hide_a_failure(fake, tmp_path):
+    teacher = fake("teacher")
+    run_cells([teacher])
+    teacher.network.unlink()
+    teacher.given["student"] = "resnet32"
+    with pytest.raises(UserError, match="2 of the runs"):
+        run_cells([teacher, fake("student", after=teacher)])
+
+
+def test_an_interrupt_ends_the_runs(fake, tmp_path, monkeypatch):
+    started = tmp_path / "desk" / "endless.began"
+
+    def interrupted_sleep(seconds):
+        sleep(seconds)
+        if started.exists():
+            raise KeyboardInterrupt
+
+    sleep = time.sleep
+    monkeypatch.setattr(cells.time, "sleep", interrupted_sleep)
+    with pytest.raises(KeyboardInterrupt):
+        run_cells([Cell(tmp_path / "endless", {"student": "resnet110"})])
+    with pytest.raises(ProcessLookupError):
+        os.kill(int(started.read_text()), 0)
+
+
+def test_the_table_is_of_what_is_finished(fake, tmp_path, capsys):
+    options = [
+        "--pairs",
+        "resnet32-resnet8",
+        "--methods",
+        "alone",
+        "kd",
+        "--epochs",
+        "1",
+        "--out",
+        str(tmp_path / "out"),
+    ]
+    assert compare.main([*options, "--dataset", "synthetic", "--subset", "40", "--test-subset", "40"]) == 2
+    assert "| resnet32-resnet8 | alone | 1 | 50.00 | 50.00 |  |" in (tmp_path / "out" / "table.md").read_text()
+    assert "2 of the runs failed" in capsys.readouterr().err
+
+
 def test_everything_is_checked_before_anything_runs(fake, tmp_path):
     (tmp_path / "other").mkdir()
     (tmp_path / "other" / "config.yaml").write_text("{student: resnet8, epochs: 1, seed: 7}")
@@ -91,8 +149,32 @@ def test_everything_is_checked_before_anything_runs(fake, tmp_path):
     ]
     for cell, message in wrong:
         with pytest.raises(UserError, match=message):
-            run_cells([fake("good"), cell])
-    assert not (tmp_path / "good").exists()
+            with_needed([fake("good"), cell])
+
+
+def test_runs_on_other_images_are_refused(fake, tmp_path):
+    fingerprint = load_data("synthetic", "data").fingerprint
+    (tmp_path / "there").mkdir()
+    config = {"student": "resnet8", "epochs": 1, "dataset": "synthetic", "data_dir": "elsewhere"}
+    (tmp_path / "there" / "config.yaml").write_text(json.dumps(config | {"fingerprint": fingerprint}))
+    assert len(with_needed([fake("there")])) == 1
+    (tmp_path / "there" / "config.yaml").write_text(json.dumps(config | {"fingerprint": "other"}))
+    with pytest.raises(UserError, match="saw other images"):
+        with_needed([fake("there")])
+
+
+def test_students_of_another_teacher_are_refused(fake, tmp_path):
+    cell = fake("student", after=fake("teacher-seed1"))
+    cell.given |= {"teacher": "resnet14", "teacher_ckpt": str(cell.after.network)}
+    cell.folder.mkdir()
+    for folder, ok in (("/elsewhere/teacher-seed1", True), ("/elsewhere/teacher-seed2", False)):
+        config = cell.given | {"teacher_ckpt": f"{folder}/student.pth"}
+        (cell.folder / "config.yaml").write_text(json.dumps(config))
+        if ok:
+            cell.settings()
+        else:
+            with pytest.raises(UserError, match="keep the first of --seeds"):
+                cell.settings()
 
 
 def test_mean_and_sample_deviation():
@@ -121,18 +203,22 @@ def test_published_figures_stand_beside_the_same_definition_alone(tmp_path):
     figures = published(tmp_path)
     assert figures["vgg13-vgg8"] == {"teacher": "74.64 *", "alone": "70.36 *", "kd": "72.98 *", "fcfd": "75.22"}
     assert figures["resnet56-resnet20"]["fcfd"] == "71.96"
-    assert set(published(tmp_path, "--num-paths", "2", "--device", "cpu", "--amp", "off", "--seeds", "5")) == set(
+    assert set(published(tmp_path, "--num-paths", "2", "--devices", "cpu", "--amp", "off", "--seeds", "5")) == set(
         figures
     )
     for options in (["--epochs", "30"], ["--dataset", "synthetic"], ["--subset", "500"], ["--lr", "0.1"]):
         assert published(tmp_path, *options) == {}, options
-    assert set(published(tmp_path, "--teacher-epochs", "30")["vgg13-vgg8"]) == {"teacher", "alone"}
+    assert set(published(tmp_path, "--teacher-epochs", "30")["vgg13-vgg8"]) == {"alone"}
+    (tmp_path / "some.pth").touch()
+    assert "teacher" not in published(tmp_path, "--teacher-ckpt", f"vgg13={tmp_path / 'some.pth'}")["vgg13-vgg8"]
     assert set(published(tmp_path, "--w-app", "2")["vgg13-vgg8"]) == {"teacher", "alone", "kd"}
 
 
 def test_grid(tmp_path):
+    some = tmp_path / "some.pth"
+    some.touch()
     options = ["--pairs", "resnet20-resnet8", "resnet32-resnet20", "--methods", "alone", "kd", "--seeds", "3", "4"]
-    options += ["--epochs", "2", "--temperature", "2", "--teacher-ckpt", "resnet32=some.pth", "--out", str(tmp_path)]
+    options += ["--epochs", "2", "--temperature", "2", "--teacher-ckpt", f"resnet32={some}", "--out", str(tmp_path)]
     runs = compare.grid(*compare.parse_args(options))
     assert len(runs) == 8
     kd = runs["resnet20-resnet8", "kd", 4]
@@ -141,11 +227,9 @@ def test_grid(tmp_path):
     assert kd.given["teacher_ckpt"] == str(kd.after.folder / "student.pth")
     assert (kd.given["temperature"], kd.given["seed"], kd.given["epochs"]) == (2.0, 4, 2)
     assert "temperature" not in kd.after.given
-    assert runs["resnet32-resnet20", "kd", 3].given["teacher_ckpt"] == "some.pth"
+    assert runs["resnet32-resnet20", "kd", 3].given["teacher_ckpt"] == str(some)
     assert runs["resnet32-resnet20", "kd", 3].after is None
-    words = kd.command("cuda:1")
-    assert words[words.index("--teacher-ckpt") + 1] == kd.given["teacher_ckpt"]
-    assert words[words.index("--device") + 1] == "cuda:1"
+    assert {f"--teacher-ckpt={kd.given['teacher_ckpt']}", "--device=cuda:1", "--seed=4"} <= set(kd.command("cuda:1"))
     longer = compare.grid(*compare.parse_args([*options, "--teacher-epochs", "5"]))["resnet20-resnet8", "kd", 4].after
     assert (longer.folder.name, longer.given["epochs"]) == ("resnet20-alone-5ep-seed3", 5)
 
@@ -159,6 +243,13 @@ def test_grid(tmp_path):
         (["--student", "resnet8"], "--pairs"),
         (["--seed=3"], "--seeds"),
         (["--jobs", "0"], "--jobs 0"),
+        (["--pairs", "resnet8-"], "hyphen"),
+        (["--devices", "cuda:99"], "cuda:99"),
+        (["--device", "cpu"], "--devices"),
+        (["--teacher-epochs", "0"], "--epochs 0"),
+        (["--teacher-ckpt", "resnet32x4=missing.pth"], "no such file"),
+        (["--teacher-ckpt", "resnet110=missing.pth"], "teacher of none"),
+        (["--dataset", "synthetic", "--subset", "5"], "--subset 5"),
         (["--seeds", "-1"], "--seed -1"),
         (["--teacher-ckpt", "resnet32x4"], "NAME=FILE"),
         (["--bogus"], "--bogus"),
@@ -194,3 +285,9 @@ def test_smoke(tmp_path, capsys):
     assert (tmp_path / "table.md").read_text() == text
     assert compare.main(["--smoke", "--out", str(tmp_path), "--temperature", "2"]) == 2
     assert "--temperature is 2.0 and was 4" in capsys.readouterr().err
+    assert (tmp_path / "table.md").read_text() == text
+    with locked(tmp_path):
+        assert compare.main(["--smoke", "--out", str(tmp_path)]) == 2
+    assert "another process" in capsys.readouterr().err
+    tmp_path.rename(tmp_path.with_name("moved"))
+    assert compare.main(["--smoke", "--out", str(tmp_path.with_name("moved"))]) == 0

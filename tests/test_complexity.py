@@ -13,16 +13,25 @@ def test_smoke(tmp_path, capsys):
     assert complexity.main(["--smoke", "--device", "cpu", "--out", str(tmp_path)]) == 0
     numbers = json.loads((tmp_path / "rows.json").read_text())
     rows = {(row["kind"], row["num_paths"]): row for row in numbers["rows"]}
-    assert list(rows) == [("alone", ""), ("fcfd", 0), ("fcfd", 2), ("plain", 2)]
+    assert list(rows) == [("alone", None), ("fcfd", 0), ("fcfd", 2), ("plain", 2)]
     assert all(row["seconds"] > 0 for row in rows.values())
     megabytes = [row["megabytes"] for row in rows.values()]
     weights = sum(4 * p.numel() for p in build("resnet8", 100).parameters()) / 2**20
     assert 2 * weights < megabytes[0] < megabytes[1] < megabytes[2] < 40  # weights and gradients at least
     text = (tmp_path / "table.md").read_text()
     assert text.startswith(capsys.readouterr().out.split("\n\n")[0])
-    unit = rows["alone", ""]["seconds"]
+    unit = rows["alone", None]["seconds"]
     expected = f"| resnet14-resnet8 | FCFD | 2 | {rows['fcfd', 2]['seconds'] / unit:.2f} | "
     assert expected + f"{1000 * rows['fcfd', 2]['seconds']:.1f} | {4 / rows['fcfd', 2]['seconds']:.0f} | " in text
+
+
+def test_memory_is_the_same_when_measured_again():
+    c = complexity.parse_args(["--smoke", "--device", "cpu"])
+    rows = [complexity.Row("resnet14-resnet8", "fcfd", 2) for _ in range(3)]
+    for row in rows:
+        complexity.measure_memory(row, c)
+    assert rows[1].megabytes == pytest.approx(rows[0].megabytes, rel=0.01)
+    assert rows[2].megabytes == pytest.approx(rows[0].megabytes, rel=0.01)
 
 
 def test_time_is_the_median_without_the_first_round(monkeypatch):
@@ -59,6 +68,7 @@ def test_a_step_trains_the_student_and_leaves_the_teacher(monkeypatch):
         for net, old in zip(built, before, strict=True)
     ]
     assert all(same[0])
+    assert all(p.grad is None for p in built[0].parameters())
     assert not any(same[1])
 
 

@@ -19,14 +19,21 @@ def write_run(folder, values):
 def runs(tmp_path):
     return [
         write_run(tmp_path / name, v)
-        for name, v in (("a-seed1", [1, 2]), ("a-seed2", [3, 5, 9]), ("b-seed10-x", [7, 7]))
+        for name, v in (("a-seed1", [1, 2]), ("a-seed2", [3, 5, 9]), ("b-seed10-x$y$", [7, 7]))
     ]
 
 
 def test_runs_that_differ_in_the_seed_are_one_curve(runs):
     groups = curves.group(runs, "test_top1")
-    assert groups == {"a": [[1, 2], [3, 5, 9]], "b-seed10-x": [[7, 7]]}
+    assert groups == {"a": [[1, 2], [3, 5, 9]], "b-seed10-x$y$": [[7, 7]]}
     assert curves.mean_curve(groups["a"]) == [2, 3.5]
+
+
+def test_equal_names_in_two_folders_are_two_curves(tmp_path, runs):
+    (tmp_path / "other").mkdir()
+    other = write_run(tmp_path / "other" / "a-seed1", [8])
+    groups = curves.group([runs[0], other, runs[0]], "test_top1")
+    assert groups == {f"{tmp_path.name}/a": [[1, 2]], "other/a": [[8]]}
 
 
 def test_picture(tmp_path, runs):
@@ -45,6 +52,9 @@ def test_picture(tmp_path, runs):
         (["a-seed1", "--columns", "bogus"], "it has epoch, test_top1, app"),
         (["a-seed1", "--columns", "app"], "no numbers"),
         (["a-seed1", "--out", "curves.bogus"], "curves.bogus"),
+        (["a-seed1", "--out", "curves"], ".png"),
+        (["empty"], "no epochs"),
+        (["ragged"], "no column test_top1"),
         (["a-seed1", "--out", "a-seed1/log.csv/curves.png"], "log.csv"),
         ([], "RUN"),
     ],
@@ -52,6 +62,8 @@ def test_picture(tmp_path, runs):
 def test_wrong_input_is_one_line_and_exit_code_2(tmp_path, runs, capsys, monkeypatch, options, expected):
     pytest.importorskip("matplotlib")
     monkeypatch.chdir(tmp_path)
+    write_run(tmp_path / "empty", [])
+    write_run(tmp_path / "ragged", []).joinpath("log.csv").write_text("epoch,loss\n1,2,3\n")
     assert curves.main(options) == 2
     message = capsys.readouterr().err
     assert expected in message

@@ -202,6 +202,10 @@ def test_folder_errors_name_what_is_wrong(tmp_path):
     (tmp_path / "train" / "cat").rename(tmp_path / "train" / "cow")
     with pytest.raises(UserError, match="'cat'"):
         load_data("folder", tmp_path)
+    for image in (tmp_path / "test" / "dog").iterdir():
+        image.unlink()
+    with pytest.raises(UserError, match=r"test .*dog"):
+        load_data("folder", tmp_path)
 
 
 # ----------------------------------------------------------------------------------------------------- CIFAR

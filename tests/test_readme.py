@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 import cifar100
-from ablations import compare, complexity, curves
+from ablations import agreement, compare, complexity, curves
 
 ROOT = Path(cifar100.__file__).parent
 README = (ROOT / "README.md").read_text()
@@ -42,7 +42,7 @@ def test_files_and_functions_it_names_are_there():
 
 
 def test_options_it_names_exist(capsys):
-    for script in (cifar100, compare, complexity, curves):
+    for script in (cifar100, agreement, compare, complexity, curves):
         with pytest.raises(SystemExit):
             script.main(["--help"])
     known = capsys.readouterr().out
