@@ -12,7 +12,7 @@ import torch
 from running import PAIR, SCRIPT, SMALL, assert_bit_for_bit, call, read_log, script
 
 from common import checkpoint
-from common.errors import UserError
+from common.errors import Terminated, UserError, exit_code
 from common.run_folder import open_run, publish, save_run
 
 CODES = {signal.SIGKILL: -9, signal.SIGINT: 130, signal.SIGTERM: 143}
@@ -183,3 +183,40 @@ def test_a_folder_is_opened_once_at_a_time(tmp_path):
         pass
     with open_run(tmp_path, resume=False) as state:
         assert state is None
+
+
+@pytest.mark.parametrize(
+    ("error", "code", "word"),
+    [
+        (RuntimeError("CUDA out of memory. Tried to allocate 20.00 GiB"), 2, "--batch-size"),
+        (RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory"), 2, "--batch-size"),
+        (Terminated(signal.SIGHUP), 129, "interrupted"),
+        (KeyboardInterrupt(), 130, "interrupted"),
+        (PermissionError(13, "Permission denied", "some/file"), 2, "some/file"),
+    ],
+)
+def test_exit_codes(capsys, error, code, word):
+    def script():
+        raise error
+
+    assert exit_code(script) == code
+    message = capsys.readouterr().err
+    assert word in message
+    assert message.count("\n") == 1
+
+
+def test_faults_of_our_own_are_not_hidden():
+    def script():
+        raise RuntimeError("a shape is wrong")
+
+    with pytest.raises(RuntimeError, match="a shape"):
+        exit_code(script)
+
+
+def test_signals_that_were_ignored_stay_ignored():
+    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)  # as nohup starts a script
+    try:
+        assert exit_code(lambda: signal.raise_signal(signal.SIGHUP)) == 0
+    finally:
+        signal.signal(signal.SIGHUP, before)
+    assert exit_code(lambda: signal.raise_signal(signal.SIGTERM)) == 143
