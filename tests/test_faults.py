@@ -6,6 +6,7 @@ import resource
 import signal
 import subprocess
 import sys
+from functools import partial
 
 import pytest
 import torch
@@ -35,7 +36,9 @@ def whole(options, tmp_path_factory):
 def started(*options):
     """The script in a process of its own, past its first epoch."""
     command = [str(word) for word in (sys.executable, SCRIPT, *options)]
-    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
+    heeds_ctrl_c = partial(signal.signal, signal.SIGINT, signal.SIG_DFL)  # also where the tests run in the background
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+    with subprocess.Popen(command, **pipes, preexec_fn=heeds_ctrl_c) as process:
         try:
             assert any(line.startswith("epoch   1/") for line in process.stdout)
             yield process
