@@ -88,7 +88,7 @@ class Cell:
 
 
 def with_needed(cells: Iterable[Cell]) -> list[Cell]:
-    """The cells and those they need, each once, all checked, the data too; these are the same for all of them.
+    """The cells and those they need, each once, all checked, and the data, which must be the same for all of them.
 
     Raises:
         UserError: as `Cell.settings`; the data cannot be loaded, or a run that is there saw others.
@@ -97,15 +97,15 @@ def with_needed(cells: Iterable[Cell]) -> list[Cell]:
     c, *_ = [cell.settings() for cell in cells]
     stored = {cell.folder: config for cell in cells if (config := read_config(cell.folder))}
     moved = [s for s in stored.values() if Path(s.get("data_dir", "")).resolve() != Path(c.data_dir).resolve()]
-    fingerprints = {folder: config.get("fingerprint") for folder, config in stored.items()}
+    fingerprints = {}
     if moved or not all(cell.result() for cell in cells):
         # Here and once, so that runs that start together find the data downloaded.
-        fingerprints = {Path(c.data_dir): load_data(c.dataset, c.data_dir, c.subset, c.test_subset).fingerprint}
-        fingerprints |= {folder: config.get("fingerprint") for folder, config in stored.items()}
-    first, *others = fingerprints.items()
+        fingerprints[Path(c.data_dir)] = load_data(c.dataset, c.data_dir, c.subset, c.test_subset).fingerprint
+    fingerprints |= {folder: config.get("fingerprint") for folder, config in stored.items()}
+    (first, expected), *others = fingerprints.items()
     for folder, fingerprint in others:
-        if fingerprint != first[1]:
-            raise UserError(f"the run in {folder} saw other images than {first[0]}: choose another --out or --data-dir")
+        if fingerprint != expected:
+            raise UserError(f"the run in {folder} saw other images than {first}: choose another --out or --data-dir")
     return cells
 
 
