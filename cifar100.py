@@ -17,26 +17,24 @@ from pathlib import Path
 
 import torch
 import torch.nn.functional as F
-import yaml
 from tqdm import tqdm
 
 from common import earlier_runs, run_folder
 from common.bridges import Bridges, build_bridges
 from common.checkpoint import load_network
 from common.data import SIZE, Data, eval_batches, train_batches
-from common.device import open_device
+from common.device import AMP, open_device
 from common.errors import LossNotFiniteError, UserError, exit_code
 from common.evaluation import evaluate
 from common.fcfd import TERMS, fcfd_terms, forward_paths
 from common.models import StagedNet, build, check_name
 from common.multipath_bn import plain_state_dict, track_paths
 from common.optimizer import sgd
-from common.paths import MixedPath, candidate_paths, sample_paths
-from common.settings import Parser, check_ranges
+from common.paths import MixedPath, sample_paths, training_paths
+from common.settings import ALL_SETTINGS, Parser, check_ranges, fill
 from common.sources import load_data
 
-SETTINGS = yaml.safe_load((Path(__file__).parent / "common" / "settings.yaml").read_text())
-AMP = {"fp16": torch.float16, "bf16": torch.bfloat16, "off": None}
+SETTINGS = ALL_SETTINGS["cifar100"]
 METHODS = {"kd": ("task", "kd"), "app": ("task", "kd", "app"), "fcfd": TERMS}  # the terms that each one weighs
 DISTILLATION = ("method", "teacher_ckpt", "teacher_epochs", "teacher_bn", "temperature", "num_paths", "positions")
 DISTILLATION += tuple(f"w_{term}" for term in TERMS)  # the settings without a meaning for a network alone
@@ -60,19 +58,11 @@ def parse_args(argv: list[str] | None) -> dict:
     add("--temperature", type=float, metavar="T", help="of every KL term")
     add("--num-paths", type=int, metavar="N", help="|S|, the mixed paths drawn in a step (default: 2)")
     add("--positions", type=int, nargs="+", metavar="K", help="stages that mixed paths leave (default: 2..N-1)")
-    add("--dataset", choices=("cifar100", "cifar10", "folder", "synthetic"), help="default: cifar100")
-    add("--data-dir", metavar="DIR", help="default: data; for 'folder' it holds train/ and test/ or val/")
-    add("--subset", type=int, metavar="N", help="train on N images, spread evenly over the classes")
-    add("--test-subset", type=int, metavar="N", help="test on N images, spread evenly over the classes")
+    parser.add_image_set_options()
     add("--epochs", type=int, metavar="N", help="default: 240; the milestones scale with it")
     add("--batch-size", type=int, metavar="N", help="default: 64")
     add("--lr", type=float, help="default: the pair's in common/settings.yaml")
-    add("--seed", type=int, help="default: 1")
-    add("--device", help="cpu, cuda, cuda:N or mps (default: cuda if there is one, else cpu)")
-    add("--amp", choices=AMP, help="default: fp16 on CUDA, else off")
-    add("--out", metavar="DIR", help="default: a folder under runs/ named after the settings")
-    add("--resume", action="store_true", help="go on from --out; settings that are not given are the run's")
-    add("--max-minutes", type=float, metavar="M", help="stop after the epoch in which they have passed")
+    parser.add_run_options()
     add("--evaluate", metavar="CKPT", help="only test this checkpoint of --student")
     return parser.given(argv)
 
@@ -107,9 +97,7 @@ def settle(given: dict, stored: dict) -> Namespace:
     follows = {f"w_{term}": weights[term] if term in chosen else 0 for term in TERMS}
     follows |= {"lr": pair["lr"], "temperature": pair["temperature"], "teacher_epochs": c.teacher and c.epochs}
     follows |= {"device": "cuda" if torch.cuda.is_available() else "cpu", "out": f"runs/{run_name(c)}"}
-    for key, value in follows.items():
-        if getattr(c, key) is None:
-            setattr(c, key, value)
+    fill(c, follows)
     c.amp = c.amp or ("fp16" if c.device.startswith("cuda") else "off")
     check_ranges(c)
     return c
@@ -148,14 +136,7 @@ def build_networks(c: Namespace, num_classes: int):
     teacher = build(c.teacher, num_classes).requires_grad_(False)
     last = student.num_stages
     c.positions = c.positions or list(range(2, last))
-
-    def trains(path: MixedPath) -> bool:
-        if path.delta == 0:
-            return c.w_func_prime > 0
-        # A path <N, 1> goes straight to the classifier: it has no later stage for L_func's L2 part.
-        return c.w_func_kl > 0 or (c.w_func_l2 > 0 and path.k < last)
-
-    candidates = [path for path in candidate_paths(last, c.positions) if trains(path)]
+    candidates = training_paths(last, c.positions, {term: getattr(c, f"w_{term}") for term in TERMS})
     if c.num_paths is None:
         c.num_paths = min(2, len(candidates))
     sample_paths(candidates, c.num_paths, steps=1, seed=0, epoch=0)  # complains now if |S| is out of range
@@ -231,7 +212,7 @@ def train(
         except (KeyError, RuntimeError, ValueError) as error:
             raise UserError(f"{out / 'last.pt'} does not fit this run: choose another --out") from error
         optimizer.param_groups[0]["fused"] = cuda  # the device may be another one
-        run_folder.publish(out, state, plain_state_dict(student))
+        run_folder.publish(out, state, {"student": plain_state_dict(student)})
     else:
         teacher_accuracy = evaluate(teacher, eval_batches(data.test, channels_last=channels_last)) if teacher else None
         state = {"config": vars(c), "epoch": 0, "log": [], "best": {"top1": -1.0}, "teacher_accuracy": teacher_accuracy}
@@ -305,7 +286,7 @@ def train(
             "scaler": scaler.state_dict(),
             "made_with": run_folder.made_with(device),
         }
-        run_folder.save_run(out, state, plain_state_dict(student))
+        run_folder.save_run(out, state, {"student": plain_state_dict(student)})
         run_folder.print_epoch(state)
         if time.monotonic() > deadline and epoch + 1 < c.epochs:
             print(f"stopped after {epoch + 1} of {c.epochs} epochs (--max-minutes): repeat the command with --resume")

@@ -4,6 +4,8 @@ import torch
 
 from .errors import UserError
 
+AMP = {"fp16": torch.float16, "bf16": torch.bfloat16, "off": None}  # the type that autocast computes in
+
 
 def check_device(name: str) -> None:
     """Raise a UserError if there is no such device, without opening it."""

@@ -3,6 +3,9 @@
 config.yaml     every setting, resolved          student.pth, student_best.pth   plain networks to share
 log.csv         a row an epoch                   last.pt, best.pt                everything, to go on or analyse
 result.json     best and last accuracy
+
+Where the teacher is trained too there are teacher.pth and teacher_best.pth, and what is said of it in the state, the
+log and the result has names that start with "teacher_".
 """
 
 import contextlib
@@ -28,6 +31,7 @@ try:
 except ImportError:  # Windows
     fcntl = None
 
+PREFIX = {"student": "", "teacher": "teacher_"}  # of what is said of a network that is trained
 MAY_CHANGE = ("device", "data_dir", "out", "max_minutes")  # between a run and its resumption
 
 
@@ -115,33 +119,38 @@ def _same(key: str, a: Any, b: Any) -> bool:
     return a == b
 
 
-def save_run(out: Path, state: dict[str, Any], student: dict[str, torch.Tensor]) -> None:
+def save_run(out: Path, state: dict[str, Any], networks: dict[str, dict[str, torch.Tensor]]) -> None:
     """Replace last.pt by `state`, then the files that follow from it; arguments as in `publish`."""
     save(state, out / "last.pt")
-    publish(out, state, student)
+    publish(out, state, networks)
 
 
-def publish(out: Path, state: dict[str, Any], student: dict[str, torch.Tensor]) -> None:
+def publish(out: Path, state: dict[str, Any], networks: dict[str, dict[str, torch.Tensor]]) -> None:
     """Write every file but last.pt.
 
-    `best.pt` and `student_best.pth` are only due when the last epoch is the best one: before a later epoch became the
-    last, they were written.
+    `best.pt` and a network's file of the best epoch are only due when the last epoch is the best one: before a later
+    epoch became the last, they were written.
 
     Args:
         state: as in last.pt: "config", "epoch" (how many are done), "log" (a row each), "best" and
             "teacher_accuracy" and "made_with" (see `made_with`), and whatever else a script needs to go on.
-        student: the plain state dict after the last epoch.
+        networks: the plain state dicts after the last epoch of the "student" and, where it is trained too, the
+            "teacher".
     """
     log = state["log"]
-    shared = {
-        "model": student,
-        "epoch": state["epoch"],
-        "accuracy": log[-1]["test_top1"],
-        "best_acc": state["best"]["top1"],
-    }
-    save(shared, out / "student.pth")
+    for role, model in networks.items():
+        of = PREFIX[role]
+        best = state[f"{of}best"]
+        shared = {
+            "model": model,
+            "epoch": state["epoch"],
+            "accuracy": log[-1][f"{of}test_top1"],
+            "best_acc": best["top1"],
+        }
+        save(shared, out / f"{role}.pth")
+        if best["epoch"] == state["epoch"]:
+            save(shared, out / f"{role}_best.pth")
     if state["best"]["epoch"] == state["epoch"]:
-        save(shared, out / "student_best.pth")
         with open(out / "last.pt", "rb") as whole:
             write_atomically(out / "best.pt", lambda file: shutil.copyfileobj(whole, file))
     table = io.StringIO()
@@ -156,11 +165,16 @@ def publish(out: Path, state: dict[str, Any], student: dict[str, torch.Tensor]) 
 def result_of(state: dict[str, Any]) -> dict[str, Any]:
     """What result.json says of a run: accuracies in percent on the test set, seconds, commit, torch, device."""
     log = state["log"]
+    accuracies = {}
+    for of in PREFIX.values():
+        if f"{of}best" in state:
+            accuracies[f"{of}best"] = state[f"{of}best"]
+            last = {top: log[-1][f"{of}test_{top}"] for top in ("top1", "top5")}
+            accuracies[f"{of}last"] = {"epoch": state["epoch"], **last}
     return {
         "epoch": state["epoch"],
         "epochs": state["config"]["epochs"],
-        "best": state["best"],
-        "last": {"epoch": state["epoch"], "top1": log[-1]["test_top1"], "top5": log[-1]["test_top5"]},
+        **accuracies,
         "teacher": state["teacher_accuracy"],
         "seconds": sum(row["seconds"] for row in log),
         **state["made_with"],
@@ -190,10 +204,12 @@ def made_with(device: torch.device) -> dict[str, str]:
 def print_epoch(state: dict[str, Any]) -> None:
     """One line on the epoch that was just finished."""
     row, epochs = state["log"][-1], state["config"]["epochs"]
+    teacher = f"teacher {row['teacher_test_top1']:.2f} %  " if "teacher_test_top1" in row else ""
+    waiting = f", {row['waiting_percent']:.0f} % of it waiting for data" if "waiting_percent" in row else ""
     print(
         f"epoch {row['epoch']:3}/{epochs}  loss {row['loss']:.4f}  train {row['train_top1']:.2f} %  "
-        f"test {row['test_top1']:.2f} %  best {state['best']['top1']:.2f} %  "
-        f"{row['seconds']:.1f} s, {row['images_per_s']:.0f} images/s",
+        f"test {row['test_top1']:.2f} %  best {state['best']['top1']:.2f} %  {teacher}"
+        f"{row['seconds']:.1f} s, {row['images_per_s']:.0f} images/s{waiting}",
         flush=True,
     )
 
@@ -201,12 +217,15 @@ def print_epoch(state: dict[str, Any]) -> None:
 def report(state: dict[str, Any]) -> None:
     """Print the closing lines of a finished run."""
     result, config = result_of(state), state["config"]
-    rows = {name: result[name] for name in ("best", "last", "teacher") if result[name]}
-    for name, accuracy in rows.items():
+    names = ("best", "last", "teacher", "teacher_best", "teacher_last")
+    for name, accuracy in ((name, result[name]) for name in names if result.get(name)):
         when = f"epoch {accuracy['epoch']}" if name != "teacher" else "before distillation"
-        print(f"{name:8} {accuracy['top1']:.2f} % top-1, {accuracy['top5']:.2f} % top-5 on the test set, {when}")
+        title = name.replace("_", " ")
+        print(f"{title:8} {accuracy['top1']:.2f} % top-1, {accuracy['top5']:.2f} % top-5 on the test set, {when}")
     print(f"time     {result['seconds'] / 60:.1f} minutes on {result['device']}")
-    print(f"{config['student']} lies in {config['out']}/student.pth (last) and student_best.pth", flush=True)
+    for role, of in PREFIX.items():
+        if f"{of}best" in result:
+            print(f"{config[role]} lies in {config['out']}/{role}.pth (last) and {role}_best.pth", flush=True)
 
 
 def _write_text(path: Path, text: str) -> None:

@@ -1,9 +1,15 @@
-"""Reading options and checking the ranges of settings, for every script."""
+"""Settings and options, for every script: the published ones, reading what is given, filling in, checking ranges."""
 
 import argparse
+from pathlib import Path
+from typing import Any
 
+import yaml
+
+from .device import AMP
 from .errors import UserError
 
+ALL_SETTINGS: dict[str, Any] = yaml.safe_load(Path(__file__).with_name("settings.yaml").read_text())  # by script
 LARGEST = 10**9  # beyond any setting's sense, within what every computation with it can take
 
 
@@ -18,6 +24,24 @@ class Parser(argparse.ArgumentParser):
             allow_abbrev=False,
         )
 
+    def add_image_set_options(self) -> None:
+        """Which 32x32 images to train and test on: what `sources.load_data` takes."""
+        add = self.add_argument
+        add("--dataset", choices=("cifar100", "cifar10", "folder", "synthetic"), help="default: cifar100")
+        add("--data-dir", metavar="DIR", help="default: data; for 'folder' it holds train/ and test/ or val/")
+        add("--subset", type=int, metavar="N", help="train on N images, spread evenly over the classes")
+        add("--test-subset", type=int, metavar="N", help="test on N images, spread evenly over the classes")
+
+    def add_run_options(self) -> None:
+        """Where and how long a run goes, and where it writes."""
+        add = self.add_argument
+        add("--seed", type=int, help="default: 1")
+        add("--device", help="cpu, cuda, cuda:N or mps (default: cuda if there is one, else cpu)")
+        add("--amp", choices=AMP, help="default: fp16 on CUDA, else off")
+        add("--out", metavar="DIR", help="default: a folder under runs/ named after the settings")
+        add("--resume", action="store_true", help="go on from --out; settings that are not given are the run's")
+        add("--max-minutes", type=float, metavar="M", help="stop after the epoch in which they have passed")
+
     def given(self, argv: list[str] | None) -> dict:
         """The options that were given, by name, and no others."""
         options = vars(self.parse_args(argv))
@@ -28,6 +52,13 @@ class Parser(argparse.ArgumentParser):
 
     def error(self, message: str):
         raise UserError(f"{message} (see --help)")
+
+
+def fill(c: argparse.Namespace, follows: dict[str, Any]) -> None:
+    """Set each setting in `follows` that is still None."""
+    for key, value in follows.items():
+        if getattr(c, key) is None:
+            setattr(c, key, value)
 
 
 def check_ranges(c: argparse.Namespace) -> None:

@@ -122,18 +122,18 @@ def test_killed_at_any_point_of_saving(tmp_path, monkeypatch):
     """A child saves the second epoch and is killed at its n-th sync or rename, for every n there is."""
     expected = tmp_path / "expected"
     with open_run(expected, resume=False):
-        save_run(expected, state_after(2), state_after(2)["student"])
+        save_run(expected, state_after(2), {"student": state_after(2)["student"]})
     names = sorted(path.name for path in expected.iterdir())
 
     for point in range(100):
         out = tmp_path / str(point)
         with open_run(out, resume=False):
-            save_run(out, state_after(1), state_after(1)["student"])
+            save_run(out, state_after(1), {"student": state_after(1)["student"]})
         child = os.fork()
         if child == 0:
             try:
                 die_at_call(point, monkeypatch)
-                save_run(out, state_after(2), state_after(2)["student"])
+                save_run(out, state_after(2), {"student": state_after(2)["student"]})
                 os._exit(0)
             finally:
                 os._exit(1)
@@ -144,9 +144,9 @@ def test_killed_at_any_point_of_saving(tmp_path, monkeypatch):
                 torch.load(path, weights_only=True)  # whole
         with open_run(out, resume=True) as state:
             assert state["epoch"] in (1, 2)
-            publish(out, state, state["student"])
+            publish(out, state, {"student": state["student"]})
             if state["epoch"] == 1:
-                save_run(out, state_after(2), state_after(2)["student"])
+                save_run(out, state_after(2), {"student": state_after(2)["student"]})
         for name in names:
             assert (out / name).read_bytes() == (expected / name).read_bytes(), (point, name)
         if ended == 0:
