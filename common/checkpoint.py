@@ -5,6 +5,7 @@ The shared format is a dictionary whose "model" is the state dict of a plain net
 
 import argparse
 import contextlib
+import http.client
 import io
 import os
 import pickle
@@ -16,6 +17,7 @@ from typing import IO, Any
 import numpy as np
 import torch
 from torch import nn
+from torchvision import models
 
 from .errors import UserError
 
@@ -81,6 +83,27 @@ def load(path: str | Path) -> Any:
         ) from error
     except Exception as error:  # a damaged file can make the loader stumble over anything
         raise UserError(f"{path} cannot be read as a checkpoint, it may be cut short: use another copy") from error
+
+
+def torchvision_weights(name: str, version: str) -> Path:
+    """The file of torchvision's weights for the network `name`, downloaded into PyTorch's cache if it is not there.
+
+    Raises:
+        UserError: it cannot be downloaded, or what came is damaged.
+    """
+    url = models.get_model_weights(name)[version].url
+    path = Path(torch.hub.get_dir()) / "checkpoints" / url.rpartition("/")[2]
+    if not path.exists():
+        digest = path.stem.rpartition("-")[2]  # its name ends with the start of its SHA-256
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            torch.hub.download_url_to_file(url, str(path), digest)
+        except (OSError, RuntimeError, http.client.HTTPException) as error:
+            raise UserError(
+                f"could not download torchvision's {name} ({error}): check the network, or put {url} at {path}, or "
+                "give --teacher-ckpt"
+            ) from error
+    return path
 
 
 def load_network(net: nn.Module, path: str | Path, name: str) -> None:

@@ -75,14 +75,14 @@ def eval_batches(data: ImageSet, batch_size: int = 500, channels_last: bool = Fa
         yield normalise(data.images[part], channels_last), data.labels[part]
 
 
-def normalise(images: Tensor, channels_last: bool = False) -> Tensor:
-    """uint8 [B, H, W, 3] -> float32 [B, 3, H, W] of mean 0 and deviation 1 over CIFAR-100."""
-    mean, std = _moments(images.device)
+def normalise(images: Tensor, channels_last: bool = False, mean: tuple = MEAN, std: tuple = STD) -> Tensor:
+    """uint8 [B, H, W, 3] -> float32 [B, 3, H, W] of mean 0 and deviation 1 over the set with these moments."""
+    mean, std = _moments(images.device, mean, std)
     images = ((images / 255 - mean) / std).permute(0, 3, 1, 2)
     return images if channels_last else images.contiguous()
 
 
 @cache
-def _moments(device: torch.device) -> tuple[Tensor, Tensor]:
+def _moments(device: torch.device, mean: tuple, std: tuple) -> tuple[Tensor, Tensor]:
     """Kept on the device: to send them there for each batch would make the host wait."""
-    return torch.tensor(MEAN, device=device), torch.tensor(STD, device=device)
+    return torch.tensor(mean, device=device), torch.tensor(std, device=device)

@@ -4,7 +4,10 @@ import os
 import signal
 import sys
 import threading
+import time
 from collections.abc import Callable
+
+import torch.distributed as dist
 
 AFTER_INTERRUPT = "epochs that were finished are kept, go on with --resume (without it if none was)"
 
@@ -21,15 +24,24 @@ class Terminated(KeyboardInterrupt):
     """SIGTERM or SIGHUP, the number it holds, came, as from a cluster whose time is up: to be met like Ctrl-C."""
 
 
-def exit_code(script: Callable[[], None], interrupted: str = AFTER_INTERRUPT) -> int:
+def exit_code(script: Callable[[], None], interrupted: str = AFTER_INTERRUPT, rank: int = 0) -> int:
     """Run a script and return its exit code, having printed a line on what went wrong.
 
-    `interrupted` is what to say of an interrupt.
+    0: done, or stopped by --max-minutes; 1: the loss stopped being finite, or another process of the job is gone; 2:
+    wrong input, a file that cannot be read or written, or too little memory; 130: Ctrl-C; 143: SIGTERM; 129: SIGHUP;
+    141: whatever read the output went away.
 
-    0: done, or stopped by --max-minutes; 1: the loss stopped being finite; 2: wrong input, a file that cannot be
-    read or written, or too little memory; 130: Ctrl-C; 143: SIGTERM; 129: SIGHUP; 141: whatever read the output went
-    away.
+    Args:
+        interrupted: what to say of an interrupt.
+        rank: the number of this process among several (common/distributed.py).
     """
+
+    def say(text: str, found_by_all: bool = False) -> None:
+        if rank and (found_by_all or not dist.is_initialized()):
+            # Rank 0 says it, or is about to, and torchrun then ends this process; if not, it is said here.
+            signal.signal(signal.SIGTERM, signal.SIG_DFL)
+            time.sleep(30)
+        print(f"(rank {rank}) {text}" if rank else text, file=sys.stderr, flush=True)
 
     def terminate(number, _):
         raise Terminated(number)
@@ -46,26 +58,29 @@ def exit_code(script: Callable[[], None], interrupted: str = AFTER_INTERRUPT) ->
     try:
         script()
     except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
+        say(f"error: {error}")
         return 2
     except LossNotFiniteError as error:
-        print(f"error: the loss stopped being finite {error}; epochs before that are kept", file=sys.stderr)
+        say(f"error: the loss stopped being finite {error}; epochs before that are kept", found_by_all=True)
         return 1
     except KeyboardInterrupt as interrupt:
-        print(f"interrupted: {interrupted}", file=sys.stderr)
+        if rank == 0:
+            say(f"interrupted: {interrupted}")
         return 128 + (interrupt.args[0] if isinstance(interrupt, Terminated) else signal.SIGINT)
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # or Python complains again at exit
         return 141
     except OSError as error:
-        print(f"error: {error}: check the path, its permissions and the space that is left", file=sys.stderr)
+        say(f"error: {error}: check the path, its permissions and the space that is left")
         return 2
     except RuntimeError as error:
-        if not any(words in str(error).lower() for words in ("out of memory", "allocate memory")):
-            raise
-        text = "out of memory: try a smaller --batch-size, or fewer mixed paths (--num-paths)"
-        print(f"error: {text}", file=sys.stderr)
-        return 2
+        if any(words in str(error).lower() for words in ("out of memory", "allocate memory")):
+            say("error: out of memory: try a smaller --batch-size, or fewer mixed paths (--num-paths)")
+            return 2
+        if dist.is_initialized() and (isinstance(error, dist.DistError) or "gloo" in str(error)):
+            say(f"error: another process of this job is gone: look for its message, then {interrupted}")
+            return 1
+        raise
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)

@@ -8,5 +8,11 @@ import torch
 
 def generator(seed: int, epoch: int, purpose: str) -> torch.Generator:
     """A CPU generator that depends on its arguments alone; two purposes give independent streams."""
-    words = np.random.SeedSequence([seed, epoch, zlib.crc32(purpose.encode())]).generate_state(2, np.uint32)
-    return torch.Generator().manual_seed(int(words[0]) << 31 | int(words[1]) >> 1)
+    return torch.Generator().manual_seed(seed_of(seed, epoch, purpose))
+
+
+def seed_of(seed: int, epoch: int, purpose: str, *more: int) -> int:
+    """A number of 63 bits that depends on all arguments, the index of an image perhaps among them."""
+    entropy = [seed, epoch, zlib.crc32(purpose.encode()), *more]
+    words = np.random.SeedSequence(entropy).generate_state(2, np.uint32)
+    return int(words[0]) << 31 | int(words[1]) >> 1

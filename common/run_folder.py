@@ -32,7 +32,7 @@ except ImportError:  # Windows
     fcntl = None
 
 PREFIX = {"student": "", "teacher": "teacher_"}  # of what is said of a network that is trained
-MAY_CHANGE = ("device", "data_dir", "out", "max_minutes")  # between a run and its resumption
+MAY_CHANGE = ("device", "data_dir", "out", "max_minutes", "workers")  # between a run and its resumption
 
 
 @contextlib.contextmanager

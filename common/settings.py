@@ -54,6 +54,12 @@ class Parser(argparse.ArgumentParser):
         raise UserError(f"{message} (see --help)")
 
 
+def term_weights(pair: dict[str, float]) -> dict[str, float]:
+    """The weight of each term of Eq. 9 for a pair's row in settings.yaml."""
+    l2, kl = pair["w_l2"], pair["w_kl"]
+    return {"task": 1, "kd": 1, "app": l2, "func_l2": l2, "func_kl": kl, "func_prime": kl}
+
+
 def fill(c: argparse.Namespace, follows: dict[str, Any]) -> None:
     """Set each setting in `follows` that is still None."""
     for key, value in follows.items():

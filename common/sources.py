@@ -31,7 +31,7 @@ def load_data(name: str, directory: str | Path, subset: int | None = None, test_
     if name == "folder":
         train, test, classes = _folder(Path(directory))
     elif name == "synthetic":
-        # Only as many as are wanted are drawn: the first ones are spread over the classes as `_spread` does it.
+        # Only as many as are wanted are drawn: the first ones are spread over the classes as `spread` does it.
         sizes = ((subset, SYNTHETIC_TRAIN), (test_subset, SYNTHETIC_TEST))
         train, test = (
             synthetic_images(n if n and len(CLASSES) <= n <= most else most, split)
@@ -40,8 +40,11 @@ def load_data(name: str, directory: str | Path, subset: int | None = None, test_
         classes = CLASSES
     else:
         train, test, classes = _cifar(name, Path(directory))
-    train = _spread(*train, subset, len(classes), "subset")
-    test = _spread(*test, test_subset, len(classes), "test-subset")
+    kept = []
+    for (images, labels), count, option in ((train, subset, "subset"), (test, test_subset, "test-subset")):
+        keep = spread(labels, count, len(classes), option)
+        kept.append((images[keep], labels[keep]))
+    train, test = kept
     digest = hashlib.sha256("\n".join(classes).encode(errors="surrogateescape"))
     for array in train:
         digest.update(np.ascontiguousarray(array))
@@ -80,9 +83,19 @@ class _Folder(datasets.ImageFolder):
 
 
 def _folder(directory: Path):
-    """An image folder: train/<class>/* and test/<class>/* or val/<class>/*, resized to 32x32 where needed."""
+    """An image folder, resized to 32x32 where needed."""
+    train, test = image_folder(directory)
+    return *(_read_all(split.samples) for split in (train, test)), train.classes
+
+
+def image_folder(directory: Path, test_names: tuple[str, str] = ("test", "val")) -> list[datasets.ImageFolder]:
+    """torchvision's folders of train/<class>/* and of the test split, which may have either name.
+
+    Raises:
+        UserError: one of them is missing or empty, or their classes differ.
+    """
     splits = []
-    for names in (("train",), ("test", "val")):
+    for names in (("train",), test_names):
         split = next((directory / name for name in names if (directory / name).is_dir()), directory / names[0])
         try:
             splits.append(_Folder(split))
@@ -95,7 +108,7 @@ def _folder(directory: Path):
     if train.classes != test.classes:
         odd = sorted(set(train.classes) ^ set(test.classes))[0]
         raise UserError(f"{directory}: train and test must have the same classes, but {odd!r} is only in one of them")
-    return *(_read_all(split.samples) for split in splits), train.classes
+    return splits
 
 
 def _read_all(samples: list[tuple[str, int]]) -> tuple[np.ndarray, np.ndarray]:
@@ -107,24 +120,37 @@ def _read_all(samples: list[tuple[str, int]]) -> tuple[np.ndarray, np.ndarray]:
 
 
 def _read(path: str) -> np.ndarray:
+    image = open_rgb(path)
+    if image.size != (SIZE, SIZE):
+        image = image.resize((SIZE, SIZE), Image.Resampling.BILINEAR)
+    return np.asarray(image)
+
+
+def open_rgb(path: str) -> Image.Image:
+    """The image in 8-bit RGB, whatever it was.
+
+    Raises:
+        UserError: it cannot be read, and is named.
+    """
     try:
         image = Image.open(path)
         if image.mode.startswith("I;16"):  # 16 bits of gray, which PIL would cut off at 255
             image = Image.fromarray((np.asarray(image) // 257).astype(np.uint8))
         if image.mode in ("I", "F"):
             raise ValueError("its pixels are 32-bit numbers of unknown range")
-        image = image.convert("RGB")
+        return image.convert("RGB")
     except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
         raise UserError(f"cannot read the image {path} ({error}): remove or replace it") from error
-    if image.size != (SIZE, SIZE):
-        image = image.resize((SIZE, SIZE), Image.Resampling.BILINEAR)
-    return np.asarray(image)
 
 
-def _spread(images, labels, count: int | None, num_classes: int, option: str):
-    """The first images of every class, `count` in all, as evenly as it goes, in their order."""
+def spread(labels: np.ndarray, count: int | None, num_classes: int, option: str) -> np.ndarray:
+    """Indices of the first images of every class, `count` (None: all) of them, as evenly as it goes, in their order.
+
+    Raises:
+        UserError: there are not as many, or fewer are wanted than there are classes; `option` is the one to blame.
+    """
     if count is None:
-        return images, labels
+        return np.arange(len(labels))
     if not num_classes <= count <= len(labels):
         raise UserError(
             f"--{option} {count} must lie between {num_classes} (the classes) and {len(labels)} (the images)"
@@ -132,5 +158,4 @@ def _spread(images, labels, count: int | None, num_classes: int, option: str):
     by_rank = np.empty(len(labels), np.int64)  # the how-maniest image of its class each one is
     for c in range(num_classes):
         by_rank[labels == c] = np.arange((labels == c).sum())
-    keep = np.sort(np.lexsort((labels, by_rank))[:count])
-    return images[keep], labels[keep]
+    return np.sort(np.lexsort((labels, by_rank))[:count])
