@@ -205,8 +205,7 @@ def distribute(step: Step, c: Namespace, num_candidates: int) -> nn.Module:
     # A bridge whose path is not drawn has no gradient on any rank: DDP must look for such parameters, or it would wait
     # for them. Their gradient stays None, so the optimizer leaves them alone.
     unused = step.bridges is not None and (num_candidates > c.num_paths or not c.w_app)
-    devices = [torch.cuda.current_device()] if c.device.startswith("cuda") else None
-    distributed = DistributedDataParallel(step, devices, find_unused_parameters=unused)
+    distributed = DistributedDataParallel(step, find_unused_parameters=unused)
     distributed.broadcast_buffers = False  # not in every step: share_buffers does it where it matters
     return distributed
 

@@ -36,11 +36,10 @@ def exit_code(script: Callable[[], None], interrupted: str = AFTER_INTERRUPT, ra
         rank: the number of this process among several (common/distributed.py).
     """
 
-    def say(text: str, found_by_all: bool = False) -> None:
-        if rank and (found_by_all or not dist.is_initialized()):
-            # Rank 0 says it, or is about to, and torchrun then ends this process; if not, it is said here.
+    def say(text: str) -> None:
+        if rank:  # what all ranks find is said by rank 0, with which torchrun ends the others
             signal.signal(signal.SIGTERM, signal.SIG_DFL)
-            time.sleep(30)
+            time.sleep(10)
         print(f"(rank {rank}) {text}" if rank else text, file=sys.stderr, flush=True)
 
     def terminate(number, _):
@@ -61,7 +60,7 @@ def exit_code(script: Callable[[], None], interrupted: str = AFTER_INTERRUPT, ra
         say(f"error: {error}")
         return 2
     except LossNotFiniteError as error:
-        say(f"error: the loss stopped being finite {error}; epochs before that are kept", found_by_all=True)
+        say(f"error: the loss stopped being finite {error}; epochs before that are kept")
         return 1
     except KeyboardInterrupt as interrupt:
         if rank == 0:

@@ -75,6 +75,10 @@ def check_ranges(c: argparse.Namespace) -> None:
             continue
         if key in ("epochs", "teacher_epochs", "batch_size") and not 1 <= value <= LARGEST:
             raise UserError(f"{option}: it must lie between 1 and {LARGEST}")
+        if key == "image_size" and not 32 <= value <= 4096:
+            raise UserError(f"{option}: it must lie between 32 and 4096 pixels")
+        if key == "workers" and not 0 <= value <= 1000:
+            raise UserError(f"{option}: it must lie between 0 and 1000")
         if key == "seed" and not 0 <= value <= LARGEST:
             raise UserError(f"{option}: it must lie between 0 and {LARGEST}")
         if key in ("lr", "temperature", "max_minutes") and not 0 < value <= LARGEST:

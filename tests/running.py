@@ -5,7 +5,9 @@ import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import torch
+from PIL import Image
 
 import cifar100
 
@@ -14,17 +16,17 @@ SMALL = ["--dataset", "synthetic", "--subset", "120", "--test-subset", "60", "--
 PAIR = ["--teacher", "resnet14", "--student", "resnet8", *SMALL]
 
 
-def script(cwd, *args, code=0):
+def script(cwd, *args, code=0, path=SCRIPT):
     """Run the script in a process of its own, in the folder `cwd`; its output."""
-    command = [sys.executable, str(SCRIPT), *map(str, args)]
+    command = [sys.executable, str(path), *map(str, args)]
     done = subprocess.run(command, cwd=cwd, capture_output=True, text=True, timeout=300)
     assert done.returncode == code, done.stderr
     return done.stdout if code == 0 else done.stderr
 
 
-def call(capsys, *args, code=0):
+def call(capsys, *args, code=0, module=cifar100):
     """The same in this process, which is quicker."""
-    assert cifar100.main([str(a) for a in args]) == code
+    assert module.main([str(a) for a in args]) == code
     output = capsys.readouterr()
     return output.out if code == 0 else output.err
 
@@ -43,6 +45,18 @@ def assert_bit_for_bit(a, b):
     assert len(a) > 100
     different = [key for key in a if not torch.equal(a[key], b[key])]
     assert not different
+
+
+def image_files(folder, sizes, classes=("n1", "n2", "n3"), image_size=(40, 36)):
+    """JPEGs of noise, the same at every call: `sizes` maps a split to its number of images in each class."""
+    rng = np.random.default_rng(0)
+    for split, n in sizes.items():
+        for name in classes:
+            (folder / split / name).mkdir(parents=True)
+            for i in range(n):
+                pixels = rng.integers(0, 256, (*image_size, 3), np.uint8)
+                Image.fromarray(pixels).save(folder / split / name / f"{i}.JPEG")
+    return folder
 
 
 def read_log(run):

@@ -1,0 +1,85 @@
+"""What test_distributed.py runs on two ranks: `torchrun --nproc_per_node=2 tests/ranks.py FOLDER WORD...`.
+
+gradients           DDP's gradients of one step against those of one process with the whole batch
+train OPTION...     imagenet.py with these options; every rank leaves what it has at the end
+"""
+
+import copy
+import sys
+from pathlib import Path
+
+import torch
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+import imagenet
+from common.bridges import build_bridges
+from common.distributed import processes, rank, world
+from common.models import build_imagenet
+from common.multipath_bn import track_paths
+from common.paths import MixedPath, candidate_paths
+
+WEIGHTS = {"task": 1.0, "kd": 0.9, "app": 5.0, "func_l2": 3.0, "func_kl": 0.7, "func_prime": 0.3}
+PATHS = [MixedPath(2, 1), MixedPath(3, 0)]  # two of six
+
+
+def a_step(seed):
+    """A step with BatchNorm in evaluation mode, after some training: its statistics are not at their start."""
+    torch.manual_seed(seed)
+    student, teacher = build_imagenet("MobileNetV1", 3), build_imagenet("resnet18", 3).requires_grad_(False)
+    bridges = build_bridges(teacher, student, 64)
+    for net in (student, teacher):
+        track_paths(net, [2, 3, 4])
+    given = {"teacher": "resnet18", "student": "MobileNetV1", "num_paths": 2, "device": "cpu"}
+    c = imagenet.settle(given | {f"w_{term}": w for term, w in WEIGHTS.items()}, {})
+    step = imagenet.Step(c, student, teacher, bridges)
+    for name, buffer in step.named_buffers():
+        if "running" in name:
+            torch.nn.init.uniform_(buffer, 0.5, 1.5)
+    return c, step.eval()
+
+
+def gradients(folder):
+    with processes("cpu"):
+        c, step = a_step(seed=rank())  # rank 1 starts elsewhere
+        one = copy.deepcopy(step)
+        images, labels = torch.randn(7, 3, 64, 64, generator=torch.Generator().manual_seed(9)), torch.arange(7) % 3
+        mine = slice(rank(), None, world())
+        distributed = imagenet.distribute(step, c, len(candidate_paths(5)))
+        # The second time a parameter without gradient has had the chance to be waited for.
+        for _ in range(2):
+            step.zero_grad(set_to_none=True)
+            terms, _ = distributed(images[mine], labels[mine], PATHS)
+            loss = sum(WEIGHTS[name] * value for name, value in terms.items())
+            (loss * len(labels[mine]) / len(labels) * world()).backward()
+        terms, _ = one(images, labels, PATHS)
+        sum(WEIGHTS[name] * value for name, value in terms.items()).backward()
+
+        def found(net):
+            return {name: None if p.grad is None else p.grad.clone() for name, p in net.named_parameters()}
+
+        torch.save({"distributed": found(step), "one": found(one)}, folder / f"gradients{rank()}.pt")
+
+
+def train(folder, *options):
+    steps, accuracies = [], []
+    make, evaluate = imagenet.Step, imagenet.evaluate
+
+    def make_and_keep(*args):
+        steps.append(make(*args))
+        return steps[-1]
+
+    def evaluate_and_keep(net, *args):
+        state = {key: value.clone() for key, value in net.state_dict().items()}
+        accuracies.append((state, evaluate(net, *args)))
+        return accuracies[-1][1]
+
+    imagenet.Step, imagenet.evaluate = make_and_keep, evaluate_and_keep
+    code = imagenet.main(list(options))
+    torch.save({"step": steps[0].state_dict(), "evaluated": accuracies}, folder / f"trained{rank()}.pt")
+    sys.exit(code)
+
+
+if __name__ == "__main__":
+    folder, what, *more = sys.argv[1:]
+    {"gradients": gradients, "train": train}[what](Path(folder), *more)

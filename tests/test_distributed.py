@@ -1,0 +1,143 @@
+"""imagenet.py on two ranks, by torchrun and gloo."""
+
+import contextlib
+import json
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from running import call, image_files, read_log
+
+import imagenet
+
+RANKS = Path(__file__).with_name("ranks.py")
+TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
+SMALL = ["--image-size", 32, "--workers", 0, "--device", "cpu", "--lr", 0.01]
+
+
+@contextlib.contextmanager
+def started(*words):
+    """torchrun in the background, one thread a rank."""
+    command = [*TORCHRUN, *map(str, words)]
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONUNBUFFERED": "1"}
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
+    with subprocess.Popen(command, env=environment, start_new_session=True, **pipes) as process:
+        try:
+            yield process
+        finally:
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(process.pid, signal.SIGKILL)
+
+
+def torchrun(*words, code=0):
+    with started(*words) as process:
+        output = process.communicate(timeout=240)[0]
+    assert (process.returncode == 0) == (code == 0), output
+    return output
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """20 training and 13 test images in four classes: neither can be shared out evenly in batches of 8."""
+    classes = [f"n{i}" for i in range(4)]
+    folder = image_files(tmp_path_factory.mktemp("images"), {"train": 5, "val": 4}, classes)
+    for i in (1, 2, 3):
+        (folder / "val" / f"n{i}" / "3.JPEG").unlink()
+    return folder
+
+
+@pytest.fixture(scope="module")
+def teacher(folder, tmp_path_factory):
+    out = tmp_path_factory.mktemp("teacher") / "run"
+    options = ["--data-dir", folder, "--student", "resnet18", *SMALL, "--batch-size", 8, "--epochs", 1, "--out", out]
+    assert imagenet.main([str(option) for option in options]) == 0
+    return out / "student.pth"
+
+
+@pytest.fixture(scope="module")
+def options(folder, teacher):
+    """Five steps an epoch: 5 batches of 4."""
+    pair = ["--teacher", "resnet18", "--student", "MobileNetV1", "--teacher-ckpt", teacher]
+    return ["--data-dir", folder, *pair, *SMALL, "--batch-size", 4]
+
+
+def test_gradients_are_those_of_one_process(tmp_path):
+    torchrun(RANKS, tmp_path, "gradients")
+    ranks = [torch.load(tmp_path / f"gradients{r}.pt", weights_only=True) for r in (0, 1)]
+    expected = ranks[0]["one"]
+    unused = {name for name, gradient in expected.items() if gradient is None and name.startswith("bridges")}
+    assert {name.split(".")[2] for name in unused} == {"2", "4"}  # the t2s bridges of paths that were not drawn
+    for gradients in (rank["distributed"] for rank in ranks):
+        for name, gradient in expected.items():
+            if gradient is None:
+                assert gradients[name] is None, name
+            else:
+                difference = (gradients[name] - gradient).abs().max()
+                assert difference <= 1e-5 * max(1.0, gradient.abs().max()), name
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory, options):
+    """Five FCFD steps on two ranks: the run's folder, and what each rank has at the end."""
+    folder = tmp_path_factory.mktemp("trained")
+    out = folder / "run"
+    output = torchrun(RANKS, folder, "train", *options, "--epochs", 2, "--max-minutes", 1e-9, "--out", out)
+    return out, output, [torch.load(folder / f"trained{r}.pt", weights_only=True) for r in (0, 1)]
+
+
+def test_ranks_are_equal_after_five_steps(trained):
+    out, _, (one, two) = trained
+    assert one["step"].keys() == two["step"].keys()
+    assert not [key for key, value in one["step"].items() if not torch.equal(value, two["step"][key])]
+    assert len(one["evaluated"]) == len(two["evaluated"]) == 2  # the teacher before, the student after
+    for (state, accuracy), (state_2, accuracy_2) in zip(one["evaluated"], two["evaluated"], strict=True):
+        assert accuracy == accuracy_2
+        assert not [key for key, value in state.items() if not torch.equal(value, state_2[key])]
+    moved = [key for key in one["step"] if key.startswith("student") and "num_batches_tracked" not in key]
+    saved = torch.load(out / "last.pt", weights_only=True)
+    assert all(torch.equal(saved["student"][key.removeprefix("student.")], one["step"][key]) for key in moved)
+    assert int(saved["student"]["model.0.1.num_batches_tracked"]) == 5
+
+
+def test_one_rank_speaks_and_writes_and_evaluation_is_exact(trained, folder, capsys):
+    out, output, _ = trained
+    assert output.count("epoch   1/2") == 1
+    assert "2 ranks, 2 images each" in output
+    assert "Warning" not in output
+    assert len(read_log(out)) == 1
+    result = json.loads((out / "result.json").read_text())
+    options = ["--data-dir", folder, "--student", "MobileNetV1", *SMALL[:6], "--evaluate", out / "student.pth"]
+    printed = call(capsys, *options, module=imagenet)
+    assert f"MobileNetV1 {result['last']['top1']:.2f} % top-1" in printed
+    assert "on 13 test images" in printed
+
+
+def test_resumed_on_another_number_of_ranks(trained, tmp_path, capsys):
+    out = trained[0]
+    assert "epoch   2/2" in call(capsys, "--student", "MobileNetV1", "--resume", "--out", out, module=imagenet)
+    assert [row["epoch"] for row in read_log(out)] == ["1", "2"]
+
+
+def test_bad_input_is_said_once(tmp_path, options):
+    output = torchrun(imagenet.__file__, *options, "--num-paths", -1, "--out", tmp_path / "run", code=2)
+    errors = [line for line in output.splitlines() if "cannot draw" in line]
+    assert errors == ["error: cannot draw -1 paths a step: there are 6 candidates"]
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_killed_rank_ends_the_other(tmp_path, options):
+    with started(imagenet.__file__, *options, "--epochs", 10**6, "--out", tmp_path / "run") as process:
+        assert any(line.startswith("epoch   1/") for line in process.stdout)
+        children = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
+        ranks = [int(child) for child in children if "imagenet.py" in Path(f"/proc/{child}/cmdline").read_text()]
+        assert len(ranks) == 2
+        os.kill(ranks[1], signal.SIGKILL)
+        output = process.communicate(timeout=60)[0]
+        assert process.returncode != 0
+        assert "Traceback" not in output.split("torch/distributed/elastic")[0]
+        assert not any(Path(f"/proc/{rank}").exists() for rank in ranks)
+    assert torch.load(tmp_path / "run" / "last.pt", weights_only=True)["epoch"] >= 1

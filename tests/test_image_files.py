@@ -1,0 +1,147 @@
+"""Images read from files: the same whatever the number of processes, each one once whatever the number of ranks."""
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from running import image_files
+from torchvision import transforms
+from torchvision.transforms import functional
+
+from common.data import normalise
+from common.errors import UserError
+from common.image_files import MEAN, STD, ImageFiles, Shard, eval_loader, list_files, train_loader
+from common.randomness import seed_of
+
+CPU = torch.device("cpu")
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    return image_files(tmp_path_factory.mktemp("files"), {"train": 7, "val": 5})
+
+
+def epochs(folder, workers, which=(0, 1)):
+    """The batches of some epochs, from one loader as in training."""
+    shard = Shard(21, 8, seed=3)
+    loader = train_loader(ImageFiles(list_files(folder).train, 32, seed=3), shard, workers, CPU)
+    batches = []
+    for shard.epoch in which:
+        batches.append(list(loader))
+    return batches
+
+
+def test_the_number_of_workers_and_the_epochs_before_change_nothing(folder):
+    reference = epochs(folder, workers=0)
+    for workers in (1, 2):
+        for ours, theirs in zip(epochs(folder, workers), reference, strict=True):
+            for (images, labels), (images_0, labels_0) in zip(ours, theirs, strict=True):
+                assert torch.equal(images, images_0)
+                assert torch.equal(labels, labels_0)
+    alone = epochs(folder, workers=2, which=[1])[0]  # as after a resume
+    assert all(torch.equal(a[0], b[0]) for a, b in zip(alone, reference[1], strict=True))
+
+
+def test_augmentation_differs_by_epoch_image_and_seed_and_leaves_the_global_generator_alone(folder):
+    samples = [list_files(folder).train[0]] * 2
+    state = torch.get_rng_state()
+    views = [
+        ImageFiles(samples, 32, seed)[key][0] for seed, key in ((1, (0, 0)), (1, (0, 1)), (1, (1, 0)), (2, (0, 0)))
+    ]
+    assert torch.equal(torch.get_rng_state(), state)
+    for i in range(4):
+        for j in range(i):
+            assert not torch.equal(views[i], views[j])
+
+
+def test_augmentation_is_torchvisions(folder):
+    path, label = list_files(folder).train[10]
+    image = Image.open(path).convert("RGB")
+    seen = {"flipped": 0, "kept": 0}
+    for epoch in range(40):
+        ours, ours_label = ImageFiles([(path, label)], 32, seed=1)[epoch, 0]
+        assert ours_label == label == 1
+        assert ours.dtype == torch.uint8
+        assert ours.shape == (32, 32, 3)
+        with torch.random.fork_rng(devices=[]):  # the crop that torchvision draws from the same seed
+            torch.manual_seed(seed_of(1, epoch, "augmentation", 0))
+            crop = transforms.RandomResizedCrop(32)(image)
+        if np.array_equal(ours.numpy(), np.asarray(functional.hflip(crop))):
+            seen["flipped"] += 1
+        elif np.array_equal(ours.numpy(), np.asarray(crop)):
+            seen["kept"] += 1
+    assert sum(seen.values()) == 40
+    assert min(seen.values()) >= 8  # a fair coin falls below with a probability of 1 in 20,000
+
+
+def test_evaluation_images(folder):
+    path, label = list_files(folder).test[0]
+    crop = transforms.Compose([transforms.Resize(256), transforms.CenterCrop(224)])(Image.open(path).convert("RGB"))
+    image, _ = ImageFiles([(path, label)], 224)[0, 0]
+    assert np.array_equal(image.numpy(), np.asarray(crop))
+    batch, _ = next(iter(eval_loader(ImageFiles([(path, label)], 224), 0, CPU)))
+    expected = transforms.Normalize(MEAN, STD)(transforms.ToTensor()(crop))
+    torch.testing.assert_close(batch[0], expected, rtol=1e-5, atol=1e-5)
+    assert batch.is_contiguous(memory_format=torch.channels_last)
+
+
+def test_each_set_keeps_its_moments():
+    images = torch.randint(0, 256, (1, 4, 4, 3), dtype=torch.uint8)
+    assert not torch.equal(normalise(images), normalise(images, mean=MEAN, std=STD))
+
+
+@pytest.mark.parametrize("world", [1, 2, 3])
+def test_the_shards_of_an_epoch_are_its_batches(world):
+    shards = [list(Shard(26, 8, 5, rank, world, epoch=2)) for rank in range(world)]
+    whole = [[i for _, i in batch] for batch in Shard(26, 8, 5, epoch=2)]
+    assert sorted(i for batch in whole for i in batch) == list(range(26))
+    # The last batch holds two images: enough for one rank, not for more.
+    assert Shard(26, 8, 5, 0, world).sizes == [8, 8, 8, 2][: 4 if world == 1 else 3]
+    for b, size in enumerate(Shard(26, 8, 5, 0, world).sizes):
+        parts = [[i for _, i in shard[b]] for shard in shards]
+        assert sorted(i for part in parts for i in part) == sorted(whole[b])
+        assert len(whole[b]) == size
+        assert max(map(len, parts)) - min(map(len, parts)) <= 1
+    assert {epoch for shard in shards for batch in shard for epoch, _ in batch} == {2}
+    assert list(Shard(26, 8, 5, epoch=3)) != list(Shard(26, 8, 5, epoch=2))
+    assert len(Shard(9, 8, 5)) == 1  # a single image is left out
+
+
+def test_every_test_image_falls_to_one_rank(folder):
+    files = ImageFiles([(path, i) for i, (path, _) in enumerate(list_files(folder).test)], 32)
+    for world in (1, 2, 4, 20):
+        labels = [eval_loader(files, 0, CPU, rank, world) for rank in range(world)]
+        numbers = [i for loader in labels for _, batch in loader for i in batch.tolist()]
+        assert sorted(numbers) == list(range(15))
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_a_damaged_image_is_named_in_one_line(tmp_path, workers):
+    image_files(tmp_path, {"train": 4, "val": 1})
+    bad = tmp_path / "train" / "n2" / "1.JPEG"
+    bad.write_bytes(bad.read_bytes()[:300])
+    files = ImageFiles(list_files(tmp_path).train, 32, seed=0)
+    with pytest.raises(UserError) as error:
+        list(train_loader(files, Shard(12, 4, 0), workers, CPU))
+    assert str(error.value).startswith(f"cannot read the image {bad} (")
+    assert "\n" not in str(error.value)
+
+
+def test_fingerprint_is_of_classes_and_training_files(tmp_path):
+    one, two = (image_files(tmp_path / name, {"train": 3, "val": 2}) for name in ("one", "two"))
+    assert list_files(one).fingerprint == list_files(two).fingerprint
+    assert list_files(one, subset=6).fingerprint != list_files(one).fingerprint
+    (two / "train" / "n1" / "0.JPEG").rename(two / "train" / "n1" / "zero.JPEG")
+    assert list_files(one).fingerprint != list_files(two).fingerprint
+
+
+def test_subsets_and_both_names_of_the_test_split(tmp_path):
+    image_files(tmp_path, {"train": 4, "test": 3})
+    data = list_files(tmp_path, subset=5, test_subset=3)
+    assert [label for _, label in data.train] == [0, 0, 1, 1, 2]
+    assert [label for _, label in data.test] == [0, 1, 2]
+    with pytest.raises(UserError, match="--test-subset 10"):
+        list_files(tmp_path, test_subset=10)
+    (tmp_path / "test").rename(tmp_path / "other")
+    with pytest.raises(UserError, match="val is no image folder"):
+        list_files(tmp_path)

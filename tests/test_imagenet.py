@@ -1,0 +1,306 @@
+"""imagenet.py as a user runs it, on small folders of JPEGs; with several ranks: test_distributed.py."""
+
+import json
+import os
+from argparse import Namespace
+from urllib.error import URLError
+
+import pytest
+import torch
+import yaml
+from running import assert_bit_for_bit, call, image_files, read_log, script
+from torch import nn
+from torchvision import models
+
+import imagenet
+from common.bridges import build_bridges, feature_shapes
+from common.errors import UserError
+from common.fcfd import TERMS, fcfd_terms, forward_paths
+from common.image_files import ImageFiles, Shard, list_files, train_loader
+from common.models import IMAGENET_NETWORKS, build_imagenet
+from common.multipath_bn import track_paths
+from common.paths import candidate_paths, sample_paths
+
+SMALL = ["--image-size", 32, "--batch-size", 8, "--lr", 0.01, "--workers", 0, "--device", "cpu"]
+PAIR = ["--teacher", "resnet18", "--student", "MobileNetV1", *SMALL]
+
+
+def run(capsys, *args, code=0):
+    return call(capsys, *args, code=code, module=imagenet)
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    return image_files(tmp_path_factory.mktemp("images"), {"train": 6, "val": 5})
+
+
+@pytest.fixture(scope="module")
+def teacher(folder, tmp_path_factory):
+    """A resnet18 of these three classes, made by the script."""
+    out = tmp_path_factory.mktemp("teacher") / "run"
+    options = ["--data-dir", folder, "--student", "resnet18", *SMALL, "--epochs", 1, "--out", out]
+    assert imagenet.main([str(option) for option in options]) == 0
+    return out / "student.pth"
+
+
+@pytest.fixture(scope="module")
+def pair(folder, teacher):
+    return ["--data-dir", folder, *PAIR, "--teacher-ckpt", teacher]
+
+
+def test_distilled_as_a_user_does_it(tmp_path, folder, pair):
+    # With worker processes, and from another folder than the project's.
+    printed = script(tmp_path, *pair, "--workers", 2, "--epochs", 2, path=imagenet.__file__)
+    out = tmp_path / "runs" / f"{folder.name}-32px-resnet18-MobileNetV1-fcfd-2ep-seed1"
+    assert sorted(path.name for path in out.iterdir()) == [
+        "best.pt",
+        "config.yaml",
+        "last.pt",
+        "log.csv",
+        "result.json",
+        "student.pth",
+        "student_best.pth",
+    ]
+    rows, result = read_log(out), json.loads((out / "result.json").read_text())
+    config = yaml.safe_load((out / "config.yaml").read_text())
+    assert len(rows) == 2
+    assert all(float(row[term]) > 0 for row in rows for term in TERMS)
+    assert all(0 <= float(row["waiting_percent"]) <= 100 and float(row["images_per_s"]) > 0 for row in rows)
+    assert [float(row["lr"]) for row in rows] == pytest.approx([0.01, 0.0001])
+    assert result["last"]["top1"] == float(rows[-1]["test_top1"])
+    assert result["last"]["top5"] == 100  # of three classes
+    assert (config["positions"], config["num_paths"], config["temperature"]) == ([2, 3, 4], 2, 1)
+    assert "% of it waiting for data" in printed
+    assert f"MobileNetV1 lies in runs/{out.name}/student.pth" in printed
+    shared = torch.load(out / "student.pth", weights_only=True)
+    assert list(shared["model"]) == list(build_imagenet("MobileNetV1", 3).state_dict())
+    printed = script(
+        tmp_path,
+        *["--data-dir", folder, "--student", "MobileNetV1", *SMALL, "--evaluate", out / "student.pth"],
+        path=imagenet.__file__,
+    )
+    assert f"MobileNetV1 {result['last']['top1']:.2f} % top-1, 100.00 % top-5 on 15 test images" in printed
+
+
+def test_resumed_with_other_workers_is_bit_for_bit_the_unbroken_run(tmp_path, capsys, pair):
+    run(capsys, *pair, "--epochs", 2, "--out", tmp_path / "whole")
+    assert "stopped after 1" in run(capsys, *pair, "--epochs", 2, "--out", tmp_path / "part", "--max-minutes", 1e-9)
+    run(capsys, "--student", "MobileNetV1", "--resume", "--workers", 2, "--out", tmp_path / "part")
+    assert_bit_for_bit(tmp_path / "whole", tmp_path / "part")
+
+
+@pytest.mark.parametrize(
+    ("options", "terms"),
+    [
+        (["--method", "kd"], {"task", "kd"}),
+        (["--method", "app"], {"task", "kd", "app"}),
+        (["--w-func-prime", 0, "--positions", 3, "--num-paths", 1], set(TERMS) - {"func_prime"}),
+        (["--amp", "bf16", "--teacher-bn", "running", "--lr", 1e-5], set(TERMS)),
+    ],
+)
+def test_settings(tmp_path, capsys, pair, options, terms):
+    run(capsys, *pair, *options, "--epochs", 1, "--out", tmp_path)
+    assert {term for term in TERMS if read_log(tmp_path)[0][term]} == terms
+
+
+def test_two_steps_written_out(tmp_path, capsys, folder, teacher, pair):
+    """The script's loop against one written from the paper: SGD by hand, every number given differently."""
+    weights = {"task": 0.9, "kd": 0.8, "app": 0.2, "func_l2": 0.3, "func_kl": 0.7, "func_prime": 0.6}
+    options = [word for term, w in weights.items() for word in (f"--w-{term.replace('_', '-')}", w)]
+    options += [
+        "--epochs",
+        40,
+        "--lr",
+        0.0005,
+        "--temperature",
+        3,
+        "--num-paths",
+        3,
+        "--seed",
+        5,
+        "--max-minutes",
+        1e-9,
+    ]
+    run(capsys, *pair, *options, "--batch-size", 9, "--image-size", 64, "--out", tmp_path)
+
+    torch.manual_seed(5)
+    student, net_t = build_imagenet("MobileNetV1", 3), build_imagenet("resnet18", 3)
+    bridges = build_bridges(net_t, student, 64)
+    start = {name: p.detach().clone() for name, p in student.named_parameters()}
+    net_t.load_state_dict(torch.load(teacher, weights_only=True)["model"])
+    net_t.requires_grad_(False).train()
+    for net in (student, net_t):
+        track_paths(net, [2, 3, 4])
+    for net in (student, net_t, bridges):
+        net.to(memory_format=torch.channels_last)
+    loader = train_loader(ImageFiles(list_files(folder).train, 64, 5), Shard(18, 9, 5), 0, torch.device("cpu"))
+    velocity, losses = {}, []
+    for paths, (images, labels) in zip(sample_paths(candidate_paths(5), 3, 2, 5, 0), loader, strict=True):
+        terms = fcfd_terms(forward_paths(net_t, student, bridges, images, paths), labels, 3.0)
+        warm = {"app": 0.5, "func_l2": 0.5}  # the first epoch of a twentieth of 40
+        loss = sum(w * warm.get(name, 1) * terms[name] for name, w in weights.items())
+        losses.append(loss.item())
+        trained = [p for net in (student, bridges) for p in net.parameters()]
+        for p, g in zip(trained, torch.autograd.grad(loss, trained, allow_unused=True), strict=True):
+            if g is not None:
+                g = g + 1e-4 * p.detach()
+                velocity[p] = 0.9 * velocity.get(p, 0) + g
+                p.data -= 0.0005 * (g + 0.9 * velocity[p])
+
+    assert float(read_log(tmp_path)[0]["loss"]) == pytest.approx(sum(losses) / 2, rel=1e-4)
+    state = torch.load(tmp_path / "last.pt", weights_only=True)
+    for name, p in student.named_parameters():
+        assert (state["student"][name] - p.detach()).norm() < 0.01 * (p.detach() - start[name]).norm(), name
+    assert all(torch.equal(state["teacher"][name], p) for name, p in net_t.named_parameters())
+
+
+@pytest.mark.parametrize("name", ["resnet18", "resnet34", "resnet50"])
+def test_torchvisions_networks_in_stages(name):
+    theirs = models.get_model(name, weights=None, num_classes=7)
+    ours = build_imagenet(name, 7)
+    ours.load_state_dict(theirs.state_dict())
+    assert list(ours.state_dict()) == list(theirs.state_dict())
+    images = torch.randn(2, 3, 64, 64)
+    for net in (ours, theirs):
+        net.train()
+    torch.testing.assert_close(ours(images), theirs(images))
+    assert torch.equal(ours.bn1.running_mean, theirs.bn1.running_mean)
+
+
+@pytest.mark.parametrize(
+    ("name", "millions"), [("resnet18", 11.689512), ("resnet34", 21.797672), ("resnet50", 25.557032)]
+)
+def test_resnets_have_their_parameters(name, millions):
+    assert sum(p.numel() for p in build_imagenet(name, 1000).parameters()) == round(millions * 1e6)
+
+
+def test_mobilenetv1():
+    net = build_imagenet("MobileNetV1", 1000)
+    assert sum(p.numel() for p in net.parameters()) == 4_231_976
+    shapes = {1: (32, 112, 112), 2: (128, 56, 56), 3: (256, 28, 28), 4: (512, 14, 14), 5: (1024, 7, 7)}
+    assert {k: tuple(shape) for k, shape in feature_shapes(net, 224).items()} == shapes
+    convolutions = [layer for layer in net.modules() if isinstance(layer, nn.Conv2d)]
+    assert len(convolutions) == 27
+    assert [conv.groups > 1 for conv in convolutions] == [False, *[True, False] * 13]
+
+
+@pytest.mark.parametrize("name", IMAGENET_NETWORKS)
+def test_a_stage_leaves_its_input_alone_and_ends_after_its_relu(name):
+    net, x = build_imagenet(name, 7).train(), torch.randn(2, 3, 64, 64)
+    assert net.post_relu
+    for k in range(1, 6):
+        before = x.clone()
+        y = net.stage(k, x)
+        assert torch.equal(x, before)
+        assert y.min() >= 0
+        x = y
+
+
+def test_published_settings_and_schedules():
+    for student, teacher, w_l2 in (("resnet18", "resnet34", 0.02), ("MobileNetV1", "resnet50", 5)):
+        c = imagenet.settle({"teacher": teacher, "student": student, "device": "cuda"}, {})
+        assert (c.w_app, c.w_func_l2, c.w_func_kl, c.w_func_prime, c.w_task, c.w_kd) == (w_l2, w_l2, 1, 1, 1, 1)
+        assert (c.temperature, c.lr, c.epochs, c.batch_size, c.amp, c.image_size) == (1, 0.1, 100, 256, "fp16", 224)
+    rates = [imagenet.learning_rate(Namespace(lr=0.1, epochs=100), epoch) for epoch in range(100)]
+    assert rates == pytest.approx([0.1] * 30 + [0.01] * 30 + [0.001] * 30 + [0.0001] * 10)
+    warmup = [imagenet.l2_warmup(Namespace(epochs=100), epoch) for epoch in range(6)]
+    assert warmup == pytest.approx([0.2, 0.4, 0.6, 0.8, 1, 1])
+
+
+def torchvisions(teacher_ckpt=None, name="resnet18", num_classes=1000):
+    net = build_imagenet(name, num_classes)
+    imagenet.load_teacher(net, Namespace(teacher=name, teacher_ckpt=teacher_ckpt, data_dir="images"), num_classes)
+    return net
+
+
+def test_torchvisions_weights_teach(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(torch.hub, "get_dir", lambda: str(tmp_path))
+    theirs = models.resnet18()
+    (tmp_path / "checkpoints").mkdir()
+    name = models.ResNet18_Weights.IMAGENET1K_V1.url.rpartition("/")[2]
+    torch.save(theirs.state_dict(), tmp_path / "checkpoints" / name)
+    assert torch.equal(torchvisions().fc.weight, theirs.fc.weight)
+
+
+def test_torchvisions_weights_are_checked_when_downloaded(tmp_path, monkeypatch):
+    asked = []
+
+    def download(url, path, hash_prefix):
+        asked.append((url, path, hash_prefix))
+        raise URLError("no network")
+
+    monkeypatch.setattr(torch.hub, "get_dir", lambda: str(tmp_path))
+    monkeypatch.setattr(torch.hub, "download_url_to_file", download)
+    with pytest.raises(UserError, match=r"could not download torchvision's resnet34 .*no network.*--teacher-ckpt"):
+        torchvisions(name="resnet34")
+    ((url, path, hash_prefix),) = asked
+    assert url == models.ResNet34_Weights.IMAGENET1K_V1.url
+    assert path == str(tmp_path / "checkpoints" / url.rpartition("/")[2])
+    assert hash_prefix == "b627a593"
+
+
+def test_a_teacher_of_other_classes_is_told_how_to_train_one(teacher):
+    remedy = "train one on these images by: python imagenet.py --data-dir images --student "
+    for arguments in ({"num_classes": 7}, {"name": "MobileNetV1"}, {"teacher_ckpt": teacher, "num_classes": 4}):
+        with pytest.raises(UserError) as error:
+            torchvisions(**arguments)
+        assert remedy + arguments.get("name", "resnet18") in str(error.value)
+    with pytest.raises(UserError) as error:
+        torchvisions(teacher_ckpt="missing.pth")
+    assert remedy not in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("options", "expected"),
+    [
+        (["--student", "resnet20"], "did you mean"),
+        (["--student", "resnet18", "--teacher", "resnet110"], "resnet110"),
+        (["--student", "resnet18", "--teacher", "resnet34"], "train one on these images"),
+        (["--student", "resnet18", "--method", "kd"], "--teacher"),
+        (["--student", "resnet18", "--data-dir", "missing"], "missing/train is no image folder"),
+        (["--student", "resnet18", "--batch-size", 19], "18 training images"),
+        (["--student", "resnet18", "--batch-size", 1], "two images"),
+        (["--student", "resnet18", "--image-size", 8], "--image-size 8"),
+        (["--student", "resnet18", "--workers", -1], "--workers -1"),
+        (["--student", "resnet18", "--subset", 2], "--subset 2"),
+        (["--student", "resnet18", "--sync-bn"], "--sync-bn"),
+        (["--student", "resnet18", "--evaluate", "missing.pth"], "missing.pth"),
+        (["--student", "resnet18", "--resume"], "nothing to resume"),
+        ([*PAIR[:4], "--num-paths", 7], "6 candidates"),
+    ],
+)
+def test_bad_input_ends_in_one_line_and_exit_code_2(tmp_path, capsys, monkeypatch, folder, options, expected):
+    monkeypatch.chdir(tmp_path)
+    standard = [*SMALL, "--data-dir", folder]
+    defaults = [
+        word for pair in zip(standard[::2], standard[1::2], strict=True) if pair[0] not in options for word in pair
+    ]
+    message = run(capsys, *defaults, *options, code=2)
+    assert message.startswith("error: ")
+    assert expected in message
+    assert message.count("\n") == 1
+    assert not os.listdir(tmp_path)
+
+
+def test_a_damaged_image_ends_the_run_and_is_named(tmp_path, capsys):
+    images = image_files(tmp_path / "images", {"train": 4, "val": 2})
+    (images / "val" / "n3" / "1.JPEG").write_bytes(b"\xff\xd8\xff")
+    options = ["--data-dir", images, "--student", "resnet18", *SMALL, "--epochs", 1, "--out", tmp_path / "run"]
+    message = run(capsys, *options, "--workers", 1, code=2)
+    assert message.startswith(f"error: cannot read the image {images}/val/n3/1.JPEG (")
+    assert message.count("\n") == 1
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_reader_that_dies_is_explained(tmp_path, capsys, monkeypatch, folder):
+    monkeypatch.setattr(ImageFiles, "__getitem__", lambda self, key: os._exit(1))
+    options = ["--data-dir", folder, "--student", "resnet18", *SMALL, "--workers", 1, "--out", tmp_path / "run"]
+    message = run(capsys, *options, code=2)
+    assert "try fewer --workers" in message
+    assert message.count("\n") == 1
+
+
+def test_a_diverging_run_ends_with_code_1(tmp_path, capsys, monkeypatch, folder):
+    monkeypatch.setattr(imagenet, "learning_rate", lambda c, epoch: 1e30)
+    options = ["--data-dir", folder, "--student", "resnet18", *SMALL, "--epochs", 2, "--out", tmp_path / "run"]
+    assert "stopped being finite in epoch 1" in run(capsys, *options, code=1)
