@@ -28,7 +28,7 @@ from tqdm import tqdm
 from common import run_folder
 from common.bridges import Bridges, build_bridges
 from common.checkpoint import load_network, torchvision_weights
-from common.device import AMP, open_device
+from common.device import AMP, cores, open_device
 from common.distributed import from_rank_0, processes, rank, share_buffers, sum_over_ranks, world
 from common.errors import LossNotFiniteError, UserError, exit_code
 from common.evaluation import accuracy, count_hits
@@ -101,8 +101,7 @@ def settle(given: dict, stored: dict) -> Namespace:
     fill(c, {"temperature": pair["temperature"], "device": "cuda" if torch.cuda.is_available() else "cpu"})
     c.amp = c.amp or ("fp16" if c.device.startswith("cuda") else "off")
     c.out = c.out or f"runs/{run_name(c)}"
-    ranks_here = int(os.environ.get("LOCAL_WORLD_SIZE", 1)) if world() > 1 else 1
-    c.workers = min(16, (os.cpu_count() or 1) // ranks_here) if c.workers is None else c.workers
+    fill(c, {"workers": min(16, cores() // int(os.environ.get("LOCAL_WORLD_SIZE", 1)))})
     check_ranges(c)
     if c.batch_size < 2 * world():
         raise UserError(f"--batch-size {c.batch_size}: it must leave each of the {world()} ranks at least two images")
@@ -227,11 +226,7 @@ def train(c: Namespace, step: Step, candidates: list[MixedPath], data: FileData,
     optimizer = sgd(parameters, c.lr, momentum=0.9, weight_decay=1e-4, nesterov=True, fused=cuda)
     scaler = torch.amp.GradScaler(device.type, enabled=c.amp == "fp16")
     if state:
-        try:
-            for name, part in {**nets, "optimizer": optimizer, "scaler": scaler}.items():
-                part.load_state_dict(state[name])
-        except (KeyError, RuntimeError, ValueError) as error:
-            raise UserError(f"{out / 'last.pt'} does not fit this run: choose another --out") from error
+        run_folder.restore(out, state, {**nets, "optimizer": optimizer, "scaler": scaler})
         optimizer.param_groups[0]["fused"] = cuda  # the device may be another one
         if rank() == 0:
             run_folder.publish(out, state, {"student": plain_state_dict(student)})

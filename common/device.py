@@ -1,5 +1,7 @@
 """Opening the device to train on."""
 
+import os
+
 import torch
 
 from .errors import UserError
@@ -33,3 +35,8 @@ def open_device(name: str) -> torch.device:
         raise UserError(f"there is no device {name!r} here: try --device cpu") from error
     torch.backends.cudnn.benchmark = True  # batches have one size, but for the last of an epoch
     return device
+
+
+def cores() -> int:
+    """How many this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1

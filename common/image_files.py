@@ -63,16 +63,22 @@ class ImageFiles(Dataset):
     """
 
     def __init__(self, samples: list[tuple[str, int]], size: int, seed: int | None = None):
-        self.samples, self.seed = samples, seed
+        # Not a list: the reference counts of a million strings would make every worker copy them in time.
+        self.paths = np.array([os.fsencode(path) for path, _ in samples])
+        self.labels = np.array([label for _, label in samples])
+        self.seed = seed
         if seed is None:
             steps = [transforms.Resize(round(size * 256 / 224)), transforms.CenterCrop(size)]
         else:
             steps = [transforms.RandomResizedCrop(size), transforms.RandomHorizontalFlip()]
         self.transform = transforms.Compose(steps)
 
+    def __len__(self) -> int:
+        return len(self.labels)
+
     def __getitem__(self, key: tuple[int, int]) -> tuple[Tensor, int]:
         epoch, index = key
-        path, label = self.samples[index]
+        path, label = os.fsdecode(self.paths[index]), int(self.labels[index])
         with warnings.catch_warnings(), torch.random.fork_rng(devices=[]):
             warnings.simplefilter("ignore")  # PIL's, on odd but readable files
             image = open_rgb(path)
@@ -118,7 +124,7 @@ def train_loader(files: ImageFiles, shard: Shard, workers: int, device: torch.de
 
 def eval_loader(files: ImageFiles, workers: int, device: torch.device, rank: int = 0, world: int = 1):
     """Every `world`-th image, in order: no image falls to two ranks, and some ranks may have one less."""
-    mine = [(0, i) for i in range(rank, len(files.samples), world)]
+    mine = [(0, i) for i in range(rank, len(files), world)]
     batches = [mine[i : i + EVAL_BATCH] for i in range(0, len(mine), EVAL_BATCH)]
     return DeviceBatches(_loader(files, batches, workers, device), device)
 

@@ -102,6 +102,19 @@ def _read_state(last: Path) -> dict[str, Any]:
     return state
 
 
+def restore(out: Path, state: dict[str, Any], parts: dict[str, Any]) -> None:
+    """Load what `state` has under the name of each part into it: networks, optimizer, scaler.
+
+    Raises:
+        UserError: it is of other parts.
+    """
+    try:
+        for name, part in parts.items():
+            part.load_state_dict(state[name])
+    except (KeyError, RuntimeError, ValueError) as error:
+        raise UserError(f"{out / 'last.pt'} does not fit this run: choose another --out") from error
+
+
 def check_settings(stored: dict, config: dict) -> None:
     """Raise a UserError that names the first setting, of those in both, that differs from the stored run's."""
     for key, value in stored.items():
