@@ -2,6 +2,7 @@
 
 gradients           DDP's gradients of one step against those of one process with the whole batch
 train OPTION...     imagenet.py with these options; every rank leaves what it has at the end
+train-fixed OPT...  the same with every BatchNorm in evaluation mode, so that ranks make no difference
 """
 
 import copy
@@ -13,7 +14,7 @@ import torch
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import imagenet
-from common.bridges import build_bridges
+from common.bridges import Bridges, build_bridges
 from common.distributed import processes, rank, world
 from common.models import build_imagenet
 from common.multipath_bn import track_paths
@@ -61,20 +62,38 @@ def gradients(folder):
         torch.save({"distributed": found(step), "one": found(one)}, folder / f"gradients{rank()}.pt")
 
 
-def train(folder, *options):
+def fix_batch_norm(step):
+    """Keep BatchNorm, on the pure paths and the mixed ones, to running statistics that are good for a fresh network."""
+    for module in step.modules():
+        if hasattr(module, "running_var"):
+            torch.nn.init.ones_(module.running_var)
+        if isinstance(module, (torch.nn.BatchNorm2d, Bridges)):
+            module.eval()
+            module.train = lambda mode=True: None
+
+
+def train_fixed(folder, *options):
+    train(folder, *options, prepare=fix_batch_norm)
+
+
+def train(folder, *options, prepare=lambda step: None):
     steps, accuracies = [], []
-    make, evaluate = imagenet.Step, imagenet.evaluate
+    make, distribute, evaluate = imagenet.Step, imagenet.distribute, imagenet.evaluate
 
     def make_and_keep(*args):
         steps.append(make(*args))
         return steps[-1]
+
+    def prepare_and_distribute(step, *args):
+        prepare(step)
+        return distribute(step, *args)
 
     def evaluate_and_keep(net, *args):
         state = {key: value.clone() for key, value in net.state_dict().items()}
         accuracies.append((state, evaluate(net, *args)))
         return accuracies[-1][1]
 
-    imagenet.Step, imagenet.evaluate = make_and_keep, evaluate_and_keep
+    imagenet.Step, imagenet.distribute, imagenet.evaluate = make_and_keep, prepare_and_distribute, evaluate_and_keep
     code = imagenet.main(list(options))
     torch.save({"step": steps[0].state_dict(), "evaluated": accuracies}, folder / f"trained{rank()}.pt")
     sys.exit(code)
@@ -82,4 +101,4 @@ def train(folder, *options):
 
 if __name__ == "__main__":
     folder, what, *more = sys.argv[1:]
-    {"gradients": gradients, "train": train}[what](Path(folder), *more)
+    {"gradients": gradients, "train": train, "train-fixed": train_fixed}[what](Path(folder), *more)

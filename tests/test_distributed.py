@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from running import call, image_files, read_log
+from running import call, image_files, read_log, script
 
 import imagenet
 
@@ -114,6 +114,29 @@ def test_one_rank_speaks_and_writes_and_evaluation_is_exact(trained, folder, cap
     printed = call(capsys, *options, module=imagenet)
     assert f"MobileNetV1 {result['last']['top1']:.2f} % top-1" in printed
     assert "on 13 test images" in printed
+
+
+def test_with_batchnorm_fixed_two_ranks_train_as_one_process(tmp_path, options):
+    """Batches of 7, 7 and 6 images: of a batch of seven one rank has four."""
+    words = [*options, "--batch-size", 7, "--epochs", 1, "--w-app", 1, "--w-func-l2", 1]
+    ends = []
+    for name, start in (("one", script), ("two", torchrun)):
+        folder = tmp_path / name
+        folder.mkdir()
+        args = [folder, "train-fixed", *words, "--out", folder / "run"]
+        if start is script:
+            script(tmp_path, *args, path=RANKS)
+        else:
+            torchrun(RANKS, *args)
+        ends.append((read_log(folder / "run")[0], torch.load(folder / "trained0.pt", weights_only=True)))
+    (log, one), (log_2, two) = ends
+    columns = ("loss", "task", "kd", "app", "func_l2", "func_kl", "func_prime", "train_top1")
+    assert [float(log_2[c]) for c in columns] == pytest.approx([float(log[c]) for c in columns], rel=1e-3)
+    torch.manual_seed(1)
+    start = imagenet.build_imagenet("MobileNetV1", 4)
+    for name, p in start.named_parameters():
+        ours, theirs = (end["step"][f"student.{name}"] for end in (two, one))
+        assert (ours - theirs).norm() <= 0.01 * (theirs - p.detach()).norm(), name
 
 
 def test_resumed_on_another_number_of_ranks(trained, tmp_path, capsys):
