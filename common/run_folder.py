@@ -36,14 +36,14 @@ MAY_CHANGE = ("device", "data_dir", "out", "max_minutes", "workers")  # between 
 
 
 @contextlib.contextmanager
-def open_run(out: Path, resume: bool) -> Iterator[dict[str, Any] | None]:
+def open_run(out: Path, resume: bool, script: str = "cifar100") -> Iterator[dict[str, Any] | None]:
     """Make the folder if need be and keep it to this process; gives the state to resume from, None for a fresh run.
 
     Folders that were made here and into which nothing was saved are removed again at the end.
 
     Raises:
-        UserError: it holds a run and `resume` is off; it holds none and `resume` is on; another process is at work
-            in it; it cannot be made, or written into.
+        UserError: it holds a run and `resume` is off; it holds none, or one of another script than `script`, and
+            `resume` is on; another process is at work in it; it cannot be made, or written into.
     """
     last = out / "last.pt"
     if resume and not last.exists():
@@ -59,7 +59,7 @@ def open_run(out: Path, resume: bool) -> Iterator[dict[str, Any] | None]:
         with locked(out):
             if last.exists() and not resume:
                 raise UserError(f"{out} holds a run already: go on with --resume, or choose another --out")
-            yield _read_state(last) if resume else None
+            yield _read_state(last, script) if resume else None
     finally:
         with contextlib.suppress(OSError):  # until one is not empty
             for folder in made:
@@ -94,11 +94,13 @@ def locked(folder: Path) -> Iterator[None]:
         os.close(handle)
 
 
-def _read_state(last: Path) -> dict[str, Any]:
+def _read_state(last: Path, script: str) -> dict[str, Any]:
     state = load(last)
     keys = {"config": dict, "epoch": int, "log": list, "best": dict, "student": dict}
     if not isinstance(state, dict) or not all(isinstance(state.get(key), kind) for key, kind in keys.items()):
         raise UserError(f"{last} is not what a run leaves: choose another --out")
+    if (other := state["config"].get("script", "cifar100")) != script:
+        raise UserError(f"{last.parent} holds a run of {other}.py: resume it with that script, or choose another --out")
     return state
 
 
