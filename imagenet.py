@@ -331,7 +331,7 @@ def run(given: dict, resume: bool, deadline: float) -> bool:
     c = settle(given, {})  # complains before the processes meet
     with processes(c.device) as name:
         device, out = open_device(name), Path(c.out)
-        with run_folder.open_run(out, resume) if rank() == 0 else nullcontext() as state:
+        with run_folder.open_run(out, resume, c.script) if rank() == 0 else nullcontext() as state:
             state = from_rank_0(state, device)
             stored = state["config"] if state else {}
             c = settle(given | {"out": str(out)}, stored)

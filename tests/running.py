@@ -16,9 +16,9 @@ SMALL = ["--dataset", "synthetic", "--subset", "120", "--test-subset", "60", "--
 PAIR = ["--teacher", "resnet14", "--student", "resnet8", *SMALL]
 
 
-def script(cwd, *args, code=0, path=SCRIPT):
+def script(cwd, *args, code=0, module=cifar100):
     """Run the script in a process of its own, in the folder `cwd`; its output."""
-    command = [sys.executable, str(path), *map(str, args)]
+    command = [sys.executable, module.__file__, *map(str, args)]
     done = subprocess.run(command, cwd=cwd, capture_output=True, text=True, timeout=300)
     assert done.returncode == code, done.stderr
     return done.stdout if code == 0 else done.stderr

@@ -9,12 +9,12 @@ import sys
 from pathlib import Path
 
 import pytest
+import ranks
 import torch
 from running import call, image_files, read_log, script
 
 import imagenet
 
-RANKS = Path(__file__).with_name("ranks.py")
 TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
 SMALL = ["--image-size", 32, "--workers", 0, "--device", "cpu", "--lr", 0.01]
 
@@ -66,7 +66,7 @@ def options(folder, teacher):
 
 
 def test_gradients_are_those_of_one_process(tmp_path):
-    torchrun(RANKS, tmp_path, "gradients")
+    torchrun(ranks.__file__, tmp_path, "gradients")
     ranks = [torch.load(tmp_path / f"gradients{r}.pt", weights_only=True) for r in (0, 1)]
     expected = ranks[0]["one"]
     unused = {name for name, gradient in expected.items() if gradient is None and name.startswith("bridges")}
@@ -85,7 +85,7 @@ def trained(tmp_path_factory, options):
     """Five FCFD steps on two ranks: the run's folder, and what each rank has at the end."""
     folder = tmp_path_factory.mktemp("trained")
     out = folder / "run"
-    output = torchrun(RANKS, folder, "train", *options, "--epochs", 2, "--max-minutes", 1e-9, "--out", out)
+    output = torchrun(ranks.__file__, folder, "train", *options, "--epochs", 2, "--max-minutes", 1e-9, "--out", out)
     return out, output, [torch.load(folder / f"trained{r}.pt", weights_only=True) for r in (0, 1)]
 
 
@@ -125,9 +125,9 @@ def test_with_batchnorm_fixed_two_ranks_train_as_one_process(tmp_path, options):
         folder.mkdir()
         args = [folder, "train-fixed", *words, "--out", folder / "run"]
         if start is script:
-            script(tmp_path, *args, path=RANKS)
+            script(tmp_path, *args, module=ranks)
         else:
-            torchrun(RANKS, *args)
+            torchrun(ranks.__file__, *args)
         ends.append((read_log(folder / "run")[0], torch.load(folder / "trained0.pt", weights_only=True)))
     (log, one), (log_2, two) = ends
     columns = ("loss", "task", "kd", "app", "func_l2", "func_kl", "func_prime", "train_top1")

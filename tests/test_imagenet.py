@@ -50,7 +50,7 @@ def pair(folder, teacher):
 
 def test_distilled_as_a_user_does_it(tmp_path, folder, pair):
     # With worker processes, and from another folder than the project's.
-    printed = script(tmp_path, *pair, "--workers", 2, "--epochs", 2, path=imagenet.__file__)
+    printed = script(tmp_path, *pair, "--workers", 2, "--epochs", 2, module=imagenet)
     out = tmp_path / "runs" / f"{folder.name}-32px-resnet18-MobileNetV1-fcfd-2ep-seed1"
     assert sorted(path.name for path in out.iterdir()) == [
         "best.pt",
@@ -77,7 +77,7 @@ def test_distilled_as_a_user_does_it(tmp_path, folder, pair):
     printed = script(
         tmp_path,
         *["--data-dir", folder, "--student", "MobileNetV1", *SMALL, "--evaluate", out / "student.pth"],
-        path=imagenet.__file__,
+        module=imagenet,
     )
     assert f"MobileNetV1 {result['last']['top1']:.2f} % top-1, 100.00 % top-5 on 15 test images" in printed
 

@@ -1,0 +1,369 @@
+"""online_kd.py as a user runs it."""
+
+import json
+import re
+import subprocess
+import sys
+from functools import partial
+
+import numpy as np
+import pytest
+import running
+import torch
+import torch.nn.functional as F
+import yaml
+from running import PAIR, SMALL, assert_bit_for_bit, read_log
+
+import cifar100
+import online_kd
+from common.bridges import build_bridges
+from common.data import train_batches
+from common.models import build
+from common.paths import candidate_paths, sample_paths
+from common.sources import load_data
+
+call, script = (partial(function, module=online_kd) for function in (running.call, running.script))
+TERMS = ("task", "kd", "app", "func_l2", "func_kl", "func_prime", "teacher_task", "teacher_kd")
+ONE_STEP = [*PAIR, "--subset", 20, "--test-subset", 20, "--batch-size", 20, "--epochs", 1]
+NETWORKS = PAIR[:4]
+ROLES = {"student": "", "teacher": "teacher_"}
+
+
+def option(term):
+    return f"--w-{term.replace('_', '-')}"
+
+
+def last_state(folder):
+    return torch.load(folder / "last.pt", weights_only=True)
+
+
+@pytest.fixture(scope="module")
+def main_job(tmp_path_factory):
+    """The main job as it stands in the README, smaller: its folder and what it printed."""
+    folder = tmp_path_factory.mktemp("online")
+    printed = script(folder, *PAIR, "--epochs", 3)
+    return folder / "runs" / "synthetic-subset120-resnet14-resnet8-online-fcfd-3ep-seed1", printed
+
+
+def test_main_job_leaves_its_files(main_job):
+    folder, printed = main_job
+    assert list(folder.parent.iterdir()) == [folder]  # no teacher was trained first
+    names = ["best.pt", "config.yaml", "last.pt", "log.csv", "result.json", "student.pth", "student_best.pth"]
+    assert sorted(path.name for path in folder.iterdir()) == [*names, "teacher.pth", "teacher_best.pth"]
+    rows, state = read_log(folder), last_state(folder)
+    result, config = (yaml.safe_load((folder / name).read_text()) for name in ("result.json", "config.yaml"))
+    assert [row["epoch"] for row in rows] == ["1", "2", "3"]
+    assert all(float(row[term]) > 0 for row in rows for term in TERMS)
+    assert (config["temperature"], config["w_app"], config["num_paths"], config["positions"]) == (4, 5, 2, [2, 3])
+    assert [config[f"w_{term}"] for term in TERMS] == [1, 1, 5, 5, 1, 1, 1, 1]
+    assert result["teacher"] is None  # the teacher knew nothing before
+    for (role, of), network in zip(ROLES.items(), ("resnet8", "resnet14"), strict=True):
+        accuracies = [float(row[f"{of}test_top1"]) for row in rows]
+        best = result[f"{of}best"]
+        assert (result[f"{of}last"]["top1"], best["top1"]) == (accuracies[-1], max(accuracies))
+        assert best["epoch"] == 1 + accuracies.index(max(accuracies))
+        last, at_best = (torch.load(folder / f"{role}{best}.pth", weights_only=True) for best in ("", "_best"))
+        assert (last["epoch"], last["accuracy"], last["best_acc"]) == (3, accuracies[-1], best["top1"])
+        assert (at_best["epoch"], at_best["accuracy"]) == (best["epoch"], best["top1"])
+        assert list(last["model"]) == list(build(network, 20).state_dict())  # plain: no per-path statistics
+        assert all(torch.equal(value, state[role][key]) for key, value in last["model"].items())
+        for name in ("best", "last"):
+            top1, top5 = (result[f"{of}{name}"][top] for top in ("top1", "top5"))
+            title = f"{of}{name}".replace("_", " ")
+            assert re.search(rf"^{title} +{top1:.2f} % top-1, {top5:.2f} % top-5", printed, re.M)
+    assert torch.load(folder / "best.pt", weights_only=True)["epoch"] == result["best"]["epoch"]
+
+
+def test_both_networks_evaluate_and_teach_elsewhere(main_job, tmp_path, capsys):
+    folder, _ = main_job
+    result = json.loads((folder / "result.json").read_text())
+    for role, network in (("student", "resnet8"), ("teacher", "resnet14")):
+        last = result[f"{ROLES[role]}last"]
+        printed = running.call(capsys, "--evaluate", folder / f"{role}.pth", "--student", network, *SMALL)
+        assert f"{network} {last['top1']:.2f} % top-1, {last['top5']:.2f} % top-5 on 60 test images" in printed
+    options = [*PAIR, "--method", "kd", "--epochs", 1, "--teacher-ckpt", folder / "teacher.pth"]
+    printed = running.call(capsys, *options, "--out", tmp_path)
+    assert f"teacher: {result['teacher_last']['top1']:.2f} % top-1 before distillation" in printed
+
+
+def test_its_student_is_not_taken_for_a_teacher_trained_alone(tmp_path, capsys):
+    call(capsys, *ONE_STEP, "--out", tmp_path / "online")
+    options = [*ONE_STEP, "--teacher", "resnet8", "--method", "kd", "--out", tmp_path / "offline"]
+    assert "teacher: training resnet8" in running.call(capsys, *options)
+
+
+@pytest.mark.parametrize(
+    ("options", "terms"),
+    [
+        (
+            ["--method", "dml", "--teacher", "vgg8"],
+            {"task", "kd", "teacher_task", "teacher_kd"},
+        ),  # five stages and four
+        (["--method", "dml", "--teacher", "resnet8"], {"task", "kd", "teacher_task", "teacher_kd"}),
+        (["--method", "kd"], {"task", "kd", "teacher_task"}),
+        (["--method", "kd", "--w-app", 1], {"task", "kd", "teacher_task", "app"}),
+        (["--w-func-prime", 0, "--w-teacher-kd", 0], {*TERMS} - {"func_prime", "teacher_kd"}),
+        (["--positions", 2, 4, "--num-paths", 4, "--amp", "bf16"], {*TERMS}),
+    ],
+)
+def test_methods_and_weights_compute_their_terms_alone(tmp_path, capsys, options, terms):
+    call(capsys, *ONE_STEP, *options, "--out", tmp_path)
+    row, state = read_log(tmp_path)[0], last_state(tmp_path)
+    assert {term for term in TERMS if row[term]} == terms
+    assert all(np.isfinite(float(row[term])) for term in terms)
+    assert ("bridges" in state) == ("app" in terms)
+    t2s, mixed = (any(word in key for key in running.tensors(state)) for word in ("/t2s.", ".path"))
+    assert t2s == ("func_prime" in terms)
+    assert mixed == ("func_kl" in terms)
+
+
+def test_in_kd_the_teacher_learns_by_itself(tmp_path, capsys):
+    options = [*PAIR, "--epochs", 1, "--method", "kd"]
+    call(capsys, *options, "--out", tmp_path / "kd")
+    call(capsys, *options, "--w-kd", 0, "--w-task", 0, "--out", tmp_path / "alone")
+    both, alone = (last_state(tmp_path / name) for name in ("kd", "alone"))
+    assert all(torch.equal(value, alone["teacher"][key]) for key, value in both["teacher"].items())
+    assert not torch.equal(both["student"]["conv1.weight"], alone["student"]["conv1.weight"])
+
+
+@pytest.mark.parametrize(
+    ("term", "in_student", "in_teacher"),
+    [
+        ("task", "1234C", ""),
+        ("kd", "1234C", ""),
+        ("app", "1234", ""),
+        ("func_l2", "12", "34"),
+        ("func_kl", "12", "34C"),
+        ("func_prime", "34C", "12"),  # the teacher's early stages, through the bridge
+        ("teacher_task", "", "1234C"),
+        ("teacher_kd", "", "1234C"),
+    ],
+)
+def test_what_a_term_trains(tmp_path, capsys, term, in_student, in_teacher):
+    """A step on one term, mixed paths leaving at k = 2 alone: targets get no gradient, all that a path passes does."""
+    weights = [word for other in TERMS for word in (option(other), int(other == term))]
+    call(capsys, *ONE_STEP, *weights, "--positions", 2, "--out", tmp_path)
+    torch.manual_seed(1)
+    before, after = {"student": build("resnet8", 20), "teacher": build("resnet14", 20)}, last_state(tmp_path)
+    stages = {"conv1": "1", "bn1": "1", "layer1": "2", "layer2": "3", "layer3": "4", "fc": "C"}
+    for role, expected in (("student", in_student), ("teacher", in_teacher)):
+        moved = {
+            stages[name.split(".")[0]]
+            for name, p in before[role].named_parameters()
+            if not torch.equal(p, after[role][name])
+        }
+        assert "".join(sorted(moved)) == expected, role
+
+
+def losses_by_hand(teacher, student, bridges, images, labels, paths, temperature):
+    """Every term as the paper has it, the hits of student and teacher, and the buffers as the pure paths leave them."""
+
+    def kl(logits, target):
+        p, q = F.softmax(target.detach() / temperature, 1), F.softmax(logits / temperature, 1)
+        return (p * (p.log() - q.log())).sum(1).mean() * temperature**2
+
+    def l2(x, target, k):
+        target = target.detach()
+        pooled = (x.clamp(min=0).mean((2, 3)) - target.clamp(min=0).mean((2, 3))) ** 2
+        return ((x - target) ** 2).mean() + (pooled.mean() if k == 4 else 0)
+
+    def cross_entropy(logits):
+        return -F.log_softmax(logits, 1)[range(len(labels)), labels].mean()
+
+    t, s = (dict(enumerate(net.features(images), 1)) for net in (teacher, student))
+    p_t, p_s = teacher.classify(t[4]), student.classify(s[4])
+    pure = [(buffer, buffer.clone()) for net in (teacher, student) for buffer in net.buffers()]
+    bridged = {k: bridges.s2t[str(k)](s[k]) for k in (2, 3, 4)}
+    losses = dict.fromkeys(TERMS, 0) | {"task": cross_entropy(p_s), "kd": kl(p_s, p_t)}
+    losses |= {"teacher_task": cross_entropy(p_t), "teacher_kd": kl(p_t, p_s)}
+    losses["app"] = sum(l2(bridged[k], t[k], k) for k in (2, 3, 4))
+    for k, delta in paths:
+        if delta == 1:
+            x = bridged[k]
+            for l in range(k + 1, 5):
+                x = teacher.stage(l, x)
+                losses["func_l2"] += l2(x, t[l], l)
+            losses["func_kl"] += kl(teacher.classify(x), p_t)
+        else:
+            x = bridges.t2s[str(k)](t[k])
+            for l in range(k + 1, 5):
+                x = student.stage(l, x)
+            losses["func_prime"] += kl(student.classify(x), p_t)
+    hits = [(logits.argmax(1) == labels).sum().item() for logits in (p_s, p_t)]
+    return losses, hits, pure
+
+
+def test_two_epochs_written_out(tmp_path, capsys):
+    """The script against a loop with losses, SGD and statistics by hand; every number is given differently."""
+    weights = dict(zip(TERMS, (0.9, 0.8, 2.0, 3.0, 0.7, 0.6, 1.1, 0.5), strict=True))
+    options = [word for term, w in weights.items() for word in (option(term), w)]
+    options += ["--epochs", 24, "--lr", 0.002, "--temperature", 3, "--num-paths", 3, "--seed", 5, "--subset", 40]
+    options += ["--out", tmp_path, "--max-minutes", 1e-9]
+    call(capsys, *PAIR, *options)
+    call(capsys, *PAIR, *options, "--resume")  # stopped after each epoch: two are done
+
+    torch.manual_seed(5)
+    student, teacher = build("resnet8", 20), build("resnet14", 20)
+    nets = {"student": student, "teacher": teacher, "bridges": build_bridges(teacher, student, 32)}
+    for net in nets.values():  # as the script has it, so that not even rounding differs much
+        net.to(memory_format=torch.channels_last)
+    start = {role: {name: p.detach().clone() for name, p in net.named_parameters()} for role, net in nets.items()}
+    data = load_data("synthetic", "", 40, 60)
+    velocity, rows = {}, []
+    for epoch in range(2):
+        warm = (epoch + 1) / 2  # a twelfth of 24 epochs
+        paths = sample_paths(candidate_paths(4), 3, 2, 5, epoch)
+        hits, logged = np.zeros(2), []
+        for step, (images, labels) in enumerate(train_batches(data.train, 32, 5, epoch, True)):
+            terms, hit, pure = losses_by_hand(teacher, student, nets["bridges"], images, labels, paths[step], 3.0)
+            factors = {name: w * (warm if name in ("app", "func_l2") else 1) for name, w in weights.items()}
+            loss = sum(factors[name] * value for name, value in terms.items())
+            logged.append([loss.item(), *(torch.as_tensor(terms[name]).item() for name in TERMS)])
+            hits += hit
+            trained = [p for net in nets.values() for p in net.parameters()]
+            gradients = torch.autograd.grad(loss, trained, allow_unused=True)
+            for buffer, value in pure:
+                buffer.copy_(value)
+            for p, g in zip(trained, gradients, strict=True):
+                if g is not None:
+                    g = g + 5e-4 * p.detach()
+                    velocity[p] = 0.9 * velocity.get(p, 0) + g
+                    p.data -= 0.002 * (g + 0.9 * velocity[p])
+        rows.append([*np.mean(logged, 0), *(100 * hits / 40)])
+
+    columns = ("loss", *TERMS, "train_top1", "teacher_train_top1")
+    for row, expected in zip(read_log(tmp_path), rows, strict=True):
+        assert [float(row[column]) for column in columns] == pytest.approx(expected, rel=1e-3)
+    state = last_state(tmp_path)
+    for role, net in nets.items():
+        for name, p in net.named_parameters():
+            update = p.detach() - start[role][name]
+            assert (state[role][name] - p.detach()).norm() <= 0.01 * update.norm(), (role, name)
+        for name, value in net.named_buffers():
+            torch.testing.assert_close(state[role][name], value, rtol=1e-2, atol=1e-4)
+
+
+@pytest.fixture(scope="module")
+def killed(main_job, tmp_path_factory):
+    """The main job again, killed after its first epoch."""
+    folder = tmp_path_factory.mktemp("killed") / "run"
+    command = [sys.executable, online_kd.__file__, *PAIR, "--epochs", "3", "--out", str(folder)]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
+        assert any(line.startswith("epoch   1/") for line in process.stdout)
+        process.kill()
+    assert last_state(folder)["epoch"] < 3
+    return folder
+
+
+def test_killed_and_resumed_is_bit_for_bit_the_unbroken_run(main_job, killed, capsys):
+    call(capsys, *NETWORKS, "--resume", "--max-minutes", 1e-9, "--out", killed)  # the rest is taken from the run
+    printed = call(capsys, *NETWORKS, "--resume", "--out", killed)
+    assert "epoch   1/3" not in printed
+    whole, _ = main_job
+    assert_bit_for_bit(whole, killed)
+    result, resumed = (json.loads((folder / "result.json").read_text()) for folder in (whole, killed))
+    for name in ("best", "last", "teacher_best", "teacher_last"):
+        assert resumed[name] == result[name]
+    for name in ("student", "student_best", "teacher", "teacher_best"):
+        files = [torch.load(folder / f"{name}.pth", weights_only=True) for folder in (whole, killed)]
+        assert all(torch.equal(value, files[1]["model"][key]) for key, value in files[0]["model"].items())
+    changing = {"seconds", "images_per_s"}
+    logs = [[{k: v for k, v in row.items() if k not in changing} for row in read_log(f)] for f in (whole, killed)]
+    assert logs[0] == logs[1]
+
+
+def test_files_are_written_again_from_last_pt(tmp_path, capsys):
+    call(capsys, *ONE_STEP, "--out", tmp_path)
+    before = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
+    for name in before.keys() - {"last.pt"}:
+        (tmp_path / name).unlink()
+    call(capsys, *ONE_STEP, "--resume", "--out", tmp_path)
+    assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == before
+
+
+@pytest.mark.parametrize("method", online_kd.METHODS)
+def test_no_script_resumes_a_run_of_the_other(tmp_path, capsys, teacher, method):
+    online, offline = tmp_path / "online", tmp_path / "offline"
+    call(capsys, *ONE_STEP, "--method", method, "--out", online)
+    same = [] if method == "dml" else ["--method", method]
+    running.call(capsys, *ONE_STEP, *same, "--teacher-ckpt", teacher / "student.pth", "--out", offline)
+    for folder, module, of in ((online, cifar100, "online_kd"), (offline, online_kd, "cifar100")):
+        before = (folder / "last.pt").read_bytes()
+        for more in ([], ["--resume"]):
+            message = running.call(capsys, *ONE_STEP, *more, "--out", folder, code=2, module=module)
+            assert ("holds a run of" if more else "holds a run already") in message
+            assert (f"{of}.py" in message) == bool(more)
+            assert message.count("\n") == 1
+        assert (folder / "last.pt").read_bytes() == before
+
+
+def test_resume_with_other_settings_names_the_first(main_job, capsys):
+    folder, _ = main_job
+    for name, value in (("--w-teacher-kd", 0.5), ("--method", "dml"), ("--epochs", 9), ("--subset", 100)):
+        message = call(capsys, *PAIR, name, value, "--resume", "--out", folder, code=2)
+        assert f"{name} is {value}" in message
+
+
+def test_a_diverging_run_keeps_the_last_good_epoch(tmp_path, capsys, monkeypatch):
+    options = [*PAIR, "--method", "dml", "--epochs", 3, "--out", tmp_path]
+    call(capsys, *options, "--max-minutes", 1e-9)
+    before = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
+    monkeypatch.setattr(online_kd, "learning_rate", lambda c, epoch: 1e30)
+    assert "epoch 2, step 2" in call(capsys, *options, "--resume", code=1)
+    assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == before
+
+
+@pytest.mark.parametrize(
+    ("options", "expected"),
+    [
+        ([], "--teacher, --student"),
+        (["--student", "resnet8"], "--teacher"),
+        (["--teacher", "resnet8"], "--student"),
+        (["--student", "resnet8", "--teacher", ""], "--teacher is empty"),
+        (["--student", "resnet8", "--teacher", "resnet15"], "resnet14"),
+        (["--student", "resnet8", "--teacher", "vgg8"], "5 stages and the student 4"),
+        ([*NETWORKS, "--method", "app"], "--method"),
+        ([*NETWORKS, "--teacher-ckpt", "x.pth"], "--teacher-ckpt"),
+        ([*NETWORKS, "--num-paths", 5], "4 candidates"),
+        ([*NETWORKS, "--method", "dml", "--num-paths", 1], "0 candidates"),
+        ([*NETWORKS, "--positions", 1], "outside 2..4"),
+        ([*NETWORKS, "--w-teacher-kd", -1], "--w-teacher-kd -1"),
+        ([*NETWORKS, "--w-teacher-task", "nan"], "--w-teacher-task nan"),
+        ([*NETWORKS, "--temperature", 0], "--temperature 0"),
+        ([*NETWORKS, "--method", "kd", "--w-task", 0, "--w-kd", 0, "--w-teacher-task", 0], "no term"),
+        ([*NETWORKS, "--epochs", 0], "--epochs 0"),
+        ([*NETWORKS, "--subset", 20], "20 training images"),
+        ([*NETWORKS, "--device", "cuda:99"], "cuda:99"),
+        ([*NETWORKS, "--out", "x" * 300], "x" * 300),
+        ([*NETWORKS, "--resume"], "nothing to resume"),
+    ],
+)
+def test_wrong_input_is_one_line_and_exit_code_2(tmp_path, capsys, monkeypatch, options, expected):
+    monkeypatch.chdir(tmp_path)
+    defaults = [word for pair in zip(SMALL[::2], SMALL[1::2], strict=True) if pair[0] not in options for word in pair]
+    message = call(capsys, *defaults, *options, code=2)
+    assert message.startswith("error: ")
+    assert expected in message
+    assert message.count("\n") == 1
+    assert not list(tmp_path.iterdir())  # nothing is left
+
+
+def test_settings_and_schedules_are_those_of_the_pair():
+    c = online_kd.settle({"teacher": "resnet56", "student": "resnet20", "device": "cuda"}, {})
+    assert [getattr(c, f"w_{term}") for term in TERMS] == [1, 1, 0.02, 0.02, 1, 1, 1, 1]
+    assert (c.lr, c.temperature, c.epochs, c.batch_size, c.amp) == (0.05, 4, 240, 64, "fp16")
+    c = online_kd.settle({"teacher": "resnet32x4", "student": "ShuffleV2", "device": "cpu"}, {})
+    assert (c.lr, c.temperature, c.w_app, c.amp) == (0.01, 8, 5, "off")
+    for epochs in (240, 24, 8):
+        c.epochs = epochs
+        for epoch in range(epochs):
+            assert online_kd.learning_rate(c, epoch) == cifar100.learning_rate(c, epoch)
+            assert online_kd.l2_warmup(c, epoch) == cifar100.l2_warmup(c, epoch)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("options", [[], ["--amp", "bf16"], ["--method", "dml"]])
+def test_main_job_on_a_gpu(tmp_path, capsys, options):
+    small = [word if word != "cpu" else "cuda" for word in PAIR]
+    call(capsys, *small, *options, "--epochs", 2, "--out", tmp_path)
+    assert all(np.isfinite(float(row["loss"])) and float(row["peak_memory_mb"]) > 0 for row in read_log(tmp_path))
