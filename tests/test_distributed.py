@@ -67,11 +67,11 @@ def options(folder, teacher):
 
 def test_gradients_are_those_of_one_process(tmp_path):
     torchrun(ranks.__file__, tmp_path, "gradients")
-    ranks = [torch.load(tmp_path / f"gradients{r}.pt", weights_only=True) for r in (0, 1)]
-    expected = ranks[0]["one"]
+    saved = [torch.load(tmp_path / f"gradients{r}.pt", weights_only=True) for r in (0, 1)]
+    expected = saved[0]["one"]
     unused = {name for name, gradient in expected.items() if gradient is None and name.startswith("bridges")}
     assert {name.split(".")[2] for name in unused} == {"2", "4"}  # the t2s bridges of paths that were not drawn
-    for gradients in (rank["distributed"] for rank in ranks):
+    for gradients in (rank["distributed"] for rank in saved):
         for name, gradient in expected.items():
             if gradient is None:
                 assert gradients[name] is None, name
