@@ -16,7 +16,7 @@ judge of the student's feature, L_func' with the student's later part as the jud
 In every term the teacher's side is the target and is detached (in common/losses.py).
 """
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 
 import torch
@@ -30,6 +30,7 @@ from .multipath_bn import on_path
 from .paths import MixedPath
 
 TERMS = ("task", "kd", "app", "func_l2", "func_kl", "func_prime")
+KDLoss = Callable[[Tensor, Tensor, float], Tensor]  # (logits, target, temperature) -> a scalar
 
 
 @dataclass
@@ -96,7 +97,9 @@ def forward_paths(
     return flow
 
 
-def fcfd_terms(flow: Flow, labels: Tensor, temperature: float, terms: Iterable[str] = TERMS) -> dict[str, Tensor]:
+def fcfd_terms(
+    flow: Flow, labels: Tensor, temperature: float, terms: Iterable[str] = TERMS, kd_loss: KDLoss = kl
+) -> dict[str, Tensor]:
     """The terms of Eq. 9 before weighting: float32 scalars, each the sum over its positions and paths.
 
     task is the cross entropy of the student's logits with the labels; kd is the KL of the student's p_s from the
@@ -106,14 +109,16 @@ def fcfd_terms(flow: Flow, labels: Tensor, temperature: float, terms: Iterable[s
         labels: [B], class indices.
         temperature: T, which divides the logits in every KL.
         terms: which of TERMS to compute.
+        kd_loss: what compares logits with the teacher's in kd, func_kl and func_prime. Another one, such as DKD
+            (App. C.1), takes the place of KL in these three.
     """
     compute = {
         "task": lambda: F.cross_entropy(flow.student_logits.float(), labels),
-        "kd": lambda: kl(flow.student_logits, flow.teacher_logits, temperature),
+        "kd": lambda: kd_loss(flow.student_logits, flow.teacher_logits, temperature),
         "app": lambda: l_app(flow),
         "func_l2": lambda: l_func_l2(flow),
-        "func_kl": lambda: l_func_kl(flow, temperature),
-        "func_prime": lambda: l_func_prime(flow, temperature),
+        "func_kl": lambda: l_func_kl(flow, temperature, kd_loss),
+        "func_prime": lambda: l_func_prime(flow, temperature, kd_loss),
     }
     return {name: compute[name]() for name in terms}
 
@@ -141,19 +146,19 @@ def l_func_l2(flow: Flow) -> Tensor:
     )
 
 
-def l_func_kl(flow: Flow, temperature: float) -> Tensor:
+def l_func_kl(flow: Flow, temperature: float, kd_loss: KDLoss = kl) -> Tensor:
     """Eq. 6, second part: KL between p_t and the answer of each <k, 1> path, by the teacher's later part."""
-    return _answers(flow, 1, temperature)
+    return _answers(flow, 1, temperature, kd_loss)
 
 
-def l_func_prime(flow: Flow, temperature: float) -> Tensor:
+def l_func_prime(flow: Flow, temperature: float, kd_loss: KDLoss = kl) -> Tensor:
     """Eq. 7: KL between p_t and the answer of each <k, 0> path, by the student's later part."""
-    return _answers(flow, 0, temperature)
+    return _answers(flow, 0, temperature, kd_loss)
 
 
-def _answers(flow: Flow, delta: int, temperature: float) -> Tensor:
+def _answers(flow: Flow, delta: int, temperature: float, kd_loss: KDLoss) -> Tensor:
     paths = (mixed for path, mixed in flow.mixed.items() if path.delta == delta)
-    return _sum(flow, (kl(mixed.logits, flow.teacher_logits, temperature) for mixed in paths))
+    return _sum(flow, (kd_loss(mixed.logits, flow.teacher_logits, temperature) for mixed in paths))
 
 
 def _sum(flow: Flow, losses: Iterable[Tensor]) -> Tensor:
