@@ -19,7 +19,7 @@ class Bridges(nn.Module):
     """All bridges of a pair.
 
     Attributes:
-        s2t: str(k) -> B_st^k, student to teacher, for k = 2..N.
+        s2t: str(k) -> B_st^k, student to teacher, for k = 2..N; the identity at N if the student projects F^N itself.
         t2s: str(k) -> B_ts^k, teacher to student, for the positions of the mixed paths.
     """
 
@@ -46,7 +46,10 @@ def build_bridges(
     last = student.num_stages
     shapes_t, shapes_s = (feature_shapes(net, image_size) for net in (teacher, student))
     t2s_positions = sorted({path.k for path in candidate_paths(last, positions)})
-    s2t = {str(k): bridge(shapes_s[k], shapes_t[k], teacher.post_relu) for k in range(2, last + 1)}
+    s2t_last = last - 1 if student.projected else last
+    s2t = {str(k): bridge(shapes_s[k], shapes_t[k], teacher.post_relu) for k in range(2, s2t_last + 1)}
+    if student.projected:
+        s2t[str(last)] = nn.Identity()
     t2s = {str(k): bridge(shapes_t[k], shapes_s[k], student.post_relu) for k in t2s_positions}
     return Bridges(s2t, t2s)
 

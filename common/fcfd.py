@@ -52,6 +52,7 @@ class Flow:
     s2t: dict[int, Tensor] = field(default_factory=dict)  # B_st^k(F_s^k), in the shape of F_t^k
     t2s: dict[int, Tensor] = field(default_factory=dict)  # B_ts^k(F_t^k), in the shape of F_s^k
     mixed: dict[MixedPath, MixedFlow] = field(default_factory=dict)
+    last_target: Tensor | None = None  # what L_app compares s2t[N] with where that is not F_t^N (common/simkd.py)
 
 
 def forward_paths(
@@ -84,6 +85,8 @@ def forward_paths(
     into_teacher = set(range(2, last + 1)) if app else {path.k for path in paths if path.delta == 1}
     into_student = {path.k for path in paths if path.delta == 0}
     flow.s2t = {k: bridges.s2t[str(k)](features_s[k]) for k in sorted(into_teacher)}
+    if app and student.projected:
+        flow.last_target = student.last_target(features_t[last], flow.s2t[last])
     flow.t2s = {k: bridges.t2s[str(k)](features_t[k]) for k in sorted(into_student)}
 
     for path in paths:
@@ -127,9 +130,11 @@ def l_app(flow: Flow) -> Tensor:
     """Eq. 5, appearance: L2 between the bridged student feature and the teacher's, at every position 2..N.
 
     At stage N, here and in L_func, L2 also compares what the classifier reads of the two: after ReLU and pooling.
+    What SimKD projects is compared with F_t^N after ReLU, pooled to its size (common/simkd.py).
     """
     last = max(flow.teacher)
-    return _sum(flow, (l2(flow.s2t[k], flow.teacher[k], pooled=k == last) for k in range(2, last + 1)))
+    targets = flow.teacher if flow.last_target is None else flow.teacher | {last: flow.last_target}
+    return _sum(flow, (l2(flow.s2t[k], targets[k], pooled=k == last) for k in range(2, last + 1)))
 
 
 def l_func_l2(flow: Flow) -> Tensor:

@@ -10,17 +10,19 @@ from torch import Tensor, nn
 class StagedNet(nn.Module, ABC):
     """A network M = C . M^N . ... . M^1 whose intermediate features F^k = M^k(F^(k-1)) can be exchanged.
 
-    A subclass sets the three attributes and writes `stage` and `classifier_layer`.
+    A subclass sets the first three attributes and writes `stage` and `classifier_layer`.
 
     Attributes:
         num_stages: N; the stem is stage 1.
         post_relu: whether the features F^k are handed over after their ReLU. If not, stage k + 1 applies it.
         channels_last: whether this family trains faster in the channels_last memory format (measured on the CPU).
+        projected: whether stage N ends with SimKD's projector, so that F^N is in a teacher's space (common/simkd.py).
     """
 
     num_stages: int
     post_relu: bool
     channels_last: bool
+    projected: bool = False
 
     @abstractmethod
     def stage(self, k: int, x: Tensor) -> Tensor:
