@@ -110,7 +110,8 @@ def load_network(net: nn.Module, path: str | Path, name: str) -> None:
     """Load a network in the shared format, a bare state dict, or either of them saved from DataParallel, strictly.
 
     Raises:
-        UserError: as `load`; no state dict; weights of another network or number of classes; non-finite weights.
+        UserError: as `load`; no state dict; weights of another network or number of classes; non-finite weights; a
+            SimKD student (common/simkd.py) where a plain network is wanted.
     """
     content = load(path)
     for key in ("model", "state_dict"):
@@ -125,6 +126,8 @@ def load_network(net: nn.Module, path: str | Path, name: str) -> None:
     weights = {key.removeprefix("module."): value for key, value in content.items()}
     if bad := [key for key, value in weights.items() if not value.isfinite().all()]:
         raise UserError(f"{path} has values in {bad[0]} that are not finite: use another checkpoint")
+    if any(key.startswith("projector.") for key in weights) and not hasattr(net, "projector"):
+        raise UserError(f"{path} is a SimKD student, no plain network: --evaluate it with --simkd and its --teacher")
     try:
         net.load_state_dict(weights)
     except RuntimeError as error:
