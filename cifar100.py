@@ -13,6 +13,7 @@ import math
 import sys
 import time
 from argparse import Namespace
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -27,17 +28,20 @@ from common.device import AMP, open_device
 from common.errors import LossNotFiniteError, UserError, exit_code
 from common.evaluation import evaluate
 from common.fcfd import TERMS, fcfd_terms, forward_paths
+from common.losses import dkd, kl
 from common.models import StagedNet, build, check_name
 from common.multipath_bn import plain_state_dict, track_paths
 from common.optimizer import sgd
 from common.paths import MixedPath, sample_paths, training_paths
 from common.settings import ALL_SETTINGS, Parser, check_ranges, fill
+from common.simkd import build_simkd, cost_line
 from common.sources import load_data
 
 SETTINGS = ALL_SETTINGS["cifar100"]
 METHODS = {"kd": ("task", "kd"), "app": ("task", "kd", "app"), "fcfd": TERMS}  # the terms that each one weighs
+COMBINATIONS = {key: SETTINGS["defaults"][key] for key in ("kd_loss", "tckd", "nckd", "simkd")}  # older runs lack them
 DISTILLATION = ("method", "teacher_ckpt", "teacher_epochs", "teacher_bn", "temperature", "num_paths", "positions")
-DISTILLATION += tuple(f"w_{term}" for term in TERMS)  # the settings without a meaning for a network alone
+DISTILLATION += (*COMBINATIONS, *(f"w_{term}" for term in TERMS))  # the settings without a meaning for a network alone
 
 
 # --------------------------------------------------------------------------------------------------- settings
@@ -55,6 +59,10 @@ def parse_args(argv: list[str] | None) -> dict:
     add("--teacher-bn", choices=("batch", "running"), help="statistics behind p_t and F_t (default: batch)")
     for term in TERMS:
         add(f"--w-{term.replace('_', '-')}", type=float, metavar="W", help=f"weight of {term}; 0 leaves it out")
+    add("--kd-loss", choices=("kl", "dkd"), help="what compares logits with the teacher's (default: kl)")
+    add("--tckd", type=float, metavar="W", help="weight of DKD's part on the label (default: 1)")
+    add("--nckd", type=float, metavar="W", help="weight of DKD's part on the other classes (default: 2)")
+    add("--simkd", action="store_true", help="SimKD's projector and the teacher's classifier end the student")
     add("--temperature", type=float, metavar="T", help="of every KL term")
     add("--num-paths", type=int, metavar="N", help="|S|, the mixed paths drawn in a step (default: 2)")
     add("--positions", type=int, nargs="+", metavar="K", help="stages that mixed paths leave (default: 2..N-1)")
@@ -63,7 +71,7 @@ def parse_args(argv: list[str] | None) -> dict:
     add("--batch-size", type=int, metavar="N", help="default: 64")
     add("--lr", type=float, help="default: the pair's in common/settings.yaml")
     parser.add_run_options()
-    add("--evaluate", metavar="CKPT", help="only test this checkpoint of --student")
+    add("--evaluate", metavar="CKPT", help="only test this checkpoint of --student (--simkd: and --teacher)")
     return parser.given(argv)
 
 
@@ -78,9 +86,7 @@ def settle(given: dict, stored: dict) -> Namespace:
         check_name(name)
     lr = SETTINGS["lr"].get(c.student, SETTINGS["lr"]["other"])
     if "teacher_ckpt" in given and "teacher_epochs" in given:
-        raise UserError(
-            "--teacher-epochs is of a teacher that is trained first, not of --teacher-ckpt: give one of them"
-        )
+        raise UserError("--teacher-epochs is of a teacher trained first, not of --teacher-ckpt: give one of them")
     if c.teacher:
         pair = SETTINGS["pairs"].get(f"{c.teacher}-{c.student}", SETTINGS["other"] | {"lr": lr})
         weights = {"task": 1, "kd": 1, "app": pair["w_l2"], "func_l2": pair["w_l2"]}
@@ -93,6 +99,8 @@ def settle(given: dict, stored: dict) -> Namespace:
         c.method, c.teacher_bn, pair = None, None, {"lr": lr, "temperature": None}
         weights, chosen = {"task": 1}, ("task",)
 
+    if c.kd_loss != "dkd" and (misplaced := [key for key in ("tckd", "nckd") if key in given]):
+        raise UserError(f"--{misplaced[0]} is a weight inside DKD: give --kd-loss dkd too")
     c.positions = c.positions and sorted(set(c.positions))
     follows = {f"w_{term}": weights[term] if term in chosen else 0 for term in TERMS}
     follows |= {"lr": pair["lr"], "temperature": pair["temperature"], "teacher_epochs": c.teacher and c.epochs}
@@ -107,8 +115,13 @@ def run_name(c: Namespace) -> str:
     """The name of a run's folder where none is given."""
     data = f"folder-{Path(c.data_dir).resolve().name}" if c.dataset == "folder" else c.dataset
     subset = f"-subset{c.subset}" if c.subset else ""
-    networks = f"{c.teacher}-{c.student}-{c.method}" if c.teacher else f"{c.student}-alone"
+    networks = f"{c.teacher}-{c.student}-{method_name(c)}" if c.teacher else f"{c.student}-alone"
     return f"{data}{subset}-{networks}-{c.epochs}ep-seed{c.seed}"
+
+
+def method_name(c: Namespace) -> str:
+    """The method with what it is combined with: fcfd, kd-dkd, fcfd-dkd-simkd."""
+    return f"{c.method}{'-dkd' * (c.kd_loss == 'dkd')}{'-simkd' * c.simkd}"
 
 
 def learning_rate(c: Namespace, epoch: int) -> float:
@@ -134,8 +147,12 @@ def build_networks(c: Namespace, num_classes: int):
     if not c.teacher:
         return student, None, None, []
     teacher = build(c.teacher, num_classes).requires_grad_(False)
+    if c.simkd:
+        student = build_simkd(student, teacher, SIZE)
     last = student.num_stages
     c.positions = c.positions or list(range(2, last))
+    if c.simkd and last in c.positions:
+        raise UserError(f"--positions {last}: with --simkd no path changes there, choose from 2..{last - 1}")
     candidates = training_paths(last, c.positions, {term: getattr(c, f"w_{term}") for term in TERMS})
     if c.num_paths is None:
         c.num_paths = min(2, len(candidates))
@@ -243,7 +260,8 @@ def train(
                 else:
                     logits = student(images)
             if teacher:
-                terms = fcfd_terms(flow, labels, c.temperature, weights)
+                kd_loss = partial(dkd, labels=labels, tckd=c.tckd, nckd=c.nckd) if c.kd_loss == "dkd" else kl
+                terms = fcfd_terms(flow, labels, c.temperature, weights, kd_loss)
             else:
                 terms = {"task": F.cross_entropy(logits.float(), labels)}
             loss = sum(warmed[term] * value for term, value in terms.items())  # Eq. 9
@@ -281,11 +299,8 @@ def train(
         if accuracy["top1"] > state["best"]["top1"]:
             state["best"] = {"epoch": epoch + 1, **accuracy}
         state |= {name: net.state_dict() for name, net in nets.items()}
-        state |= {
-            "optimizer": optimizer.state_dict(),
-            "scaler": scaler.state_dict(),
-            "made_with": run_folder.made_with(device),
-        }
+        state |= {"optimizer": optimizer.state_dict(), "scaler": scaler.state_dict()}
+        state["made_with"] = run_folder.made_with(device)
         run_folder.save_run(out, state, {"student": plain_state_dict(student)})
         run_folder.print_epoch(state)
         if time.monotonic() > deadline and epoch + 1 < c.epochs:
@@ -312,7 +327,7 @@ def run(given: dict, resume: bool, deadline: float, data: Data | None = None) ->
         folders = [out.parent / teacher_name(c), *out.parent.glob(f"{glob.escape(teacher_name(c))}-*")]
         resume = not any(map(earlier_runs.is_unfinished, folders))
     with run_folder.open_run(out, resume) as state:
-        stored = state["config"] if state else {}
+        stored = COMBINATIONS | state["config"] if state else {}
         c = settle(given | {"out": str(out)}, stored)
         run_folder.check_settings(stored, vars(c))
         device = open_device(c.device)
@@ -324,7 +339,7 @@ def run(given: dict, resume: bool, deadline: float, data: Data | None = None) ->
         c.fingerprint = data.fingerprint
         student, teacher, bridges, candidates = build_networks(c, len(data.classes))
 
-        task = f"{c.student} from {c.teacher} by {c.method}" if c.teacher else f"{c.student} alone"
+        task = f"{c.student} from {c.teacher} by {method_name(c)}" if c.teacher else f"{c.student} alone"
         size = f"{len(data.train)} training and {len(data.test)} test images in {len(data.classes)} classes"
         print(f"{task}, {c.epochs} epochs on {c.dataset}: {size}; {c.device}, amp {c.amp}; {c.out}")
         if c.teacher and f"{c.teacher}-{c.student}" not in SETTINGS["pairs"]:
@@ -333,6 +348,8 @@ def run(given: dict, resume: bool, deadline: float, data: Data | None = None) ->
             weights = ", ".join(f"{term} {getattr(c, f'w_{term}'):g}" for term in TERMS)
             paths = f"{c.num_paths} of {len(candidates)} paths"
             print(f"lr {c.lr:g}, temperature {c.temperature:g}, weights: {weights}; {paths}")
+        if c.simkd:
+            print(cost_line(c.student, c.teacher, len(data.classes), SIZE))
         run_folder.check_settings(stored, vars(c))  # now with what follows from data and networks
         if state:
             state["config"] = vars(c)
@@ -354,8 +371,11 @@ def evaluate_checkpoint(given: dict) -> None:
     """--evaluate: print the accuracy of a checkpoint on the test set."""
     c = settle(given, {})
     data, device = load_data(c.dataset, c.data_dir, c.subset, c.test_subset), open_device(c.device)
-    net = build(c.student, len(data.classes))
-    load_network(net, given["evaluate"], c.student)
+    net, name = build(c.student, len(data.classes)), c.student
+    if c.simkd:
+        net, name = build_simkd(net, build(c.teacher, len(data.classes)), SIZE), f"{name} by SimKD from {c.teacher}"
+        print(cost_line(c.student, c.teacher, len(data.classes), SIZE))
+    load_network(net, given["evaluate"], name)
     accuracy = evaluate(net.to(device), eval_batches(data.test.to(device)))
     print(f"{c.student} {accuracy['top1']:.2f} % top-1, {accuracy['top5']:.2f} % top-5 on {len(data.test)} test images")
 

@@ -17,12 +17,13 @@ from torch import Tensor
 
 from ablations.cells import markdown, mean_and_deviation
 from common.checkpoint import load_network, write_atomically
-from common.data import ImageSet, eval_batches
+from common.data import SIZE, ImageSet, eval_batches
 from common.earlier_runs import read_config, series
 from common.errors import UserError, exit_code
 from common.losses import kl
 from common.models import build
 from common.settings import Parser
+from common.simkd import build_simkd
 from common.sources import load_data
 
 TEMPERATURE = 4.0
@@ -44,9 +45,11 @@ def config_of(run: Path) -> dict:
 @torch.no_grad()
 def logits_of(run: Path, test: ImageSet, num_classes: int) -> Tensor:
     """The answers [n, num_classes] of the network that a run trained to the n test images."""
-    name = config_of(run)["student"]
-    net = build(name, num_classes).eval()
-    load_network(net, run / "student.pth", name)
+    config = config_of(run)
+    net = build(config["student"], num_classes)
+    if config.get("simkd"):
+        net = build_simkd(net, build(config["teacher"], num_classes), SIZE)
+    load_network(net.eval(), run / "student.pth", config["student"])
     return torch.cat([net(images) for images, _ in eval_batches(test)])
 
 

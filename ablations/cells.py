@@ -56,7 +56,8 @@ class Cell:
             UserError: what cifar100.py would say of the options, as far as it can without the data; the folder holds
                 a run with other settings.
         """
-        stored = read_config(self.folder) or {}
+        config = read_config(self.folder)
+        stored = cifar100.COMBINATIONS | config if config else {}
         of_the_machine = {key: stored[key] for key in ("device", "amp") if isinstance(stored.get(key), str)}
         settings = cifar100.settle(self.given | {"out": str(self.folder)}, of_the_machine)
         cifar100.build_networks(settings, num_classes=10)
@@ -83,7 +84,10 @@ class Cell:
             given.pop("teacher_ckpt", None)  # last.pt has the teacher
         for key, value in given.items():
             option = f"--{key.replace('_', '-')}"
-            words += [option, *map(str, value)] if isinstance(value, list) else [f"{option}={value}"]
+            if value is True:
+                words.append(option)
+            else:
+                words += [option, *map(str, value)] if isinstance(value, list) else [f"{option}={value}"]
         return words
 
 

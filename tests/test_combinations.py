@@ -1,0 +1,178 @@
+"""cifar100.py with DKD and SimKD (Tab. 4), as a user runs it."""
+
+import json
+import re
+
+import pytest
+import torch
+import yaml
+from running import PAIR, SMALL, assert_bit_for_bit, call, read_log
+
+import cifar100
+from ablations import agreement
+from ablations.cells import Cell
+from common.fcfd import TERMS
+
+RESNETS = ["--teacher", "resnet14", "--student", "resnet8"]
+FEW = ["--subset", 40, "--test-subset", 20]
+
+
+def run(capsys, teacher, out, *options, epochs=1):
+    return call(capsys, *PAIR, "--epochs", epochs, "--teacher-ckpt", teacher / "student.pth", "--out", out, *options)
+
+
+@pytest.fixture(scope="module")
+def simkd(teacher, tmp_path_factory):
+    """Two epochs of FCFD with DKD and SimKD, without interruption."""
+    out = tmp_path_factory.mktemp("simkd") / "run"
+    options = ["--simkd", "--kd-loss", "dkd", "--epochs", 2, "--teacher-ckpt", teacher / "student.pth", "--out", out]
+    assert cifar100.main([str(word) for word in (*PAIR, *options)]) == 0
+    return out
+
+
+def test_simkd_with_dkd_leaves_its_settings_and_its_student(simkd):
+    config = yaml.safe_load((simkd / "config.yaml").read_text())
+    assert (config["simkd"], config["kd_loss"], config["tckd"], config["nckd"]) == (True, "dkd", 1, 2)
+    assert all(float(row[term]) > 0 for row in read_log(simkd) for term in TERMS)
+    model = torch.load(simkd / "student.pth", weights_only=True)["model"]
+    assert {key.split(".")[0] for key in model} == {"student", "projector", "classifier"}
+    assert not any(".path" in key or key.startswith("student.fc") for key in model)
+    state = torch.load(simkd / "last.pt", weights_only=True)
+    for name in ("weight", "bias"):  # the teacher's, and frozen
+        assert torch.equal(model[f"classifier.{name}"], state["teacher"][f"fc.{name}"])
+    assert {".".join(key.split(".")[:2]) for key in state["bridges"]} == {"s2t.2", "s2t.3", "t2s.2", "t2s.3"}
+
+
+def test_evaluate_reproduces_the_accuracy_of_a_simkd_run(capsys, simkd):
+    last = json.loads((simkd / "result.json").read_text())["last"]
+    printed = call(capsys, *PAIR, "--simkd", "--evaluate", simkd / "student.pth")
+    assert f"resnet8 {last['top1']:.2f} % top-1, {last['top5']:.2f} % top-5 on 60 test images" in printed
+    assert re.search(r"^SimKD: projector and teacher's classifier add 13.6k parameters \(\+17", printed, re.M)
+
+
+def test_a_simkd_run_resumes_bit_for_bit(tmp_path, capsys, teacher, simkd):
+    options = ["--simkd", "--kd-loss", "dkd", "--max-minutes", 1e-9]
+    printed = run(capsys, teacher, tmp_path, *options, epochs=2)
+    assert "by fcfd-dkd-simkd" in printed
+    assert "SimKD: projector and teacher's classifier add" in printed
+    call(capsys, *PAIR, "--resume", "--out", tmp_path, "--epochs", 2)  # the rest as stored
+    assert_bit_for_bit(simkd, tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("options", "name"),
+    [
+        (["--kd-loss", "dkd", "--method", "kd"], "kd-dkd"),
+        (["--simkd", "--method", "kd"], "kd-simkd"),
+        (["--simkd", "--method", "app", "--kd-loss", "kl"], "app-simkd"),
+        (["--kd-loss", "dkd", "--nckd", 0.5, "--tckd", 0], "fcfd-dkd"),
+        (["--simkd", "--teacher-bn", "running", "--positions", 2], "fcfd-simkd"),
+    ],
+)
+def test_methods_combine(tmp_path, capsys, monkeypatch, teacher, options, name):
+    monkeypatch.chdir(tmp_path)
+    files = ["--teacher-ckpt", teacher / "student.pth"]
+    call(capsys, *PAIR, *options, "--epochs", 1, *files, *FEW)
+    (row,) = read_log(f"runs/synthetic-subset40-resnet14-resnet8-{name}-1ep-seed1")
+    assert [term for term in TERMS if row[term]] == list(cifar100.METHODS[name.split("-")[0]])
+
+
+def test_the_loss_and_its_weights_reach_the_terms(tmp_path, capsys, teacher):
+    """One step an epoch, from the same start: what DKD is of, and by which weights, is seen in the log."""
+    kinds = {"kl": [], "1": ["--kd-loss", "dkd"], "t": ["--kd-loss", "dkd", "--tckd", 3, "--nckd", 0]}
+    kinds["n"] = ["--kd-loss", "dkd", "--tckd", 0, "--nckd", 5]
+    log = {}
+    for kind, options in kinds.items():
+        run(capsys, teacher, tmp_path / kind, *options, *FEW, "--batch-size", 40)
+        (log[kind],) = read_log(tmp_path / kind)
+    for term in TERMS:
+        kl, both, label, others = (float(log[kind][term]) for kind in kinds)
+        if term in ("kd", "func_kl", "func_prime"):
+            assert both != kl
+            assert both == pytest.approx(label / 3 + 2 * others / 5, rel=1e-4)
+        else:
+            assert both == label == others == kl
+
+
+def test_a_run_older_than_the_options_resumes_as_it_was(tmp_path, capsys, teacher):
+    whole, old = tmp_path / "whole", tmp_path / "old"
+    run(capsys, teacher, whole, *FEW, epochs=2)
+    run(capsys, teacher, old, *FEW, "--max-minutes", 1e-9, epochs=2)
+    state = torch.load(old / "last.pt", weights_only=True)
+    for key in ("kd_loss", "tckd", "nckd", "simkd"):
+        del state["config"][key]
+    torch.save(state, old / "last.pt")
+    (old / "config.yaml").write_text(yaml.safe_dump(state["config"]))
+    for options, message in (
+        (["--simkd"], "--simkd is True and was False"),
+        (["--kd-loss", "dkd"], "--kd-loss is dkd and was kl"),
+    ):
+        assert message in call(capsys, *PAIR, *FEW, *options, "--epochs", 2, "--resume", "--out", old, code=2)
+    call(capsys, *PAIR, *FEW, "--epochs", 2, "--resume", "--out", old)
+    assert_bit_for_bit(whole, old)
+
+
+def test_weights_of_dkd_are_compared_on_resumption(capsys, simkd):
+    message = call(capsys, *PAIR, "--nckd", 3, "--epochs", 2, "--resume", "--out", simkd, code=2)
+    assert "--nckd is 3.0 and was 2" in message
+
+
+def test_a_simkd_student_is_no_plain_network(tmp_path, capsys, simkd, teacher):
+    file = simkd / "student.pth"
+    for options in (
+        ["--student", "resnet8", "--evaluate", file],
+        [
+            "--teacher",
+            "resnet8",
+            "--student",
+            "resnet8",
+            "--teacher-ckpt",
+            file,
+            "--epochs",
+            1,
+            "--out",
+            tmp_path / "x",
+        ],
+    ):
+        message = call(capsys, *SMALL, *options, code=2)
+        assert f"{file} is a SimKD student" in message
+        assert message.count("\n") == 1
+    message = call(capsys, *PAIR, "--simkd", "--evaluate", teacher / "student.pth", code=2)
+    assert "is no resnet8 by SimKD from resnet14 of this many classes: it lacks student.conv1.weight" in message
+
+
+@pytest.mark.parametrize(
+    ("options", "expected"),
+    [
+        (["--student", "resnet8", "--simkd"], "--simkd is about distillation: name the --teacher too"),
+        (["--student", "resnet8", "--simkd", "--evaluate", "x.pth"], "name the --teacher too"),
+        (["--student", "resnet8", "--kd-loss", "dkd"], "--kd-loss is about distillation"),
+        ([*RESNETS, "--tckd", 1], "--tckd is a weight inside DKD: give --kd-loss dkd too"),
+        ([*RESNETS, "--kd-loss", "kl", "--nckd", 1], "--nckd is a weight inside DKD"),
+        ([*RESNETS, "--kd-loss", "dkd", "--nckd", -1], "--nckd -1"),
+        ([*RESNETS, "--kd-loss", "dkd", "--tckd", "nan"], "--tckd nan"),
+        ([*RESNETS, "--kd-loss", "crd"], "crd"),
+        ([*RESNETS, "--simkd", "--positions", 2, 4], "--positions 4: with --simkd"),
+        ([*RESNETS, "--simkd", "--method", "kd", "--positions", 4], "--positions 4: with --simkd"),
+        (["--teacher", "vgg8", "--student", "resnet8", "--simkd"], "5 stages and the student 4"),
+    ],
+)
+def test_wrong_input_is_one_line_and_exit_code_2(tmp_path, capsys, monkeypatch, options, expected):
+    monkeypatch.chdir(tmp_path)
+    message = call(capsys, *SMALL, *options, code=2)
+    assert message.startswith("error: ")
+    assert expected in message
+    assert message.count("\n") == 1
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_grid_of_simkd_runs_passes_the_flag_on(tmp_path):
+    command = Cell(tmp_path, {"teacher": "resnet14", "student": "resnet8", "simkd": True, "seed": 1}).command(None)
+    assert command[2:] == ["--teacher=resnet14", "--student=resnet8", "--simkd", "--seed=1", f"--out={tmp_path}"]
+
+
+def test_agreement_of_a_simkd_student(tmp_path, capsys, monkeypatch, simkd, teacher):
+    monkeypatch.chdir(tmp_path)
+    accuracy = json.loads((simkd / "result.json").read_text())["last"]["top1"]
+    assert agreement.main(["--teacher", str(teacher), str(simkd)]) == 0
+    assert f"| {simkd.name} | 1 | {accuracy:.2f} |" in capsys.readouterr().out
