@@ -33,7 +33,7 @@ from common.models import StagedNet, build, check_name
 from common.multipath_bn import plain_state_dict, track_paths
 from common.optimizer import sgd
 from common.paths import MixedPath, sample_paths, training_paths
-from common.settings import ALL_SETTINGS, Parser, check_ranges, fill
+from common.settings import ALL_SETTINGS, Parser, check_ranges, fill, term_weights
 from common.simkd import build_simkd, cost_line
 from common.sources import load_data
 
@@ -89,10 +89,8 @@ def settle(given: dict, stored: dict) -> Namespace:
         raise UserError("--teacher-epochs is of a teacher trained first, not of --teacher-ckpt: give one of them")
     if c.teacher:
         pair = SETTINGS["pairs"].get(f"{c.teacher}-{c.student}", SETTINGS["other"] | {"lr": lr})
-        weights = {"task": 1, "kd": 1, "app": pair["w_l2"], "func_l2": pair["w_l2"]}
-        weights |= {"func_kl": pair["w_kl"], "func_prime": pair["w_kl"]}
         c.method = c.method or SETTINGS["defaults"]["method"]
-        chosen = METHODS[c.method]
+        weights, chosen = term_weights(pair), METHODS[c.method]
     else:
         if misplaced := [key for key in DISTILLATION if key in given]:
             raise UserError(f"--{misplaced[0].replace('_', '-')} is about distillation: name the --teacher too")
@@ -223,11 +221,7 @@ def train(
     scaler = torch.amp.GradScaler(device.type, enabled=c.amp == "fp16")
 
     if state:
-        try:
-            for name, part in {**nets, "optimizer": optimizer, "scaler": scaler}.items():
-                part.load_state_dict(state[name])
-        except (KeyError, RuntimeError, ValueError) as error:
-            raise UserError(f"{out / 'last.pt'} does not fit this run: choose another --out") from error
+        run_folder.restore(out, state, {**nets, "optimizer": optimizer, "scaler": scaler})
         optimizer.param_groups[0]["fused"] = cuda  # the device may be another one
         run_folder.publish(out, state, {"student": plain_state_dict(student)})
     else:

@@ -36,7 +36,7 @@ from common.multipath_bn import plain_state_dict, track_paths
 from common.optimizer import sgd
 from common.paths import MixedPath, sample_paths, training_paths
 from common.run_folder import PREFIX
-from common.settings import ALL_SETTINGS, Parser, check_ranges, fill
+from common.settings import ALL_SETTINGS, Parser, check_ranges, fill, term_weights
 from common.sources import load_data
 
 DEFAULTS = ALL_SETTINGS["online_kd"]["defaults"]
@@ -83,8 +83,7 @@ def settle(given: dict, stored: dict) -> Namespace:
         check_name(name)
     lr = PUBLISHED["lr"].get(c.student, PUBLISHED["lr"]["other"])
     pair = PUBLISHED["pairs"].get(f"{c.teacher}-{c.student}", PUBLISHED["other"] | {"lr": lr})
-    weights = dict.fromkeys(ALL_TERMS, 1) | {"app": pair["w_l2"], "func_l2": pair["w_l2"]}
-    weights |= {"func_kl": pair["w_kl"], "func_prime": pair["w_kl"]}
+    weights = {"teacher_task": 1, "teacher_kd": 1, **term_weights(pair)}
     c.positions = c.positions and sorted(set(c.positions))
     follows = {f"w_{term}": weights[term] if term in METHODS[c.method] else 0 for term in ALL_TERMS}
     follows |= {"lr": pair["lr"], "temperature": pair["temperature"]}
@@ -181,11 +180,7 @@ def train(
     scaler = torch.amp.GradScaler(device.type, enabled=c.amp == "fp16")
 
     if state:
-        try:
-            for name, part in {**nets, "optimizer": optimizer, "scaler": scaler}.items():
-                part.load_state_dict(state[name])
-        except (KeyError, RuntimeError, ValueError) as error:
-            raise UserError(f"{out / 'last.pt'} does not fit this run: choose another --out") from error
+        run_folder.restore(out, state, {**nets, "optimizer": optimizer, "scaler": scaler})
         optimizer.param_groups[0]["fused"] = cuda  # the device may be another one
         run_folder.publish(out, state, {role: plain_state_dict(net) for role, net in pair.items()})
     else:
