@@ -9,9 +9,12 @@ from pathlib import Path
 import pytest
 
 import cifar100
+import imagenet
+import online_kd
 from ablations import agreement, compare, complexity, curves
 
 ROOT = Path(cifar100.__file__).parent
+TORCHRUN = "--nnodes --node_rank --nproc_per_node --master_addr --master_port"  # options of torchrun, named there too
 README = (ROOT / "README.md").read_text()
 
 
@@ -30,7 +33,7 @@ def test_the_worked_network_can_be_added_as_told(tmp_path):
 
 
 def test_files_and_functions_it_names_are_there():
-    named = r"((?:common|docs|ablations|results)/[\w/.-]+|cifar100\.py|requirements[\w-]*\.txt)"
+    named = r"((?:common|docs|ablations|results)/[\w/.-]+|(?:cifar100|imagenet|online_kd)\.py|requirements[\w-]*\.txt)"
     for path in re.findall(rf"`{named}`|\]\({named}\)|python {named}", README):
         name = "".join(path)
         assert (ROOT / name).exists() or name == "common/models/tiny.py", name  # that one is the reader's to write
@@ -42,11 +45,11 @@ def test_files_and_functions_it_names_are_there():
 
 
 def test_options_it_names_exist(capsys):
-    for script in (cifar100, agreement, compare, complexity, curves):
+    for script in (cifar100, imagenet, online_kd, agreement, compare, complexity, curves):
         with pytest.raises(SystemExit):
             script.main(["--help"])
-    known = capsys.readouterr().out
-    for option in set(re.findall(r"(?<![\w-])--[a-z][a-z-]+", README)):
+    known = capsys.readouterr().out + TORCHRUN
+    for option in set(re.findall(r"(?<![\w-])--[a-z][a-z_-]+", README)):
         assert option in known, option
 
 
@@ -60,3 +63,5 @@ def test_published_pairs_are_the_settings():
     rows = re.findall(r"^\| `(\w+)` \| ((?:`\w+`(?:, )?)+) \|$", README, re.M)
     pairs = {f"{teacher}-{student}" for teacher, students in rows for student in re.findall(r"`(\w+)`", students)}
     assert pairs == set(cifar100.SETTINGS["pairs"])
+    named = re.findall(r"imagenet\.py --data-dir DIR --teacher (\w+) --student (\w+)", README)
+    assert {f"{teacher}-{student}" for teacher, student in named} == set(imagenet.SETTINGS["pairs"])
