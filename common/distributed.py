@@ -39,8 +39,10 @@ def processes(device: str) -> Iterator[str]:
         raise UserError(f"--device {device}: under torchrun it is cpu, or cuda, and each process takes its own GPU")
     if device == "cuda":
         local, there = int(os.environ["LOCAL_RANK"]), torch.cuda.device_count()
+        if not there:
+            raise UserError("there is no device 'cuda' here: try --device cpu")
         if local >= there:
-            raise UserError(f"there are only {there} GPUs here: start torchrun with --nproc_per_node={max(there, 1)}")
+            raise UserError(f"there are only {there} GPUs here: start torchrun with --nproc_per_node={there}")
         device = f"cuda:{local}"
         torch.cuda.set_device(device)
     dist.init_process_group("nccl" if device.startswith("cuda") else "gloo")

@@ -43,7 +43,13 @@ def exit_code(script: Callable[[], None], interrupted: str = AFTER_INTERRUPT, ra
         print(f"(rank {rank}) {text}" if rank else text, file=sys.stderr, flush=True)
 
     def terminate(number, _):
+        forget_workers()
         raise Terminated(number)
+
+    def forget_workers() -> None:
+        # If a DataLoader's worker dies PyTorch raises an error wherever this process is. From here on they may all die.
+        if threading.current_thread() is threading.main_thread() and hasattr(signal, "SIGCHLD"):
+            signal.signal(signal.SIGCHLD, signal.SIG_DFL)
 
     before = {}
     if threading.current_thread() is threading.main_thread():  # the only one that may set handlers
@@ -55,7 +61,11 @@ def exit_code(script: Callable[[], None], interrupted: str = AFTER_INTERRUPT, ra
         if hasattr(stream, "reconfigure"):
             stream.reconfigure(errors="backslashreplace")  # a terminal that lacks a letter is no reason to stop
     try:
-        script()
+        try:
+            script()
+        except BaseException:
+            forget_workers()
+            raise
     except UserError as error:
         say(f"error: {error}")
         return 2
@@ -64,7 +74,8 @@ def exit_code(script: Callable[[], None], interrupted: str = AFTER_INTERRUPT, ra
         return 1
     except KeyboardInterrupt as interrupt:
         if rank == 0:
-            say(f"interrupted: {interrupted}")
+            ended = "ended with the other processes of the job" if dist.is_initialized() else "interrupted"
+            say(f"{ended}: {interrupted}")
         return 128 + (interrupt.args[0] if isinstance(interrupt, Terminated) else signal.SIGINT)
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # or Python complains again at exit
@@ -72,11 +83,15 @@ def exit_code(script: Callable[[], None], interrupted: str = AFTER_INTERRUPT, ra
     except OSError as error:
         say(f"error: {error}: check the path, its permissions and the space that is left")
         return 2
-    except RuntimeError as error:
-        if any(words in str(error).lower() for words in ("out of memory", "allocate memory")):
+    except (RuntimeError, MemoryError) as error:
+        text = str(error)
+        if isinstance(error, MemoryError) or any(w in text.lower() for w in ("out of memory", "allocate memory")):
             say("error: out of memory: try a smaller --batch-size, or fewer mixed paths (--num-paths)")
             return 2
-        if dist.is_initialized() and (isinstance(error, dist.DistError) or "gloo" in str(error)):
+        if "DataLoader worker (pid" in text:
+            say("error: a process that reads images died, perhaps for want of (shared) memory: try fewer --workers")
+            return 2
+        if dist.is_initialized() and (isinstance(error, dist.DistError) or "gloo" in text):
             say(f"error: another process of this job is gone: look for its message, then {interrupted}")
             return 1
         raise

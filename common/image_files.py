@@ -84,7 +84,10 @@ class ImageFiles(Dataset):
             image = open_rgb(path)
             if self.seed is not None:  # torchvision's transforms draw from PyTorch's global generator
                 torch.default_generator.manual_seed(seed_of(self.seed, epoch, "augmentation", index))
-            image = self.transform(image)
+            try:
+                image = self.transform(image)
+            except MemoryError as error:
+                raise UserError(f"the image {path} is too large to be resized: remove or replace it") from error
         return torch.from_numpy(np.array(image)), label
 
 
@@ -173,8 +176,3 @@ class DeviceBatches:
         except UserError as error:  # from a worker it comes with that one's traceback before it
             line = str(error).strip().splitlines()[-1]
             raise UserError(line.removeprefix(f"{UserError.__module__}.UserError: ")) from None
-        except RuntimeError as error:
-            if "DataLoader worker" not in str(error):
-                raise
-            text = "a process that reads images died, perhaps for want of memory: try fewer --workers"
-            raise UserError(text) from error

@@ -4,6 +4,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from .errors import UserError
 from .models import pool
 
 
@@ -26,7 +27,12 @@ def dkd(
         labels: [B], class indices.
         tckd: weight of the KL between (probability of the label, of all others together).
         nckd: weight of the KL between the distributions over the K - 1 other classes; zero with two classes.
+
+    Raises:
+        UserError: there is one class alone.
     """
+    if logits.shape[1] < 2:
+        raise UserError("DKD needs two classes or more, and there is one: leave --kd-loss out")
     log_p, log_p_others = _decouple(logits.float() / temperature, labels)
     log_target, log_target_others = _decouple(target.detach().float() / temperature, labels)
     of_label = F.kl_div(log_p, log_target, reduction="batchmean", log_target=True)

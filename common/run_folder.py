@@ -96,8 +96,9 @@ def locked(folder: Path) -> Iterator[None]:
 
 def _read_state(last: Path, script: str) -> dict[str, Any]:
     state = load(last)
-    keys = {"config": dict, "epoch": int, "log": list, "best": dict, "student": dict}
-    if not isinstance(state, dict) or not all(isinstance(state.get(key), kind) for key, kind in keys.items()):
+    keys = {"config": dict, "epoch": int, "log": list, "best": dict, "student": dict, "made_with": dict}
+    whole = isinstance(state, dict) and all(isinstance(state.get(key), kind) for key, kind in keys.items())
+    if not whole or len(state["log"]) != state["epoch"]:
         raise UserError(f"{last} is not what a run leaves: choose another --out")
     if (other := state["config"].get("script", "cifar100")) != script:
         raise UserError(f"{last.parent} holds a run of {other}.py: resume it with that script, or choose another --out")
@@ -113,7 +114,7 @@ def restore(out: Path, state: dict[str, Any], parts: dict[str, Any]) -> None:
     try:
         for name, part in parts.items():
             part.load_state_dict(state[name])
-    except (KeyError, RuntimeError, ValueError) as error:
+    except (KeyError, RuntimeError, ValueError, TypeError, AttributeError) as error:
         raise UserError(f"{out / 'last.pt'} does not fit this run: choose another --out") from error
 
 

@@ -139,8 +139,9 @@ def open_rgb(path: str) -> Image.Image:
         if image.mode in ("I", "F"):
             raise ValueError("its pixels are 32-bit numbers of unknown range")
         return image.convert("RGB")
-    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
-        raise UserError(f"cannot read the image {path} ({error}): remove or replace it") from error
+    except Exception as error:  # a damaged file can make its decoder stumble over anything
+        name = path.replace("\n", "\\n")
+        raise UserError(f"cannot read the image {name} ({error}): remove or replace it") from error
 
 
 def spread(labels: np.ndarray, count: int | None, num_classes: int, option: str) -> np.ndarray:

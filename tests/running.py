@@ -1,8 +1,11 @@
 """Running a script in a test, and comparing what two runs left."""
 
+import contextlib
 import csv
+import signal
 import subprocess
 import sys
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -22,6 +25,20 @@ def script(cwd, *args, code=0, module=cifar100):
     done = subprocess.run(command, cwd=cwd, capture_output=True, text=True, timeout=300)
     assert done.returncode == code, done.stderr
     return done.stdout if code == 0 else done.stderr
+
+
+@contextlib.contextmanager
+def started(*options, module=cifar100):
+    """The script in a process and a process group of its own, past its first epoch."""
+    command = [str(word) for word in (sys.executable, module.__file__, *options)]
+    heeds_ctrl_c = partial(signal.signal, signal.SIGINT, signal.SIG_DFL)  # also where the tests run in the background
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+    with subprocess.Popen(command, **pipes, preexec_fn=heeds_ctrl_c, start_new_session=True) as process:
+        try:
+            assert any(line.startswith("epoch   1/") for line in process.stdout)
+            yield process
+        finally:
+            process.kill()
 
 
 def call(capsys, *args, code=0, module=cifar100):

@@ -1,16 +1,12 @@
 """Runs that are killed, interrupted, short of disk space, or two at once: at most the epoch in progress is lost."""
 
-import contextlib
 import os
 import resource
 import signal
-import subprocess
-import sys
-from functools import partial
 
 import pytest
 import torch
-from running import PAIR, SCRIPT, SMALL, assert_bit_for_bit, call, read_log, script
+from running import PAIR, SMALL, assert_bit_for_bit, call, read_log, script, started
 
 from common import checkpoint
 from common.errors import Terminated, UserError, exit_code
@@ -30,20 +26,6 @@ def whole(options, tmp_path_factory):
     folder = tmp_path_factory.mktemp("whole") / "run"
     script(folder.parent, *options, "--out", folder)
     return folder
-
-
-@contextlib.contextmanager
-def started(*options):
-    """The script in a process of its own, past its first epoch."""
-    command = [str(word) for word in (sys.executable, SCRIPT, *options)]
-    heeds_ctrl_c = partial(signal.signal, signal.SIGINT, signal.SIG_DFL)  # also where the tests run in the background
-    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
-    with subprocess.Popen(command, **pipes, preexec_fn=heeds_ctrl_c) as process:
-        try:
-            assert any(line.startswith("epoch   1/") for line in process.stdout)
-            yield process
-        finally:
-            process.kill()
 
 
 @pytest.mark.parametrize("sent", CODES)

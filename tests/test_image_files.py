@@ -127,6 +127,18 @@ def test_a_damaged_image_is_named_in_one_line(tmp_path, workers):
     assert "\n" not in str(error.value)
 
 
+def test_whatever_a_decoder_stumbles_over_names_the_image(tmp_path, monkeypatch):
+    path = image_files(tmp_path, {"train": 1, "val": 1}, ["a\nb"]) / "train" / "a\nb" / "0.JPEG"
+
+    def convert(self, mode):
+        raise RuntimeError("Failed to decode frame 0")
+
+    monkeypatch.setattr(Image.Image, "convert", convert)
+    with pytest.raises(UserError) as error:
+        list(eval_loader(ImageFiles([(str(path), 0)], 32), 0, CPU))
+    assert str(error.value).startswith(f"cannot read the image {tmp_path}/train/a\\nb/0.JPEG (Failed")
+
+
 def test_fingerprint_is_of_classes_and_training_files(tmp_path):
     one, two = (image_files(tmp_path / name, {"train": 3, "val": 2}) for name in ("one", "two"))
     assert list_files(one).fingerprint == list_files(two).fingerprint

@@ -2,13 +2,15 @@
 
 import json
 import os
+import signal
 from argparse import Namespace
+from pathlib import Path
 from urllib.error import URLError
 
 import pytest
 import torch
 import yaml
-from running import assert_bit_for_bit, call, image_files, read_log, script
+from running import assert_bit_for_bit, call, image_files, read_log, script, started
 from torch import nn
 from torchvision import models
 
@@ -315,12 +317,27 @@ def test_a_damaged_image_ends_the_run_and_is_named(tmp_path, capsys):
     assert not (tmp_path / "run").exists()
 
 
-def test_a_reader_that_dies_is_explained(tmp_path, capsys, monkeypatch, folder):
-    monkeypatch.setattr(ImageFiles, "__getitem__", lambda self, key: os._exit(1))
-    options = ["--data-dir", folder, "--student", "resnet18", *SMALL, "--workers", 1, "--out", tmp_path / "run"]
-    message = run(capsys, *options, code=2)
-    assert "try fewer --workers" in message
+@pytest.mark.parametrize(
+    ("whom", "sent", "code", "expected"),
+    [
+        ("a reader", signal.SIGKILL, 2, "error: a process that reads images died"),
+        ("all", signal.SIGTERM, 143, "interrupted: "),
+        ("all", signal.SIGINT, 130, "interrupted: "),
+    ],
+)
+def test_killed_readers(tmp_path, folder, whom, sent, code, expected):
+    options = ["--data-dir", folder, "--student", "resnet18", *SMALL, "--workers", 2, "--epochs", 10**6]
+    with started(*options, "--out", tmp_path / "run", module=imagenet) as process:
+        if whom == "all":  # as a cluster ends a job, and a terminal's Ctrl-C
+            os.killpg(process.pid, sent)
+        else:
+            readers = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
+            os.kill(int(readers[0]), sent)
+        message = process.communicate(timeout=60)[1]
+        assert process.returncode == code
+    assert message.startswith(expected)
     assert message.count("\n") == 1
+    assert torch.load(tmp_path / "run" / "last.pt", weights_only=True)["epoch"] >= 1
 
 
 def test_a_diverging_run_ends_with_code_1(tmp_path, capsys, monkeypatch, folder):

@@ -3,6 +3,7 @@ import math
 import pytest
 import torch
 
+from common.errors import UserError
 from common.losses import dkd, kl, l2
 
 
@@ -109,3 +110,8 @@ def test_targets_are_detached_and_results_are_float32(loss):
     assert value.dtype == torch.float32
     assert x.grad.abs().sum() > 0
     assert y.grad is None
+
+
+def test_dkd_of_one_class_is_refused():
+    with pytest.raises(UserError, match="two classes"):
+        dkd(torch.zeros(2, 1), torch.zeros(2, 1), 4.0, torch.zeros(2, dtype=torch.int64))
