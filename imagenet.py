@@ -22,15 +22,14 @@ from pathlib import Path
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
 
 from common import run_folder
 from common.bridges import Bridges, build_bridges
 from common.checkpoint import load_network, torchvision_weights
 from common.device import AMP, cores, open_device
-from common.distributed import from_rank_0, processes, rank, share_buffers, sum_over_ranks, world
-from common.errors import LossNotFiniteError, UserError, exit_code
+from common.distributed import distribute, from_rank_0, over_ranks, processes, rank, share_buffers, world
+from common.errors import LossNotFiniteError, OtherNetworkError, UserError, exit_code
 from common.evaluation import accuracy, count_hits
 from common.fcfd import TERMS, fcfd_terms, forward_paths
 from common.image_files import DeviceBatches, FileData, ImageFiles, Shard, eval_loader, list_files, train_loader
@@ -67,7 +66,12 @@ def parse_args(argv: list[str] | None) -> dict:
     add("--image-size", type=int, metavar="PIXELS", help="default: 224")
     add("--subset", type=int, metavar="N", help="train on N images, spread evenly over the classes")
     add("--test-subset", type=int, metavar="N", help="test on N images, spread evenly over the classes")
-    add("--workers", type=int, metavar="N", help="processes that read images, for each rank (default: its cores)")
+    add(
+        "--workers",
+        type=int,
+        metavar="N",
+        help="processes that read images, for each rank (default: its cores, 16 at most)",
+    )
     add("--epochs", type=int, metavar="N", help="default: 100; the milestones scale with it")
     add("--batch-size", type=int, metavar="N", help="of all ranks together (default: 256)")
     add("--lr", type=float, help="default: 0.1")
@@ -101,7 +105,7 @@ def settle(given: dict, stored: dict) -> Namespace:
     fill(c, {"temperature": pair["temperature"], "device": "cuda" if torch.cuda.is_available() else "cpu"})
     c.amp = c.amp or ("fp16" if c.device.startswith("cuda") else "off")
     c.out = c.out or f"runs/{run_name(c)}"
-    fill(c, {"workers": min(16, cores() // int(os.environ.get("LOCAL_WORLD_SIZE", 1)))})
+    fill(c, {"workers": min(16, max(1, cores() // int(os.environ.get("LOCAL_WORLD_SIZE", 1))))})
     check_ranges(c)
     if c.batch_size < 2 * world():
         raise UserError(f"--batch-size {c.batch_size}: it must leave each of the {world()} ranks at least two images")
@@ -164,8 +168,8 @@ def load_teacher(teacher: StagedNet, c: Namespace, num_classes: int) -> None:
     file = c.teacher_ckpt or torchvision_weights(c.teacher, "IMAGENET1K_V1")
     try:
         load_network(teacher, file, c.teacher)
-    except UserError as error:
-        raise UserError(f"{error}; {remedy}" if "of this many classes" in str(error) else str(error)) from error
+    except OtherNetworkError as error:
+        raise UserError(f"{error}; {remedy}") from error
     print(f"teacher: {file}")
 
 
@@ -197,18 +201,6 @@ class Step(nn.Module):
         return terms, (logits.detach().argmax(1) == labels).sum()
 
 
-def distribute(step: Step, c: Namespace, num_candidates: int) -> nn.Module:
-    """The step on every rank, starting from rank 0's parameters and buffers; the step itself if there is one rank."""
-    if world() == 1:
-        return step
-    # A bridge whose path is not drawn has no gradient on any rank: DDP must look for such parameters, or it would wait
-    # for them. Their gradient stays None, so the optimizer leaves them alone.
-    unused = step.bridges is not None and (num_candidates > c.num_paths or not c.w_app)
-    distributed = DistributedDataParallel(step, find_unused_parameters=unused)
-    distributed.broadcast_buffers = False  # not in every step: share_buffers does it where it matters
-    return distributed
-
-
 # --------------------------------------------------------------------------------------------------- training
 
 
@@ -232,16 +224,18 @@ def train(c: Namespace, step: Step, candidates: list[MixedPath], data: FileData,
             run_folder.publish(out, state, {"student": plain_state_dict(student)})
     else:
         state = {"config": vars(c), "epoch": 0, "log": [], "best": {"top1": -1.0}, "teacher_accuracy": None}
-    distributed = distribute(step, c, len(candidates))
+    all_used = not step.bridges or (c.w_app and (c.w_task or c.w_kd) and c.num_paths == len(candidates))
+    distributed = distribute(step, some_unused=not all_used)
     if teacher:
         if not state["epoch"]:
-            state["teacher_accuracy"] = evaluate(teacher, tests, device)
+            state["teacher_accuracy"] = evaluate_by_all(teacher, tests, device)
         print(f"teacher: {state['teacher_accuracy']['top1']:.2f} % top-1 before distillation", flush=True)
 
     if cuda:
         torch.cuda.reset_peak_memory_stats(device)
     weights = {term: getattr(c, f"w_{term}") for term in step.terms}
-    steps, seen = len(shard), sum(shard.sizes)
+    sizes = shard.sizes
+    steps, seen = len(sizes), sum(sizes)
     for epoch in range(state["epoch"], c.epochs):
         began = time.monotonic()
         lr = optimizer.param_groups[0]["lr"] = learning_rate(c, epoch)
@@ -250,14 +244,14 @@ def train(c: Namespace, step: Step, candidates: list[MixedPath], data: FileData,
         for name, net in nets.items():
             net.train(name != "teacher" or c.teacher_bn == "batch")
 
-        # Nothing in a step makes the host wait for the device: what is to be known is summed there until the end.
+        # What is to be known of a step is summed on the device until the end, for the host does not wait there for it.
         sums = dict.fromkeys(("loss", *weights, "correct", "bad_steps"), torch.zeros((), device=device))
         shard.epoch = epoch
         bar = tqdm(batches, f"epoch {epoch + 1}", steps, leave=False, disable=None if rank() == 0 else True)
         for i, (images, labels) in enumerate(bar):
             terms, correct = distributed(images, labels, paths[i])
             # A term is the mean over this rank's images. DDP averages over ranks, one of which may have an image less.
-            share = len(labels) / shard.sizes[i]
+            share = len(labels) / sizes[i]
             loss = share * sum(warmed[term] * value for term, value in terms.items())  # Eq. 9
 
             optimizer.zero_grad(set_to_none=True)
@@ -272,8 +266,10 @@ def train(c: Namespace, step: Step, candidates: list[MixedPath], data: FileData,
                 for term, value in terms.items():
                     sums[term] = sums[term] + share * value
 
-        totals = torch.stack([*(value.float() for value in sums.values()), torch.tensor(batches.waited, device=device)])
-        *totals, waited = sum_over_ranks(totals).tolist()
+        totals = over_ranks(torch.stack([value.float() for value in sums.values()])).tolist()
+        waited = over_ranks(
+            torch.tensor(batches.waited, device=device), largest=True
+        ).item()  # they wait for each other
         sums = dict(zip(sums, totals, strict=True))
         share_buffers(nets.values())
         if sums["bad_steps"]:
@@ -281,7 +277,7 @@ def train(c: Namespace, step: Step, candidates: list[MixedPath], data: FileData,
         if not all(tensor.isfinite().all() for net in nets.values() for tensor in net.state_dict().values()):
             raise LossNotFiniteError(f"in the last step of epoch {epoch + 1}")
         training_seconds = time.monotonic() - began
-        tested = evaluate(student, tests, device)
+        tested = evaluate_by_all(student, tests, device)
         row = {
             "epoch": epoch + 1,
             "lr": lr,
@@ -292,7 +288,7 @@ def train(c: Namespace, step: Step, candidates: list[MixedPath], data: FileData,
             "test_top5": tested["top5"],
             "seconds": time.monotonic() - began,
             "images_per_s": seen / training_seconds,
-            "waiting_percent": 100 * waited / world() / training_seconds,
+            "waiting_percent": 100 * waited / training_seconds,
             "peak_memory_mb": torch.cuda.max_memory_allocated(device) / 2**20 if cuda else "",
         }
         state["log"].append(row)
@@ -313,9 +309,9 @@ def train(c: Namespace, step: Step, candidates: list[MixedPath], data: FileData,
     return True
 
 
-def evaluate(net: StagedNet, batches: DeviceBatches, device: torch.device) -> dict[str, float]:
+def evaluate_by_all(net: StagedNet, batches: DeviceBatches, device: torch.device) -> dict[str, float]:
     """Accuracies on the test images, of which each rank counts its own."""
-    return accuracy(sum_over_ranks(count_hits(net, batches).to(device)))
+    return accuracy(over_ranks(count_hits(net, batches).to(device)))
 
 
 # -------------------------------------------------------------------------------------------------------- run
@@ -328,13 +324,15 @@ def run(given: dict, resume: bool, deadline: float) -> bool:
         UserError: anything that is wrong with the input.
         LossNotFiniteError: training diverged.
     """
-    c = settle(given, {})  # complains before the processes meet
+    c = Namespace(**SETTINGS["defaults"] | given)
+    c.device = c.device or ("cuda" if torch.cuda.is_available() else "cpu")
+    out = Path(c.out or f"runs/{run_name(c)}")
     with processes(c.device) as name:
-        device, out = open_device(name), Path(c.out)
+        device = open_device(name)
         with run_folder.open_run(out, resume, c.script) if rank() == 0 else nullcontext() as state:
             state = from_rank_0(state, device)
             stored = state["config"] if state else {}
-            c = settle(given | {"out": str(out)}, stored)
+            c = settle(given | {"out": str(out), "device": c.device, "workers": c.workers}, stored)
             run_folder.check_settings(stored, vars(c))
             data = list_files(c.data_dir, c.subset, c.test_subset)
             if from_rank_0(data.fingerprint, device) != data.fingerprint:
@@ -370,12 +368,14 @@ def run(given: dict, resume: bool, deadline: float) -> bool:
 
 def evaluate_checkpoint(given: dict) -> None:
     """--evaluate: print the accuracy of a checkpoint on the test images."""
+    if world() > 1:
+        raise UserError("--evaluate takes one process: start it without torchrun")
     c = settle(given, {})
     data, device = list_files(c.data_dir, None, c.test_subset), open_device(c.device)
     net = build_imagenet(c.student, len(data.classes))
     load_network(net, given["evaluate"], c.student)
     net.to(device, memory_format=torch.channels_last)
-    tested = evaluate(net, eval_loader(ImageFiles(data.test, c.image_size), c.workers, device), device)
+    tested = evaluate_by_all(net, eval_loader(ImageFiles(data.test, c.image_size), c.workers, device), device)
     print(f"{c.student} {tested['top1']:.2f} % top-1, {tested['top5']:.2f} % top-5 on {len(data.test)} test images")
 
 

@@ -185,7 +185,7 @@ def train(
         run_folder.publish(out, state, {role: plain_state_dict(net) for role, net in pair.items()})
     else:
         state = {"config": vars(c), "epoch": 0, "log": [], "teacher_accuracy": None}  # it knows nothing before
-        state |= {f"{of}best": {"top1": -1.0} for of in PREFIX.values()}
+        state |= {f"{prefix}best": {"top1": -1.0} for prefix in PREFIX.values()}
 
     if cuda:
         torch.cuda.reset_peak_memory_stats(device)
@@ -227,12 +227,12 @@ def train(
             raise LossNotFiniteError(f"in the last step of epoch {epoch + 1}")
         training_seconds = time.monotonic() - began
         accuracies = {}
-        for role, of in PREFIX.items():  # each by the statistics of its own pure path
+        for role, prefix in PREFIX.items():  # each by the statistics of its own pure path
             accuracy = evaluate(pair[role], eval_batches(data.test, channels_last=channels_last))
-            accuracies[f"{of}train_top1"] = 100 * sums[f"{of}correct"].item() / len(data.train)
-            accuracies |= {f"{of}test_{top}": accuracy[top] for top in ("top1", "top5")}
-            if accuracy["top1"] > state[f"{of}best"]["top1"]:
-                state[f"{of}best"] = {"epoch": epoch + 1, **accuracy}
+            accuracies[f"{prefix}train_top1"] = 100 * sums[f"{prefix}correct"].item() / len(data.train)
+            accuracies |= {f"{prefix}test_{top}": accuracy[top] for top in ("top1", "top5")}
+            if accuracy["top1"] > state[f"{prefix}best"]["top1"]:
+                state[f"{prefix}best"] = {"epoch": epoch + 1, **accuracy}
         row = {
             "epoch": epoch + 1,
             "lr": lr,

@@ -19,7 +19,7 @@ import torch
 from torch import nn
 from torchvision import models
 
-from .errors import UserError
+from .errors import OtherNetworkError, UserError
 
 # Harmless things that stand in shared checkpoints beside the weights, and that PyTorch's safe loader must be told of.
 SAFE = [
@@ -131,7 +131,9 @@ def load_network(net: nn.Module, path: str | Path, name: str) -> None:
     try:
         net.load_state_dict(weights)
     except RuntimeError as error:
-        raise UserError(f"{path} is no {name} of this many classes: {_first_difference(net, weights)}") from error
+        raise OtherNetworkError(
+            f"{path} is no {name} of this many classes: {_first_difference(net, weights)}"
+        ) from error
 
 
 def _is_weight(item: tuple[Any, Any]) -> bool:

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
 
 from .errors import UserError
 
@@ -47,7 +48,22 @@ def processes(device: str) -> Iterator[str]:
         torch.cuda.set_device(device)
     dist.init_process_group("nccl" if device.startswith("cuda") else "gloo")
     yield device
-    dist.destroy_process_group()  # not after an error: others may be waiting for this process
+    dist.destroy_process_group()  # not after an error: it could hang behind what others have not finished
+
+
+def distribute(step: nn.Module, some_unused: bool) -> nn.Module:
+    """`step` such that its backward averages the gradients over all ranks; all start from rank 0's state.
+
+    Args:
+        some_unused: whether some parameters go without gradient in some steps, as those of a bridge whose path is not
+            drawn. They must be looked for, or the ranks would wait for them; the search makes the host wait for the
+            device once in a step. Their gradient stays None, so the optimizer leaves them alone.
+    """
+    if not dist.is_initialized() or world() == 1:
+        return step
+    distributed = DistributedDataParallel(step, find_unused_parameters=some_unused)
+    distributed.broadcast_buffers = False  # now they are equal; later share_buffers sees to it, not every step
+    return distributed
 
 
 def from_rank_0(value: Any, device: torch.device) -> Any:
@@ -59,10 +75,10 @@ def from_rank_0(value: Any, device: torch.device) -> Any:
     return box[0]
 
 
-def sum_over_ranks(values: Tensor) -> Tensor:
-    """The sum of a tensor over all ranks, on every rank."""
+def over_ranks(values: Tensor, largest: bool = False) -> Tensor:
+    """The sum of a tensor over all ranks, or its largest values, on every rank."""
     if dist.is_initialized():
-        dist.all_reduce(values)
+        dist.all_reduce(values, dist.ReduceOp.MAX if largest else dist.ReduceOp.SUM)
     return values
 
 

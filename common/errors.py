@@ -16,6 +16,10 @@ class UserError(ValueError):
     """The input was wrong. The message is one line that names the fault and the remedy; exit code 2."""
 
 
+class OtherNetworkError(UserError):
+    """A checkpoint holds another network, or one of another number of classes."""
+
+
 class LossNotFiniteError(ArithmeticError):
     """Training cannot go on; what was saved before is good. Exit code 1."""
 
@@ -37,7 +41,9 @@ def exit_code(script: Callable[[], None], interrupted: str = AFTER_INTERRUPT, ra
     """
 
     def say(text: str) -> None:
-        if rank:  # what all ranks find is said by rank 0, with which torchrun ends the others
+        if rank:
+            # What all ranks find is said by rank 0, with which torchrun ends this one, silently, while it sleeps. What
+            # this one found alone it says afterwards.
             signal.signal(signal.SIGTERM, signal.SIG_DFL)
             time.sleep(10)
         print(f"(rank {rank}) {text}" if rank else text, file=sys.stderr, flush=True)

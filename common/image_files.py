@@ -8,7 +8,7 @@ import hashlib
 import os
 import time
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -50,8 +50,8 @@ def list_files(directory: str | Path, subset: int | None = None, test_subset: in
     for folder, count, option in ((train, subset, "subset"), (test, test_subset, "test-subset")):
         keep = spread(np.array(folder.targets), count, len(folder.classes), option)
         splits.append([folder.samples[i] for i in keep])
-    # File names and not pixels: a second or two for ImageNet, not half an hour.
-    names = [*train.classes, *(os.path.relpath(path, directory) for path, _ in splits[0])]
+    # File names and not pixels, which would all have to be read.
+    names = [*train.classes, *(path.removeprefix(f"{directory}{os.sep}") for path, _ in splits[0])]
     digest = hashlib.sha256("\n".join(names).encode(errors="surrogateescape"))
     return FileData(*splits, classes=train.classes, fingerprint=digest.hexdigest())
 
@@ -95,7 +95,8 @@ class ImageFiles(Dataset):
 class Shard:
     """The batches of one rank in `epoch`, as lists of (epoch, index): every `world`-th image of each global batch.
 
-    A last batch that would leave a rank with a single image, of which BatchNorm can make nothing, is left out.
+    A last batch that would leave a rank with a single image is left out: where the last maps have one pixel, as at 32
+    pixels, BatchNorm can make nothing of it.
     """
 
     n: int
@@ -125,14 +126,18 @@ def train_loader(files: ImageFiles, shard: Shard, workers: int, device: torch.de
     return DeviceBatches(_loader(files, shard, workers, device), device)
 
 
-def eval_loader(files: ImageFiles, workers: int, device: torch.device, rank: int = 0, world: int = 1):
+def eval_loader(
+    files: ImageFiles, workers: int, device: torch.device, rank: int = 0, world: int = 1
+) -> "DeviceBatches":
     """Every `world`-th image, in order: no image falls to two ranks, and some ranks may have one less."""
     mine = [(0, i) for i in range(rank, len(files), world)]
     batches = [mine[i : i + EVAL_BATCH] for i in range(0, len(mine), EVAL_BATCH)]
     return DeviceBatches(_loader(files, batches, workers, device), device)
 
 
-def _loader(files: ImageFiles, batches, workers: int, device: torch.device) -> DataLoader:
+def _loader(
+    files: ImageFiles, batches: Iterable[list[tuple[int, int]]], workers: int, device: torch.device
+) -> DataLoader:
     pinned = device.type == "cuda"
     return DataLoader(
         files, batch_sampler=batches, num_workers=workers, pin_memory=pinned, persistent_workers=workers > 0
@@ -157,9 +162,9 @@ class DeviceBatches:
         batches, steps_before = iter(self.loader), []
         while True:
             if self.device.type == "cuda":  # else the host would run ahead, and wait while the device does not
-                steps_before.append(torch.cuda.Event())
+                steps_before.append(torch.cuda.Event(blocking=True))  # sleeping: readers need the cores
                 steps_before[-1].record()
-                if len(steps_before) > 2:
+                if len(steps_before) > 1:
                     steps_before.pop(0).synchronize()
             began = time.monotonic()
             batch = self._next(batches)

@@ -155,12 +155,12 @@ def publish(out: Path, state: dict[str, Any], networks: dict[str, dict[str, torc
     """
     log = state["log"]
     for role, model in networks.items():
-        of = PREFIX[role]
-        best = state[f"{of}best"]
+        prefix = PREFIX[role]
+        best = state[f"{prefix}best"]
         shared = {
             "model": model,
             "epoch": state["epoch"],
-            "accuracy": log[-1][f"{of}test_top1"],
+            "accuracy": log[-1][f"{prefix}test_top1"],
             "best_acc": best["top1"],
         }
         save(shared, out / f"{role}.pth")
@@ -182,11 +182,11 @@ def result_of(state: dict[str, Any]) -> dict[str, Any]:
     """What result.json says of a run: accuracies in percent on the test set, seconds, commit, torch, device."""
     log = state["log"]
     accuracies = {}
-    for of in PREFIX.values():
-        if f"{of}best" in state:
-            accuracies[f"{of}best"] = state[f"{of}best"]
-            last = {top: log[-1][f"{of}test_{top}"] for top in ("top1", "top5")}
-            accuracies[f"{of}last"] = {"epoch": state["epoch"], **last}
+    for prefix in PREFIX.values():
+        if f"{prefix}best" in state:
+            accuracies[f"{prefix}best"] = state[f"{prefix}best"]
+            last = {top: log[-1][f"{prefix}test_{top}"] for top in ("top1", "top5")}
+            accuracies[f"{prefix}last"] = {"epoch": state["epoch"], **last}
     return {
         "epoch": state["epoch"],
         "epochs": state["config"]["epochs"],
@@ -239,8 +239,8 @@ def report(state: dict[str, Any]) -> None:
         title = name.replace("_", " ")
         print(f"{title:8} {accuracy['top1']:.2f} % top-1, {accuracy['top5']:.2f} % top-5 on the test set, {when}")
     print(f"time     {result['seconds'] / 60:.1f} minutes on {result['device']}")
-    for role, of in PREFIX.items():
-        if f"{of}best" in result:
+    for role, prefix in PREFIX.items():
+        if f"{prefix}best" in result:
             print(f"{config[role]} lies in {config['out']}/{role}.pth (last) and {role}_best.pth", flush=True)
 
 

@@ -15,7 +15,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import imagenet
 from common.bridges import Bridges, build_bridges
-from common.distributed import processes, rank, world
+from common.distributed import distribute, processes, rank, world
 from common.models import build_imagenet
 from common.multipath_bn import track_paths
 from common.paths import MixedPath, candidate_paths
@@ -34,32 +34,41 @@ def a_step(seed):
     given = {"teacher": "resnet18", "student": "MobileNetV1", "num_paths": 2, "device": "cpu"}
     c = imagenet.settle(given | {f"w_{term}": w for term, w in WEIGHTS.items()}, {})
     step = imagenet.Step(c, student, teacher, bridges)
-    for name, buffer in step.named_buffers():
-        if "running" in name:
-            torch.nn.init.uniform_(buffer, 0.5, 1.5)
-    return c, step.eval()
+    norms = [module for module in step.modules() if isinstance(module, torch.nn.BatchNorm2d)]
+    for norm in norms:
+        norm.momentum = 1.0
+    with torch.no_grad():
+        for _ in range(2):
+            step.train()(torch.randn(16, 3, 64, 64), torch.zeros(16, dtype=torch.int64), candidate_paths(5))
+    return step.eval()
+
+
+def total(terms):
+    return sum(WEIGHTS[name] * value for name, value in terms.items())
 
 
 def gradients(folder):
     with processes("cpu"):
-        c, step = a_step(seed=rank())  # rank 1 starts elsewhere
-        one = copy.deepcopy(step)
+        step = a_step(seed=rank())  # rank 1 starts elsewhere
+        one, alone = copy.deepcopy(step), copy.deepcopy(step)
         images, labels = torch.randn(7, 3, 64, 64, generator=torch.Generator().manual_seed(9)), torch.arange(7) % 3
         mine = slice(rank(), None, world())
-        distributed = imagenet.distribute(step, c, len(candidate_paths(5)))
+        distributed = distribute(step, some_unused=True)
         # The second time a parameter without gradient has had the chance to be waited for.
         for _ in range(2):
             step.zero_grad(set_to_none=True)
             terms, _ = distributed(images[mine], labels[mine], PATHS)
-            loss = sum(WEIGHTS[name] * value for name, value in terms.items())
-            (loss * len(labels[mine]) / len(labels) * world()).backward()
+            (total(terms) * len(labels[mine]) / len(labels) * world()).backward()
+        total(alone(images[mine], labels[mine], PATHS)[0]).backward()
         terms, _ = one(images, labels, PATHS)
-        sum(WEIGHTS[name] * value for name, value in terms.items()).backward()
+        total(terms).backward()
 
         def found(net):
             return {name: None if p.grad is None else p.grad.clone() for name, p in net.named_parameters()}
 
-        torch.save({"distributed": found(step), "one": found(one)}, folder / f"gradients{rank()}.pt")
+        nets = {"distributed": step, "one": one, "alone": alone}
+        results = {name: found(net) for name, net in nets.items()} | {"terms": terms}
+        torch.save(results, folder / f"gradients{rank()}.pt")
 
 
 def fix_batch_norm(step):
@@ -78,22 +87,23 @@ def train_fixed(folder, *options):
 
 def train(folder, *options, prepare=lambda step: None):
     steps, accuracies = [], []
-    make, distribute, evaluate = imagenet.Step, imagenet.distribute, imagenet.evaluate
+    make, evaluate = imagenet.Step, imagenet.evaluate_by_all
 
     def make_and_keep(*args):
         steps.append(make(*args))
         return steps[-1]
 
-    def prepare_and_distribute(step, *args):
+    def prepare_and_distribute(step, **options):
         prepare(step)
-        return distribute(step, *args)
+        return distribute(step, **options)
 
     def evaluate_and_keep(net, *args):
         state = {key: value.clone() for key, value in net.state_dict().items()}
         accuracies.append((state, evaluate(net, *args)))
         return accuracies[-1][1]
 
-    imagenet.Step, imagenet.distribute, imagenet.evaluate = make_and_keep, prepare_and_distribute, evaluate_and_keep
+    imagenet.Step, imagenet.distribute = make_and_keep, prepare_and_distribute
+    imagenet.evaluate_by_all = evaluate_and_keep
     code = imagenet.main(list(options))
     torch.save({"step": steps[0].state_dict(), "evaluated": accuracies}, folder / f"trained{rank()}.pt")
     sys.exit(code)
