@@ -12,6 +12,7 @@ import cifar100
 import imagenet
 import online_kd
 from ablations import agreement, compare, complexity, curves
+from common.simkd import added_cost
 
 ROOT = Path(cifar100.__file__).parent
 TORCHRUN = "--nnodes --node_rank --nproc_per_node --master_addr --master_port"  # options of torchrun, named there too
@@ -65,3 +66,17 @@ def test_published_pairs_are_the_settings():
     assert pairs == set(cifar100.SETTINGS["pairs"])
     named = re.findall(r"imagenet\.py --data-dir DIR --teacher (\w+) --student (\w+)", README)
     assert {f"{teacher}-{student}" for teacher, student in named} == set(imagenet.SETTINGS["pairs"])
+
+
+def test_simkds_cost_is_as_counted():
+    number, share = r"([\d,.]+)[kM]", r"\(([\d.]+) %\)"
+    rows = re.findall(
+        rf"^\| (\w+) \| (\w+) \| {number} \| {number} {share} \| {number} \| {number} {share} \|$", README, re.M
+    )
+    assert {f"{teacher}-{student}" for teacher, student, *_ in rows} == set(cifar100.SETTINGS["pairs"])
+    for teacher, student, *written in rows:
+        counted = []
+        for before, after in zip(*added_cost(student, teacher, num_classes=100, image_size=32), strict=True):
+            unit = 1e6 if counted else 1e3
+            counted += [f"{before / unit:,.1f}", f"{(after - before) / unit:,.1f}", f"{100 * (after / before - 1):.1f}"]
+        assert written == counted
