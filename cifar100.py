@@ -21,7 +21,7 @@ import torch.nn.functional as F
 from tqdm import tqdm
 
 from common import earlier_runs, run_folder
-from common.bridges import Bridges, build_bridges
+from common.bridges import Bridges, connect
 from common.checkpoint import load_network
 from common.data import SIZE, Data, eval_batches, train_batches
 from common.device import AMP, open_device
@@ -32,7 +32,7 @@ from common.losses import dkd, kl
 from common.models import StagedNet, build, check_name
 from common.multipath_bn import plain_state_dict, track_paths
 from common.optimizer import sgd
-from common.paths import MixedPath, sample_paths, training_paths
+from common.paths import MixedPath, sample_paths
 from common.settings import ALL_SETTINGS, Parser, check_ranges, fill, term_weights
 from common.simkd import build_simkd, cost_line
 from common.sources import load_data
@@ -136,31 +136,17 @@ def l2_warmup(c: Namespace, epoch: int) -> float:
 
 
 def build_networks(c: Namespace, num_classes: int):
-    """(student, teacher, bridges, candidate paths), None where not wanted; settles c.num_paths and c.positions.
-
-    A term of weight 0 takes its paths from the candidates, and its bridges from those that are built.
-    """
+    """(student, teacher, bridges, candidate paths), None where not wanted; settles c.num_paths and c.positions."""
     torch.manual_seed(c.seed)  # the same seed starts every method from the same student
     student = build(c.student, num_classes)
     if not c.teacher:
         return student, None, None, []
     teacher = build(c.teacher, num_classes).requires_grad_(False)
     if c.simkd:
-        student = build_simkd(student, teacher, SIZE)
-    last = student.num_stages
-    c.positions = c.positions or list(range(2, last))
-    if c.simkd and last in c.positions:
-        raise UserError(f"--positions {last}: with --simkd no path changes there, choose from 2..{last - 1}")
-    candidates = training_paths(last, c.positions, {term: getattr(c, f"w_{term}") for term in TERMS})
-    if c.num_paths is None:
-        c.num_paths = min(2, len(candidates))
-    sample_paths(candidates, c.num_paths, steps=1, seed=0, epoch=0)  # complains now if |S| is out of range
-    if not (c.w_task or c.w_kd or c.w_app or c.num_paths):
-        raise UserError("no term is left to train on: draw paths (--num-paths), or give a weight to another term")
-    bridges = None
-    if c.w_app or c.num_paths:
-        bridges = build_bridges(teacher, student, SIZE, [path.k for path in candidates if path.delta == 0])
-    return student, teacher, bridges, candidates
+        student, last = build_simkd(student, teacher, SIZE), student.num_stages
+        if last in (c.positions or []):
+            raise UserError(f"--positions {last}: with --simkd no path changes there, choose from 2..{last - 1}")
+    return student, teacher, *connect(c, teacher, student, SIZE)
 
 
 # ---------------------------------------------------------------------------------------------------- teacher

@@ -25,7 +25,7 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from common import run_folder
-from common.bridges import Bridges, build_bridges
+from common.bridges import Bridges, connect
 from common.checkpoint import load_network, torchvision_weights
 from common.device import AMP, cores, open_device
 from common.distributed import distribute, from_rank_0, over_ranks, processes, rank, share_buffers, world
@@ -36,7 +36,7 @@ from common.image_files import DeviceBatches, FileData, ImageFiles, Shard, eval_
 from common.models import IMAGENET_NETWORKS, StagedNet, build_imagenet, check_name
 from common.multipath_bn import plain_state_dict, track_paths
 from common.optimizer import sgd
-from common.paths import MixedPath, sample_paths, training_paths
+from common.paths import MixedPath, sample_paths
 from common.settings import ALL_SETTINGS, Parser, check_ranges, fill, term_weights
 
 SETTINGS = ALL_SETTINGS["imagenet"]
@@ -142,18 +142,7 @@ def build_networks(c: Namespace, num_classes: int):
     if not c.teacher:
         return student, None, None, []
     teacher = build_imagenet(c.teacher, num_classes).requires_grad_(False)
-    last = student.num_stages
-    c.positions = c.positions or list(range(2, last))
-    candidates = training_paths(last, c.positions, {term: getattr(c, f"w_{term}") for term in TERMS})
-    if c.num_paths is None:
-        c.num_paths = min(2, len(candidates))
-    sample_paths(candidates, c.num_paths, steps=1, seed=0, epoch=0)  # complains now if |S| is out of range
-    if not (c.w_task or c.w_kd or c.w_app or c.num_paths):
-        raise UserError("no term is left to train on: draw paths (--num-paths), or give a weight to another term")
-    bridges = None
-    if c.w_app or c.num_paths:
-        bridges = build_bridges(teacher, student, c.image_size, [path.k for path in candidates if path.delta == 0])
-    return student, teacher, bridges, candidates
+    return student, teacher, *connect(c, teacher, student, c.image_size)
 
 
 def load_teacher(teacher: StagedNet, c: Namespace, num_classes: int) -> None:
@@ -204,7 +193,9 @@ class Step(nn.Module):
 # --------------------------------------------------------------------------------------------------- training
 
 
-def train(c: Namespace, step: Step, candidates: list[MixedPath], data: FileData, state: dict | None, deadline: float):
+def train(
+    c: Namespace, step: Step, candidates: list[MixedPath], data: FileData, state: dict | None, deadline: float
+) -> bool:
     """Train from `state` (None: from the start) to the last epoch; False if `deadline` passed before that."""
     device, out, cuda = next(step.parameters()).device, Path(c.out), c.device.startswith("cuda")
     student, teacher = step.student, step.teacher

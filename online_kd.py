@@ -24,7 +24,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from common import run_folder
-from common.bridges import Bridges, build_bridges
+from common.bridges import Bridges, connect
 from common.data import SIZE, Data, eval_batches, train_batches
 from common.device import AMP, open_device
 from common.errors import LossNotFiniteError, UserError, exit_code
@@ -34,7 +34,7 @@ from common.losses import kl
 from common.models import StagedNet, build, check_name
 from common.multipath_bn import plain_state_dict, track_paths
 from common.optimizer import sgd
-from common.paths import MixedPath, sample_paths, training_paths
+from common.paths import MixedPath, sample_paths
 from common.run_folder import PREFIX
 from common.settings import ALL_SETTINGS, Parser, check_ranges, fill, term_weights
 from common.sources import load_data
@@ -117,24 +117,11 @@ def l2_warmup(c: Namespace, epoch: int) -> float:
 def build_networks(c: Namespace, num_classes: int) -> tuple[StagedNet, StagedNet, Bridges | None, list[MixedPath]]:
     """(student, teacher, bridges, candidate paths); bridges None where none is used; settles num_paths and positions.
 
-    A term of weight 0 takes its paths from the candidates, and its bridges from those that are built. Networks
-    between which there are no bridges may have different numbers of stages.
+    Networks between which there are no bridges may have different numbers of stages.
     """
     torch.manual_seed(c.seed)  # the same seed starts the same student, here by every method and in cifar100.py
     student, teacher = build(c.student, num_classes), build(c.teacher, num_classes)
-    last = student.num_stages
-    c.positions = c.positions or list(range(2, last))
-    weights = {term: getattr(c, f"w_{term}") for term in ALL_TERMS}
-    candidates = training_paths(last, c.positions, weights)
-    if c.num_paths is None:
-        c.num_paths = min(2, len(candidates))
-    sample_paths(candidates, c.num_paths, steps=1, seed=0, epoch=0)  # complains now if |S| is out of range
-    if not (c.num_paths or any(weights[term] for term in ("app", *METHODS["dml"]))):
-        raise UserError("no term is left to train on: draw paths (--num-paths), or give a weight to another term")
-    bridges = None
-    if c.w_app or c.num_paths:
-        bridges = build_bridges(teacher, student, SIZE, [path.k for path in candidates if path.delta == 0])
-    return student, teacher, bridges, candidates
+    return student, teacher, *connect(c, teacher, student, SIZE)
 
 
 # ----------------------------------------------------------------------------------------------------- losses

@@ -3,6 +3,7 @@
 A bridge is one convolution and one BatchNorm; a leaky ReLU follows where the target feature is post-ReLU.
 """
 
+from argparse import Namespace
 from collections.abc import Iterable
 
 import torch
@@ -10,7 +11,7 @@ from torch import Tensor, nn
 
 from .errors import UserError
 from .models import StagedNet
-from .paths import candidate_paths
+from .paths import MixedPath, candidate_paths, sample_paths
 
 LEAKY_SLOPE = 0.1
 
@@ -52,6 +53,40 @@ def build_bridges(
         s2t[str(last)] = nn.Identity()
     t2s = {str(k): bridge(shapes_t[k], shapes_s[k], student.post_relu) for k in t2s_positions}
     return Bridges(s2t, t2s)
+
+
+def connect(
+    c: Namespace, teacher: StagedNet, student: StagedNet, image_size: int
+) -> tuple[Bridges | None, list[MixedPath]]:
+    """The bridges of a run, None if it needs none, and its candidate paths; settles c.num_paths and c.positions.
+
+    A term of weight 0 takes its paths from the candidates, and its bridges from those that are built.
+
+    Args:
+        c: the settings, of which `w_<term>` for every term, `num_paths` and `positions` (None: the defaults) are read.
+
+    Raises:
+        UserError: a setting is out of range, no term is left, or the networks do not correspond.
+    """
+    weights = {key.removeprefix("w_"): value for key, value in vars(c).items() if key.startswith("w_")}
+    last = student.num_stages
+
+    def trains(path: MixedPath) -> bool:
+        if path.delta == 0:
+            return weights["func_prime"] > 0
+        # A path <N, 1> goes straight to the classifier: it has no later stage for L_func's L2 part.
+        return weights["func_kl"] > 0 or (weights["func_l2"] > 0 and path.k < last)
+
+    c.positions = c.positions or list(range(2, last))
+    candidates = [path for path in candidate_paths(last, c.positions) if trains(path)]
+    if c.num_paths is None:
+        c.num_paths = min(2, len(candidates))
+    sample_paths(candidates, c.num_paths, steps=1, seed=0, epoch=0)  # complains now if |S| is out of range
+    if not c.num_paths and not any(weight for term, weight in weights.items() if not term.startswith("func")):
+        raise UserError("no term is left to train on: draw paths (--num-paths), or give a weight to another term")
+    if not c.w_app and not c.num_paths:
+        return None, candidates
+    return build_bridges(teacher, student, image_size, [path.k for path in candidates if path.delta == 0]), candidates
 
 
 def bridge(source: torch.Size, target: torch.Size, post_relu: bool) -> nn.Sequential:

@@ -32,22 +32,6 @@ def candidate_paths(num_stages: int, positions: Iterable[int] | None = None) -> 
     return [MixedPath(k, delta) for k in positions for delta in (1, 0)]
 
 
-def training_paths(num_stages: int, positions: Iterable[int] | None, weights: dict[str, float]) -> list[MixedPath]:
-    """The candidates on which a term of `weights` (by the names of fcfd.TERMS) has something to say.
-
-    Raises:
-        UserError: a position outside 2..N.
-    """
-
-    def trains(path: MixedPath) -> bool:
-        if path.delta == 0:
-            return weights["func_prime"] > 0
-        # A path <N, 1> goes straight to the classifier: it has no later stage for L_func's L2 part.
-        return weights["func_kl"] > 0 or (weights["func_l2"] > 0 and path.k < num_stages)
-
-    return [path for path in candidate_paths(num_stages, positions) if trains(path)]
-
-
 def sample_paths(
     candidates: list[MixedPath], num_paths: int, steps: int, seed: int, epoch: int
 ) -> list[list[MixedPath]]:
