@@ -159,6 +159,8 @@ def load_teacher(teacher: StagedNet, c: Namespace, num_classes: int) -> None:
         load_network(teacher, file, c.teacher)
     except OtherNetworkError as error:
         raise UserError(f"{error}; {remedy}") from error
+    except UserError as error:
+        raise UserError(f"{error}" if c.teacher_ckpt else f"{error}; deleted, it is downloaded again") from error
     print(f"teacher: {file}")
 
 

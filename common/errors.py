@@ -1,5 +1,6 @@
 """What ends a script in one line and an exit code."""
 
+import errno
 import os
 import signal
 import sys
@@ -87,6 +88,9 @@ def exit_code(script: Callable[[], None], interrupted: str = AFTER_INTERRUPT, ra
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # or Python complains again at exit
         return 141
     except OSError as error:
+        if error.errno == errno.EMFILE:
+            say("error: too many files are open: try fewer --workers, or a higher ulimit -n")
+            return 2
         say(f"error: {error}: check the path, its permissions and the space that is left")
         return 2
     except (RuntimeError, MemoryError) as error:

@@ -178,6 +178,9 @@ def test_a_folder_is_opened_once_at_a_time(tmp_path):
         (Terminated(signal.SIGHUP), 129, "interrupted"),
         (KeyboardInterrupt(), 130, "interrupted"),
         (PermissionError(13, "Permission denied", "some/file"), 2, "some/file"),
+        (OSError(24, "Too many open files"), 2, "--workers"),
+        (RuntimeError("DataLoader worker (pid 7) is killed by signal: Bus error."), 2, "--workers"),
+        (MemoryError(), 2, "--batch-size"),
     ],
 )
 def test_exit_codes(capsys, error, code, word):

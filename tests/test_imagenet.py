@@ -266,6 +266,9 @@ def test_torchvisions_weights_teach(tmp_path, monkeypatch, capsys):
     name = models.ResNet18_Weights.IMAGENET1K_V1.url.rpartition("/")[2]
     torch.save(theirs.state_dict(), tmp_path / "checkpoints" / name)
     assert torch.equal(torchvisions().fc.weight, theirs.fc.weight)
+    (tmp_path / "checkpoints" / name).write_bytes(b"cut short")
+    with pytest.raises(UserError, match="deleted, it is downloaded again"):
+        torchvisions()
 
 
 def test_torchvisions_weights_are_checked_when_downloaded(tmp_path, monkeypatch):
