@@ -56,7 +56,7 @@ def exit_code(script: Callable[[], None], interrupted: str = AFTER_INTERRUPT, ra
     def forget_workers() -> None:
         # If a DataLoader's worker dies PyTorch raises an error wherever this process is. From here on they may all die.
         if threading.current_thread() is threading.main_thread() and hasattr(signal, "SIGCHLD"):
-            signal.signal(signal.SIGCHLD, signal.SIG_DFL)
+            signal.signal(signal.SIGCHLD, lambda *_: None)
 
     before = {}
     if threading.current_thread() is threading.main_thread():  # the only one that may set handlers
