@@ -9,18 +9,16 @@ of them thin.
 import csv
 import statistics
 import sys
-import warnings
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
+from ablations.figures import COLOURS, check_format, load_pyplot, save_figure
 from common.earlier_runs import series
 from common.errors import UserError, exit_code
 from common.settings import Parser
 
 LABELS = {"test_top1": "test accuracy, top-1 (%)", "train_top1": "training accuracy, top-1 (%)", "loss": "loss"}
-# Told apart by the colour-blind too (Okabe and Ito).
-COLOURS = ["#0072B2", "#E69F00", "#009E73", "#D55E00", "#CC79A7", "#56B4E9", "#000000"]
 STYLES = ["-", "--", ":", "-."]  # for more curves than colours
 
 
@@ -63,15 +61,8 @@ def draw(runs: list[Path], columns: list[str], out: Path) -> None:
     Raises:
         UserError: matplotlib is missing; a run cannot be read; the picture cannot be written.
     """
-    try:
-        import matplotlib
-
-        matplotlib.use("Agg")
-        from matplotlib import pyplot
-    except ImportError as error:
-        raise UserError("figures need matplotlib: pip install -r requirements-extra.txt") from error
-    if out.suffix not in (".png", ".svg", ".pdf"):
-        raise UserError(f"--out {out}: it must end in .png, .svg or .pdf")
+    pyplot = load_pyplot()
+    check_format(out)
     groups = {column: group(runs, column) for column in columns}
     figure, panels = pyplot.subplots(
         1, len(columns), figsize=(6.4 * len(columns), 4.4), squeeze=False, layout="constrained"
@@ -88,13 +79,7 @@ def draw(runs: list[Path], columns: list[str], out: Path) -> None:
         panel.grid(alpha=0.3)
         panel.spines[["top", "right"]].set_visible(False)
     figure.legend(*panels[0][0].get_legend_handles_labels(), loc="outside upper center", frameon=False, ncols=2)
-    try:
-        out.parent.mkdir(parents=True, exist_ok=True)
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # of letters that the font lacks
-            figure.savefig(out, dpi=150)
-    except (OSError, ValueError) as error:
-        raise UserError(f"cannot write {out} ({error}): choose another --out") from error
+    save_figure(figure, out)
 
 
 def main(argv: list[str] | None = None) -> int:
