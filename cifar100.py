@@ -27,7 +27,7 @@ from common.data import SIZE, Data, eval_batches, train_batches
 from common.device import AMP, open_device
 from common.errors import LossNotFiniteError, UserError, exit_code
 from common.evaluation import evaluate
-from common.fcfd import TERMS, fcfd_terms, forward_paths
+from common.fcfd import L2_TERMS, TERMS, VARIANTS, fcfd_terms, forward_paths
 from common.losses import dkd, kl
 from common.models import StagedNet, build, check_name
 from common.multipath_bn import plain_state_dict, track_paths
@@ -39,9 +39,10 @@ from common.sources import load_data
 
 SETTINGS = ALL_SETTINGS["cifar100"]
 METHODS = {"kd": ("task", "kd"), "app": ("task", "kd", "app"), "fcfd": TERMS}  # the terms that each one weighs
-COMBINATIONS = {key: SETTINGS["defaults"][key] for key in ("kd_loss", "tckd", "nckd", "simkd")}  # older runs lack them
+LATER = ("kd_loss", "tckd", "nckd", "simkd", "w_func_partial", "w_func_prime_l2")
+ADDED = {key: SETTINGS["defaults"][key] for key in LATER}  # what runs of earlier versions lack
 DISTILLATION = ("method", "teacher_ckpt", "teacher_epochs", "teacher_bn", "temperature", "num_paths", "positions")
-DISTILLATION += (*COMBINATIONS, *(f"w_{term}" for term in TERMS))  # the settings without a meaning for a network alone
+DISTILLATION += (*ADDED, *(f"w_{term}" for term in TERMS))  # the settings without a meaning for a network alone
 
 
 # --------------------------------------------------------------------------------------------------- settings
@@ -59,6 +60,8 @@ def parse_args(argv: list[str] | None) -> dict:
     add("--teacher-bn", choices=("batch", "running"), help="statistics behind p_t and F_t (default: batch)")
     for term in TERMS:
         add(f"--w-{term.replace('_', '-')}", type=float, metavar="W", help=f"weight of {term}; 0 leaves it out")
+    add("--w-func-partial", type=float, metavar="W", help="weight of L_func-partial of App. H.4 (default: 0)")
+    add("--w-func-prime-l2", type=float, metavar="W", help="weight of L_func'-L2 of App. G (default: 0)")
     add("--kd-loss", choices=("kl", "dkd"), help="what compares logits with the teacher's (default: kl)")
     add("--tckd", type=float, metavar="W", help="weight of DKD's part on the label (default: 1)")
     add("--nckd", type=float, metavar="W", help="weight of DKD's part on the other classes (default: 2)")
@@ -218,12 +221,12 @@ def train(
 
     if cuda:
         torch.cuda.reset_peak_memory_stats(device)
-    weights = {term: getattr(c, f"w_{term}") for term in TERMS if getattr(c, f"w_{term}")}
+    weights = {term: getattr(c, f"w_{term}") for term in (*TERMS, *VARIANTS) if getattr(c, f"w_{term}")}
     steps = math.ceil(len(data.train) / c.batch_size)
     for epoch in range(state["epoch"], c.epochs):
         began = time.monotonic()
         lr = optimizer.param_groups[0]["lr"] = learning_rate(c, epoch)
-        warmed = {term: w * l2_warmup(c, epoch) if term in ("app", "func_l2") else w for term, w in weights.items()}
+        warmed = {term: w * l2_warmup(c, epoch) if term in L2_TERMS else w for term, w in weights.items()}
         paths = sample_paths(candidates, c.num_paths or 0, steps, c.seed, epoch)
         for name, net in nets.items():
             net.train(name != "teacher" or c.teacher_bn == "batch")
@@ -266,7 +269,7 @@ def train(
             "epoch": epoch + 1,
             "lr": lr,
             "loss": sums["loss"].item() / steps,
-            **{term: sums[term].item() / steps if term in sums else "" for term in TERMS},
+            **{term: sums[term].item() / steps if term in sums else "" for term in dict.fromkeys((*TERMS, *weights))},
             "train_top1": 100 * sums["correct"].item() / len(data.train),
             "test_top1": accuracy["top1"],
             "test_top5": accuracy["top5"],
@@ -307,7 +310,7 @@ def run(given: dict, resume: bool, deadline: float, data: Data | None = None) ->
         folders = [out.parent / teacher_name(c), *out.parent.glob(f"{glob.escape(teacher_name(c))}-*")]
         resume = not any(map(earlier_runs.is_unfinished, folders))
     with run_folder.open_run(out, resume) as state:
-        stored = COMBINATIONS | state["config"] if state else {}
+        stored = ADDED | state["config"] if state else {}
         c = settle(given | {"out": str(out)}, stored)
         run_folder.check_settings(stored, vars(c))
         device = open_device(c.device)
@@ -325,7 +328,8 @@ def run(given: dict, resume: bool, deadline: float, data: Data | None = None) ->
         if c.teacher and f"{c.teacher}-{c.student}" not in SETTINGS["pairs"]:
             print(f"{c.teacher}-{c.student} is no published pair: settings not given are those of most pairs")
         if c.teacher:
-            weights = ", ".join(f"{term} {getattr(c, f'w_{term}'):g}" for term in TERMS)
+            shown = (*TERMS, *(term for term in VARIANTS if getattr(c, f"w_{term}")))
+            weights = ", ".join(f"{term} {getattr(c, f'w_{term}'):g}" for term in shown)
             paths = f"{c.num_paths} of {len(candidates)} paths"
             print(f"lr {c.lr:g}, temperature {c.temperature:g}, weights: {weights}; {paths}")
         if c.simkd:

@@ -57,7 +57,7 @@ class Cell:
                 a run with other settings.
         """
         config = read_config(self.folder)
-        stored = cifar100.COMBINATIONS | config if config else {}
+        stored = cifar100.ADDED | config if config else {}
         of_the_machine = {key: stored[key] for key in ("device", "amp") if isinstance(stored.get(key), str)}
         settings = cifar100.settle(self.given | {"out": str(self.folder)}, of_the_machine)
         cifar100.build_networks(settings, num_classes=10)

@@ -63,7 +63,8 @@ def connect(
     A term of weight 0 takes its paths from the candidates, and its bridges from those that are built.
 
     Args:
-        c: the settings, of which `w_<term>` for every term, `num_paths` and `positions` (None: the defaults) are read.
+        c: the settings, of which `w_<term>` for every term there is, `num_paths` and `positions` (None: the defaults)
+            are read.
 
     Raises:
         UserError: a setting is out of range, no term is left, or the networks do not correspond.
@@ -72,10 +73,12 @@ def connect(
     last = student.num_stages
 
     def trains(path: MixedPath) -> bool:
-        if path.delta == 0:
-            return weights["func_prime"] > 0
-        # A path <N, 1> goes straight to the classifier: it has no later stage for L_func's L2 part.
-        return weights["func_kl"] > 0 or (weights["func_l2"] > 0 and path.k < last)
+        by_answer, by_features = (
+            (["func_kl"], ["func_l2", "func_partial"]) if path.delta == 1 else (["func_prime"], ["func_prime_l2"])
+        )
+        # A path that leaves stage N goes straight to the classifier: it has no later stage whose features to compare.
+        wanted = by_answer + (by_features if path.k < last else [])
+        return any(weights.get(term, 0) > 0 for term in wanted)
 
     c.positions = c.positions or list(range(2, last))
     candidates = [path for path in candidate_paths(last, c.positions) if trains(path)]

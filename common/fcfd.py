@@ -29,7 +29,9 @@ from .models import StagedNet
 from .multipath_bn import on_path
 from .paths import MixedPath
 
-TERMS = ("task", "kd", "app", "func_l2", "func_kl", "func_prime")
+TERMS = ("task", "kd", "app", "func_l2", "func_kl", "func_prime")  # Eq. 9
+VARIANTS = ("func_partial", "func_prime_l2")  # what the paper tries in the place of some of them (App. H.4, G)
+L2_TERMS = ("app", "func_l2", *VARIANTS)  # those whose weight is warmed up
 KDLoss = Callable[[Tensor, Tensor, float], Tensor]  # (logits, target, temperature) -> a scalar
 
 
@@ -103,7 +105,7 @@ def forward_paths(
 def fcfd_terms(
     flow: Flow, labels: Tensor, temperature: float, terms: Iterable[str] = TERMS, kd_loss: KDLoss = kl
 ) -> dict[str, Tensor]:
-    """The terms of Eq. 9 before weighting: float32 scalars, each the sum over its positions and paths.
+    """The terms of Eq. 9, or variants, before weighting: float32 scalars, each the sum over its positions and paths.
 
     task is the cross entropy of the student's logits with the labels; kd is the KL of the student's p_s from the
     teacher's p_t, T^2 KL(p_t || p_s); the others are the functions below.
@@ -111,7 +113,7 @@ def fcfd_terms(
     Args:
         labels: [B], class indices.
         temperature: T, which divides the logits in every KL.
-        terms: which of TERMS to compute.
+        terms: which of TERMS and VARIANTS to compute.
         kd_loss: what compares logits with the teacher's in kd, func_kl and func_prime. Another one, such as DKD
             (App. C.1), takes the place of KL in these three.
     """
@@ -122,6 +124,8 @@ def fcfd_terms(
         "func_l2": lambda: l_func_l2(flow),
         "func_kl": lambda: l_func_kl(flow, temperature, kd_loss),
         "func_prime": lambda: l_func_prime(flow, temperature, kd_loss),
+        "func_partial": lambda: l_func_partial(flow),
+        "func_prime_l2": lambda: l_func_prime_l2(flow),
     }
     return {name: compute[name]() for name in terms}
 
@@ -159,6 +163,23 @@ def l_func_kl(flow: Flow, temperature: float, kd_loss: KDLoss = kl) -> Tensor:
 def l_func_prime(flow: Flow, temperature: float, kd_loss: KDLoss = kl) -> Tensor:
     """Eq. 7: KL between p_t and the answer of each <k, 0> path, by the student's later part."""
     return _answers(flow, 0, temperature, kd_loss)
+
+
+def l_func_partial(flow: Flow) -> Tensor:
+    """L_func-partial (App. H.4): L2 between each <k, 1> path and the pure teacher after stage k + 1 alone, no KL."""
+    last = max(flow.teacher)
+    into_teacher = ((path.k + 1, mixed) for path, mixed in flow.mixed.items() if path.delta == 1 and path.k < last)
+    return _sum(flow, (l2(mixed.features[l], flow.teacher[l], pooled=l == last) for l, mixed in into_teacher))
+
+
+def l_func_prime_l2(flow: Flow) -> Tensor:
+    """L_func'-L2 (App. G): L2 between each <k, 0> path and the pure student, after each later stage of the student.
+
+    Both sides are the student's and neither is the target: the gradient reaches both, and there is no pooled part.
+    """
+    into_student = (mixed for path, mixed in flow.mixed.items() if path.delta == 0)
+    pairs = ((x, flow.student[l]) for mixed in into_student for l, x in mixed.features.items())
+    return _sum(flow, (F.mse_loss(x.float(), own.float()) for x, own in pairs))
 
 
 def _answers(flow: Flow, delta: int, temperature: float, kd_loss: KDLoss) -> Tensor:

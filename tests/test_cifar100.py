@@ -14,7 +14,7 @@ from running import PAIR, SMALL, assert_bit_for_bit, call, read_log, script
 import cifar100
 from common.bridges import build_bridges
 from common.data import train_batches
-from common.fcfd import fcfd_terms, forward_paths
+from common.fcfd import VARIANTS, fcfd_terms, forward_paths
 from common.models import build
 from common.multipath_bn import track_paths
 from common.paths import candidate_paths, sample_paths
@@ -120,12 +120,14 @@ def test_methods_compute_their_terms_alone(tmp_path, capsys, teacher, method):
         (["--method", "kd", "--w-func-kl", 1], {"task", "kd", "func_kl"}, False),
         (["--teacher-bn", "running", "--positions", 2, 4, "--num-paths", 4], METHODS["fcfd"], True),
         (["--amp", "bf16"], METHODS["fcfd"], True),
+        (["--method", "app", "--w-func-partial", 2], METHODS["app"] | {"func_partial"}, False),
+        (["--method", "kd", "--w-func-prime-l2", 2, "--positions", 2, 4], {"task", "kd", "func_prime_l2"}, True),
     ],
 )
 def test_settings(tmp_path, capsys, teacher, options, terms, t2s):
     call(capsys, *PAIR, *options, "--epochs", 1, "--teacher-ckpt", teacher / "student.pth", "--out", tmp_path)
     row = read_log(tmp_path)[0]
-    assert {term for term in METHODS["fcfd"] if row[term]} == terms
+    assert {term for term in METHODS["fcfd"] | set(VARIANTS) if row.get(term)} == terms
     assert all(np.isfinite(float(row[term])) for term in terms)
     bridges = torch.load(tmp_path / "last.pt", weights_only=True)["bridges"]
     assert any(key.startswith("t2s") for key in bridges) == t2s

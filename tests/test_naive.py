@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from common.bridges import build_bridges
-from common.fcfd import TERMS, fcfd_terms, forward_paths
+from common.fcfd import TERMS, VARIANTS, fcfd_terms, forward_paths
 from common.models import build
 from common.multipath_bn import track_paths
 from common.paths import candidate_paths
@@ -24,6 +24,7 @@ PAIRS = [
 ]
 T = 4.0
 WEIGHTS = {"task": 1.0, "kd": 0.9, "app": 5.0, "func_l2": 3.0, "func_kl": 0.7, "func_prime": 0.3}
+WEIGHTS |= {"func_partial": 2.0, "func_prime_l2": 4.0}
 
 
 def naive_kl(logits, target):
@@ -83,13 +84,19 @@ class Naive:
         for l in range(k + 1, self.last + 1):
             x = teacher.stage(l, x)
             l2 = l2 + naive_l2(x, self.target[l], last=l == self.last)
-        return {"func_l2": l2, "func_kl": naive_kl(teacher.classify(x), self.target_logits)}
+            if l == k + 1:
+                partial = l2
+        terms = {"func_l2": l2, "func_kl": naive_kl(teacher.classify(x), self.target_logits)}
+        return terms | {"func_partial": partial}
 
     def func_prime(self, teacher, student, bridges, k):
-        x = bridges.t2s[str(k)](self.target[k])
+        x, own, l2 = bridges.t2s[str(k)](self.target[k]), self.images, 0
+        for l in range(1, k + 1):
+            own = student.stage(l, own)
         for l in range(k + 1, self.last + 1):
-            x = student.stage(l, x)
-        return {"func_prime": naive_kl(student.classify(x), self.target_logits)}
+            x, own = student.stage(l, x), student.stage(l, own)
+            l2 = l2 + ((x - own) ** 2).mean()
+        return {"func_prime": naive_kl(student.classify(x), self.target_logits), "func_prime_l2": l2}
 
 
 def pair(teacher_name, student_name):
@@ -123,11 +130,12 @@ def test_terms_and_gradients_agree_with_the_naive_form(teacher_name, student_nam
 
     for net in (teacher, student):
         track_paths(net, middle)
-    terms = fcfd_terms(forward_paths(teacher, student, bridges, images, candidate_paths(last)), labels, T)
+    flow = forward_paths(teacher, student, bridges, images, candidate_paths(last))
+    terms = fcfd_terms(flow, labels, T, (*TERMS, *VARIANTS))
     sum(WEIGHTS[name] * value for name, value in terms.items()).backward()
 
-    assert list(terms) == list(TERMS)
-    for name in TERMS:
+    assert list(terms) == [*TERMS, *VARIANTS]
+    for name in terms:
         assert terms[name].item() == pytest.approx(naive.terms[name], rel=1e-4), name
     trained = {"student": student, "bridges": bridges}
     ours = {
