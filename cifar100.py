@@ -38,9 +38,10 @@ from common.simkd import build_simkd, cost_line
 from common.sources import load_data
 
 SETTINGS = ALL_SETTINGS["cifar100"]
+DEFAULTS = SETTINGS["defaults"]
 METHODS = {"kd": ("task", "kd"), "app": ("task", "kd", "app"), "fcfd": TERMS}  # the terms that each one weighs
 LATER = ("kd_loss", "tckd", "nckd", "simkd", "w_func_partial", "w_func_prime_l2")
-ADDED = {key: SETTINGS["defaults"][key] for key in LATER}  # what runs of earlier versions lack
+ADDED = {key: DEFAULTS[key] for key in LATER}  # what runs of earlier versions lack
 DISTILLATION = ("method", "teacher_ckpt", "teacher_epochs", "teacher_bn", "temperature", "num_paths", "positions")
 DISTILLATION += (*ADDED, *(f"w_{term}" for term in TERMS))  # the settings without a meaning for a network alone
 
@@ -84,7 +85,7 @@ def settle(given: dict, stored: dict) -> Namespace:
     Raises:
         UserError: one is out of range, or contradicts the others.
     """
-    c = Namespace(**{**SETTINGS["defaults"], **stored, **given})
+    c = Namespace(**{**DEFAULTS, **stored, **given})
     for name in filter(None, (c.student, c.teacher)):
         check_name(name)
     lr = SETTINGS["lr"].get(c.student, SETTINGS["lr"]["other"])
@@ -92,7 +93,7 @@ def settle(given: dict, stored: dict) -> Namespace:
         raise UserError("--teacher-epochs is of a teacher trained first, not of --teacher-ckpt: give one of them")
     if c.teacher:
         pair = SETTINGS["pairs"].get(f"{c.teacher}-{c.student}", SETTINGS["other"] | {"lr": lr})
-        c.method = c.method or SETTINGS["defaults"]["method"]
+        c.method = c.method or DEFAULTS["method"]
         weights, chosen = term_weights(pair), METHODS[c.method]
     else:
         if misplaced := [key for key in DISTILLATION if key in given]:
@@ -169,7 +170,7 @@ def train_teacher(c: Namespace, data: Data, deadline: float) -> Path | None:
     if folder.resolve() == Path(c.out).resolve():
         raise UserError(f"{folder} is where the teacher is trained first: choose another --out")
     given = {"student": c.teacher, "epochs": c.teacher_epochs, "out": str(folder)}
-    given["batch_size"] = min(SETTINGS["defaults"]["batch_size"], len(data.train))
+    given["batch_size"] = min(DEFAULTS["batch_size"], len(data.train))
     given |= {key: getattr(c, key) for key in ("dataset", "data_dir", "subset", "test_subset", "seed", "device", "amp")}
     print(f"teacher: training {c.teacher} for {c.teacher_epochs} epochs in {folder}", flush=True)
     try:
@@ -303,7 +304,7 @@ def run(given: dict, resume: bool, deadline: float, data: Data | None = None) ->
         UserError: anything that is wrong with the input. All that can be checked is, before a teacher is trained.
         LossNotFiniteError: training diverged.
     """
-    c = Namespace(**SETTINGS["defaults"] | given)
+    c = Namespace(**DEFAULTS | given)
     out = Path(c.out or f"runs/{run_name(c)}")
     if resume and c.teacher and not (out / "last.pt").exists():
         # Where only the teacher was begun, this run is a fresh one, and train_teacher resumes the teacher by itself.

@@ -1,4 +1,4 @@
-"""The cells of a table: runs of cifar100.py, each a process of its own, several at once; finished ones are kept."""
+"""The cells of a table: runs of a training script, each a process of its own; finished ones are kept."""
 
 import os
 import statistics
@@ -9,6 +9,7 @@ from argparse import Namespace
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import cifar100
@@ -17,22 +18,22 @@ from common.errors import UserError
 from common.run_folder import check_settings
 from common.sources import load_data
 
-SCRIPT = Path(cifar100.__file__)
-
 
 @dataclass(eq=False)
 class Cell:
-    """One run of cifar100.py.
+    """One run of a script.
 
     Attributes:
         folder: its --out.
         given: the other options, by the names of common/settings.yaml.
         after: the run whose network teaches this one and must be there first, None where there is none.
+        script: the module of the script that is run, if that is not cifar100.py.
     """
 
     folder: Path
     given: dict[str, Any]
     after: "Cell | None" = None
+    script: ModuleType = cifar100
 
     @property
     def network(self) -> Path:
@@ -50,17 +51,17 @@ class Cell:
         return result if result and result["epoch"] == result["epochs"] else None
 
     def settings(self) -> Namespace:
-        """All settings, resolved as cifar100.py does it, for the device of the run that is there already.
+        """All settings, resolved as the script does it, for the device of the run that is there already.
 
         Raises:
-            UserError: what cifar100.py would say of the options, as far as it can without the data; the folder holds
+            UserError: what the script would say of the options, as far as it can without the data; the folder holds
                 a run with other settings.
         """
         config = read_config(self.folder)
-        stored = cifar100.ADDED | config if config else {}
+        stored = getattr(self.script, "ADDED", {}) | config if config else {}
         of_the_machine = {key: stored[key] for key in ("device", "amp") if isinstance(stored.get(key), str)}
-        settings = cifar100.settle(self.given | {"out": str(self.folder)}, of_the_machine)
-        cifar100.build_networks(settings, num_classes=10)
+        settings = self.script.settle(self.given | {"out": str(self.folder)}, of_the_machine)
+        self.script.build_networks(settings, num_classes=10)
         wanted, teacher = dict(vars(settings)), stored.get("teacher_ckpt")
         if self.after:
             del wanted["teacher_ckpt"]  # a path, which changes with the place from which a table is made
@@ -78,7 +79,7 @@ class Cell:
     def command(self, device: str | None) -> list[str]:
         """The command of the run, or of the rest of it."""
         given = self.given | {"out": self.folder} | ({"device": device} if device else {})
-        words = [sys.executable, str(SCRIPT)]
+        words = [sys.executable, str(self.script.__file__)]
         if (self.folder / "last.pt").exists():
             words.append("--resume")
             given.pop("teacher_ckpt", None)  # last.pt has the teacher

@@ -1,21 +1,23 @@
-"""Methods beside one another: Tab. 1, and any other grid of pairs, methods and seeds.
+"""Methods beside one another: Tab. 1, 4 and 9, and any other grid of pairs, methods and seeds.
 
-    python ablations/compare.py                                                  Tab. 1: ten pairs, 240 epochs
-    python ablations/compare.py --pairs resnet32x4-resnet8x4 --seeds 1 2 3 --jobs 4
+    python ablations/compare.py                               ten pairs, 240 epochs: alone, KD, KD with L_app, FCFD
+    python ablations/compare.py --table 1                     Tab. 1: with the other methods of this project
+    python ablations/compare.py --table 4                     Tab. 4: DKD and SimKD, each alone and with FCFD
+    python ablations/compare.py --table 9                     Tab. 9: online distillation
+    python ablations/compare.py --pairs resnet32x4-resnet8x4 --methods kd fcfd --seeds 1 2 3 --jobs 4
     python ablations/compare.py --pairs resnet20-resnet8 --epochs 30 --dataset folder --data-dir DIR
 
-Every other option is one of cifar100.py and goes to those of its runs that have a use for it. A teacher is trained
+Every other option is one of cifar100.py and goes to those of the runs that have a use for it. A teacher is trained
 once, with the first of the seeds, and serves all its students. Runs that are finished are kept and those broken off are
-resumed: the same command goes on with what is left, and a command with more seeds at the end of --seeds adds to it. In
---out come to lie a folder for each run, and of the runs of the last command table.md and the numbers in cells.csv.
+resumed: the same command goes on with what is left, and a command with more seeds at the end of --seeds adds to it. A
+folder for each run comes to lie in --runs, and in --out, of the runs of the last command, table.md and the numbers in
+cells.csv.
+
+crd, reviewkd and simkd are trained by ablations/baselines.py, online-* by online_kd.py, all others by cifar100.py;
+kd-dkd is DKD with L_task. With --simkd or --kd-loss dkd of its own every method of cifar100.py is changed.
 """
 
-import csv
-import io
 import sys
-from argparse import Namespace
-from functools import cache
-from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -23,21 +25,31 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import yaml
 
-import cifar100
-from ablations.cells import Cell, markdown, mean_and_deviation, run_cells, with_needed
-from common.checkpoint import write_atomically
-from common.device import check_device
+import online_kd
+from ablations import tables
+from ablations.cells import Cell, markdown, mean_and_deviation
+from ablations.tables import ALONE, Row
 from common.errors import UserError, exit_code
-from common.fcfd import TERMS
-from common.run_folder import locked
 from common.settings import Parser
 
 PUBLISHED = yaml.safe_load((Path(__file__).parent / "published.yaml").read_text())
-METHODS = ("alone", *cifar100.METHODS)
-OF_METHODS = {"num_paths", "positions", *(f"w_{term}" for term in TERMS)}  # settings that some methods have no use for
+ROWS = [
+    ALONE,
+    *(Row({"method": method}) for method in ("kd", "app", "fcfd")),
+    Row({"method": "kd", "kd_loss": "dkd"}),
+    Row({"method": "fcfd", "kd_loss": "dkd"}),
+    Row({"method": "fcfd", "simkd": True}),
+    Row({"method": "fcfd", "kd_loss": "dkd", "simkd": True}),
+    *(Row({"method": method}, online_kd) for method in online_kd.METHODS),
+]
+METHODS = {row.name: row for row in ROWS}
+TABLES = {
+    "1": ["alone", "kd", "kd-dkd", "app", "fcfd"],
+    "4": ["kd-dkd", "fcfd-dkd", "fcfd-simkd", "fcfd-dkd-simkd"],
+    "9": ["online-kd", "online-dml", "online-fcfd"],
+}
 # What may differ from a published run while its figure still means the same.
 NOT_DEFINING = ("seed", "device", "amp", "out", "data_dir", "max_minutes", "teacher_ckpt")
-SMOKE = ["--dataset", "synthetic", "--subset", "40", "--test-subset", "40", "--batch-size", "20", "--epochs", "1"]
 NOTE = """
 Top-1 test accuracy in percent: mean ± sample standard deviation over n seeds; a teacher's is of the one that taught.
 The best epoch is chosen on the test set, which flatters it.
@@ -48,104 +60,8 @@ marked * are of other settings: the last epoch, without Nesterov momentum, and K
 """
 
 
-def parse_args(argv: list[str] | None) -> tuple[Namespace, dict[str, Any]]:
-    """The options of this script, and the settings of cifar100.py that were given."""
-    parser = Parser(__doc__)
-    add = parser.add_argument
-    add("--pairs", nargs="+", metavar="TEACHER-STUDENT", default=list(PUBLISHED["pairs"]), help="default: Tab. 1's")
-    add("--methods", nargs="+", choices=METHODS, default=list(METHODS), help="default: all")
-    add("--seeds", nargs="+", type=int, metavar="SEED", default=[1], help="default: 1")
-    add("--teacher-ckpt", nargs="+", metavar="NAME=FILE", default=[], help="teachers that need not be trained")
-    add("--teacher-epochs", type=int, metavar="N", default=None, help="default: --epochs")
-    add("--jobs", type=int, metavar="N", default=1, help="runs at once on each device (default: 1)")
-    add("--devices", nargs="+", metavar="DEVICE", default=[], help="default: one, as cifar100.py chooses it")
-    add("--out", metavar="DIR", default=None, help="default: results/compare/<dataset>-<epochs>ep")
-    add("--smoke", action="store_true", default=False, help="the whole way with two small networks, in seconds")
-    args, words = parser.parse_known_args(argv)
-    for device in args.devices:
-        check_device(device)
-    if args.out == "":
-        parser.error("--out is empty")
-    if args.jobs < 1:
-        parser.error(f"--jobs {args.jobs}: it must be at least 1")
-    if args.smoke:
-        args.pairs, args.jobs, args.out = ["resnet14-resnet8"], max(2, args.jobs), args.out or "results/compare/smoke"
-        words = [*SMOKE, *words]
-    for option in ("--teacher", "--student", "--method", "--seed", "--device", "--resume", "--evaluate"):
-        if any(word.split("=")[0] == option for word in words):
-            parser.error(f"{option} is for one run: here there are --pairs, --methods, --seeds and --devices")
-    given = cifar100.parse_args([*words, "--student", "resnet8"])
-    del given["student"]
-    return args, given
-
-
-def grid(args: Namespace, given: dict[str, Any]) -> dict[tuple[str, str, int], Cell]:
-    """The run of each (pair, method, seed); one that needs a teacher's run has that as its `after`.
-
-    Raises:
-        UserError: a pair or a teacher's file is not written as it should be.
-    """
-    given = {"epochs": cifar100.SETTINGS["defaults"]["epochs"]} | given
-    if wrong := [word for word in args.teacher_ckpt if not all(word.partition("="))]:
-        raise UserError(f"--teacher-ckpt {wrong[0]}: write NAME=FILE, as in resnet32x4=ckpt_epoch_240.pth")
-    out, files = Path(args.out or default_out(given)), dict(word.split("=", 1) for word in args.teacher_ckpt)
-
-    epochs_teacher = given["epochs"] if args.teacher_epochs is None else args.teacher_epochs
-    for name, file in files.items():
-        if not any(pair.startswith(f"{name}-") for pair in args.pairs):
-            raise UserError(f"--teacher-ckpt {name}={file}: {name} is the teacher of none of the --pairs")
-        if not Path(file).is_file():
-            raise UserError(f"--teacher-ckpt {name}={file}: there is no such file")
-
-    @cache  # a network that is the teacher of several pairs, or a student and a teacher, is trained once
-    def alone(network: str, seed: int, epochs: int) -> Cell:
-        own = {key: value for key, value in given.items() if key not in cifar100.DISTILLATION}
-        duration = f"-{epochs}ep" if epochs != given["epochs"] else ""
-        own |= {"student": network, "seed": seed, "epochs": epochs}
-        return Cell(out / f"{network}-alone{duration}-seed{seed}", own)
-
-    def cell(pair: str, method: str, seed: int) -> Cell:
-        teacher, _, student = pair.partition("-")
-        if not (teacher and student):
-            raise UserError(f"--pairs {pair}: write teacher and student with a hyphen, as resnet32x4-resnet8x4")
-        if method == "alone":
-            return alone(student, seed, given["epochs"])
-        after = None if teacher in files else alone(teacher, args.seeds[0], epochs_teacher)
-        weighs = {f"w_{term}" for term in cifar100.METHODS[method]}
-        paths = {"num_paths", "positions"} if method == "fcfd" else set()
-        own = {key: value for key, value in given.items() if key not in OF_METHODS or key in weighs | paths}
-        own |= {"teacher": teacher, "student": student, "method": method, "seed": seed}
-        own["teacher_ckpt"] = str(after.network) if after else files[teacher]
-        return Cell(out / f"{pair}-{method}-seed{seed}", own, after)
-
-    return {key: cell(*key) for key in product(args.pairs, args.methods, args.seeds)}
-
-
-def default_out(given: dict[str, Any]) -> str:
-    """The folder for a grid's results where none is given."""
-    data = given.get("dataset", cifar100.SETTINGS["defaults"]["dataset"])
-    data = Path(given.get("data_dir", "data")).resolve().name if data == "folder" else data
-    return f"results/compare/{data}-{given['epochs']}ep"
-
-
-def numbers(cells: dict[tuple[str, str, int], Cell]) -> list[dict[str, Any]]:
-    """A row for each finished run."""
-    rows = []
-    for (pair, method, seed), cell in cells.items():
-        if result := cell.result():
-            row = {"pair": pair, "method": method, "seed": seed, "epochs": result["epochs"]}
-            row |= {
-                "last": result["last"]["top1"],
-                "best": result["best"]["top1"],
-                "best_epoch": result["best"]["epoch"],
-            }
-            row["teacher"] = result["teacher"]["top1"] if result["teacher"] else ""
-            rows.append(row | {key: result.get(key, "") for key in ("seconds", "commit", "torch", "device")})
-    return rows
-
-
 def table(rows: list[dict[str, Any]], published: dict[str, dict[str, float]]) -> str:
-    """The Markdown table of `rows` as from `numbers`; `published` holds figures by pair and method."""
+    """The Markdown table of `rows` as from `tables.numbers`; `published` holds figures by pair and method."""
     lines = []
     for pair in dict.fromkeys(row["pair"] for row in rows):
         of_pair = [row for row in rows if row["pair"] == pair]
@@ -157,6 +73,9 @@ def table(rows: list[dict[str, Any]], published: dict[str, dict[str, float]]) ->
             runs = [row for row in of_pair if row["method"] == method]
             last, best = (mean_and_deviation([run[key] for run in runs]) for key in ("last", "best"))
             lines.append([pair, method, len(runs), last, best, figures.get(method, "")])
+            if runs[0]["teacher_last"] != "":  # it was trained in the same run
+                last, best = (mean_and_deviation([run[f"teacher_{key}"] for run in runs]) for key in ("last", "best"))
+                lines.append([pair, f"{method}: its teacher", len(runs), last, best, ""])
     return (
         markdown(["pair", "method", "n", "last epoch", "best", "published"], lines)
         + NOTE
@@ -184,33 +103,21 @@ def has_published_settings(cell: Cell) -> bool:
     return same and (cell.after is None or has_published_settings(cell.after))
 
 
-def write_table(cells: dict[tuple[str, str, int], Cell], out: Path) -> None:
-    """Print the table of what is finished; write it, and the numbers behind it."""
-    if rows := numbers(cells):
-        text = table(rows, published_figures(cells))
-        lines = io.StringIO()
-        writer = csv.DictWriter(lines, rows[0])
-        writer.writeheader()
-        writer.writerows(rows)
-        write_atomically(out / "cells.csv", lambda file: file.write(lines.getvalue().encode()))
-        write_atomically(out / "table.md", lambda file: file.write(text.encode()))
-        print(f"\n{text}\nwritten to {out}/table.md, the numbers to cells.csv")
-
-
 def main(argv: list[str] | None = None) -> int:
     """Check the grid, run it and write its table; the exit code is that of `exit_code`."""
 
+    def more_options(parser: Parser) -> None:
+        add = parser.add_argument
+        add("--methods", nargs="+", choices=METHODS, default=None, help="default: alone kd app fcfd")
+        add("--table", choices=TABLES, default=None, help="the methods of this table of the paper")
+
     def script() -> None:
-        args, given = parse_args(argv)
-        cells = grid(args, given)
-        out = next(iter(cells.values())).folder.parent
-        runs = with_needed(cells.values())
-        out.mkdir(parents=True, exist_ok=True)
-        with locked(out):
-            try:
-                run_cells(runs, args.jobs, args.devices)
-            finally:
-                write_table(cells, out)
+        args, given = tables.parse_args(argv, __doc__, "compare", PUBLISHED["pairs"], more_options)
+        if args.table and args.methods:
+            raise UserError("--table and --methods both choose the methods: give one of them")
+        methods = args.methods or TABLES.get(args.table, ["alone", "kd", "app", "fcfd"])
+        cells = tables.grid(args, given, [METHODS[method] for method in methods])
+        tables.run(args, cells, lambda rows: tables.write(args.out, table(rows, published_figures(cells)), rows))
 
     return exit_code(script, "what is finished is kept, repeat the command to go on")
 

@@ -7,7 +7,8 @@ import time
 
 import pytest
 
-from ablations import cells, compare
+import cifar100
+from ablations import cells, compare, tables
 from ablations.cells import Cell, mean_and_deviation, run_cells, with_needed
 from common.errors import UserError
 from common.run_folder import locked
@@ -43,7 +44,7 @@ score = {"epoch": 1, "top1": 50.0}
 def fake(tmp_path, monkeypatch):
     (tmp_path / "desk").mkdir()
     (tmp_path / "fake.py").write_text(FAKE)
-    monkeypatch.setattr(cells, "SCRIPT", tmp_path / "fake.py")
+    monkeypatch.setattr(cifar100, "__file__", str(tmp_path / "fake.py"))
     monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
     return lambda name, **more: Cell(
         tmp_path / name, {"student": "resnet8", "epochs": 1, "dataset": "synthetic"}, **more
@@ -184,7 +185,8 @@ def test_mean_and_sample_deviation():
 
 
 def row(method, seed, last, best, teacher=75.0):
-    return {"pair": "a-b", "method": method, "seed": seed, "last": last, "best": best, "teacher": teacher}
+    own = {"pair": "a-b", "method": method, "seed": seed, "last": last, "best": best, "teacher": teacher}
+    return own | {"teacher_last": "", "teacher_best": ""}
 
 
 def test_table():
@@ -195,9 +197,13 @@ def test_table():
     assert "| a-b | kd | 2 | 71.00 ± 1.41 | 71.50 ± 0.71 | 73.33 * |\n" in text
 
 
+def grid(*options, methods=("alone", "kd", "app", "fcfd")):
+    args, given = tables.parse_args([str(word) for word in options], "", "compare", compare.PUBLISHED["pairs"])
+    return tables.grid(args, given, [compare.METHODS[method] for method in methods])
+
+
 def published(tmp_path, *options):
-    args, given = compare.parse_args(["--out", str(tmp_path), "--pairs", "resnet56-resnet20", "vgg13-vgg8", *options])
-    return compare.published_figures(compare.grid(args, given))
+    return compare.published_figures(grid("--out", tmp_path, "--pairs", "resnet56-resnet20", "vgg13-vgg8", *options))
 
 
 def test_published_figures_stand_beside_the_same_definition_alone(tmp_path):
@@ -218,9 +224,9 @@ def test_published_figures_stand_beside_the_same_definition_alone(tmp_path):
 def test_grid(tmp_path):
     some = tmp_path / "some.pth"
     some.touch()
-    options = ["--pairs", "resnet20-resnet8", "resnet32-resnet20", "--methods", "alone", "kd", "--seeds", "3", "4"]
-    options += ["--epochs", "2", "--temperature", "2", "--teacher-ckpt", f"resnet32={some}", "--out", str(tmp_path)]
-    runs = compare.grid(*compare.parse_args(options))
+    options = ["--pairs", "resnet20-resnet8", "resnet32-resnet20", "--seeds", "3", "4"]
+    options += ["--epochs", "2", "--temperature", "2", "--teacher-ckpt", f"resnet32={some}", "--out", tmp_path]
+    runs = grid(*options, methods=["alone", "kd"])
     assert len(runs) == 8
     kd = runs["resnet20-resnet8", "kd", 4]
     assert kd.folder == tmp_path / "resnet20-resnet8-kd-seed4"
@@ -231,7 +237,7 @@ def test_grid(tmp_path):
     assert runs["resnet32-resnet20", "kd", 3].given["teacher_ckpt"] == str(some)
     assert runs["resnet32-resnet20", "kd", 3].after is None
     assert {f"--teacher-ckpt={kd.given['teacher_ckpt']}", "--device=cuda:1", "--seed=4"} <= set(kd.command("cuda:1"))
-    longer = compare.grid(*compare.parse_args([*options, "--teacher-epochs", "5"]))["resnet20-resnet8", "kd", 4].after
+    longer = grid(*options, "--teacher-epochs", "5")["resnet20-resnet8", "kd", 4].after
     assert (longer.folder.name, longer.given["epochs"]) == ("resnet20-alone-5ep-seed3", 5)
 
 
