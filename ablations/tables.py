@@ -262,14 +262,18 @@ def main(
     rows: list[tuple[tuple[str, ...], Row]],
     pairs: list[str],
 ) -> int:
-    """A script that is such a table and nothing else; arguments as in `parse_args` and `layout`. Its exit code."""
+    """A script that is such a table and nothing else; arguments as in `parse_args` and `layout`. Its exit code.
+
+    --smoke makes the first and the last four rows.
+    """
 
     def script() -> None:
         args, given = parse_args(argv, description, table, pairs)
-        cells = grid(args, given, [row for _, row in rows])
+        shown = [rows[0], *rows[-4:]] if args.smoke else rows
+        cells = grid(args, given, [row for _, row in shown])
 
         def finish(found: list[dict[str, Any]]) -> None:
-            text = layout(header, rows, args.pairs, found) + NOTE.format(seeds=count_seeds(found))
+            text = layout(header, shown, args.pairs, found) + NOTE.format(seeds=count_seeds(found))
             write(args.out, text, found)
 
         run(args, cells, finish)

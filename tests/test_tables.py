@@ -1,0 +1,213 @@
+"""ablations/tables.py, and the tables that are nothing but their rows: Tab. 5, 10, 13 and 14."""
+
+import csv
+import json
+
+import pytest
+
+import online_kd
+from ablations import compare, components, loss_terms, partial, positions, tables
+from ablations.tables import ALONE, PAIRS_L2, Row
+
+SCRIPTS = (components, loss_terms, partial, positions)
+GIVEN = {"epochs": 3}
+
+
+def settings(tmp_path, script, pair="resnet32x4-resnet8x4", *options):
+    """What stands in front of each row, and all settings that its run would have."""
+    words = ["--pairs", pair, "--out", str(tmp_path), "--epochs", "3", "--dataset", "synthetic", *options]
+    args, given = tables.parse_args(words, "", "some", [])
+    runs = tables.grid(args, given, [row for _, row in script.ROWS])
+    return [(start, vars(runs[pair, row.name, 1].settings())) for start, row in script.ROWS]
+
+
+def weights(c):
+    return {key.removeprefix("w_"): value for key, value in c.items() if key.startswith("w_") and value}
+
+
+BASE = {"task": 1, "kd": 1}
+APP, FUNC, PRIME = {"app": 5}, {"func_l2": 5, "func_kl": 1}, {"func_prime": 1}
+
+
+def test_rows_of_components_weigh_what_they_say(tmp_path):
+    rows = settings(tmp_path, components)
+    for marks, c in rows:
+        parts = [part for mark, part in zip(marks, (APP, FUNC, PRIME), strict=True) if mark]
+        assert weights(c) == BASE | {key: value for part in parts for key, value in part.items()}, marks
+    assert [sum(map(bool, marks)) for marks, _ in rows] == [0, 1, 2, 2, 2, 3]
+
+
+def test_rows_of_loss_terms_weigh_what_they_say(tmp_path):
+    each = ({"func_kl": 1}, {"func_l2": 5}, {"func_prime": 1}, {"func_prime_l2": 5})
+    rows = settings(tmp_path, loss_terms)
+    assert len({marks for marks, _ in rows}) == len(rows)
+    for marks, c in rows:
+        parts = [part for mark, part in zip(marks, each, strict=True) if mark]
+        assert weights(c) == BASE | APP | {key: value for part in parts for key, value in part.items()}, marks
+
+
+def test_rows_of_partial_weigh_what_they_say(tmp_path):
+    parts = {"L_func-partial": {"func_partial": 5}, "L_func": FUNC, "L_func'": PRIME, "nothing": {}}
+    for (title,), c in settings(tmp_path, partial):
+        expected = [parts[name] for name in title.split(" and ")]
+        assert weights(c) == BASE | APP | {key: value for part in expected for key, value in part.items()}, title
+
+
+def test_rows_of_positions_draw_two_paths_where_they_say(tmp_path):
+    found = {title: c for (title,), c in settings(tmp_path, positions)}
+    assert [c["positions"] for c in found.values()] == [[2, 3], [2], [3], [4], [4], [2, 3]]
+    assert [c["num_paths"] for c in found.values()] == [0, 2, 2, 2, 1, 2]
+    assert weights(found["F^4, L_func alone (SRRL)"]) == BASE | APP | FUNC
+    assert all(weights(found[title]) == BASE | APP | FUNC | PRIME for title in ("F^2", "F^3", "F^4"))
+
+
+def test_variants_have_the_pairs_weight_of_l2_terms(tmp_path):
+    *_, (_, c) = settings(tmp_path, loss_terms, "resnet56-resnet20")
+    assert (c["w_func_l2"], c["w_func_prime_l2"]) == (0.02, 0.02)
+    *_, (_, c) = settings(tmp_path, loss_terms, "resnet56-resnet20", "--w-app", "3")
+    assert (c["w_app"], c["w_func_l2"], c["w_func_prime_l2"]) == (3, 0.02, 3)
+
+
+def test_a_training_has_one_name_in_all_tables_and_shares_it_with_no_other(tmp_path):
+    by_name = {}
+    for script in SCRIPTS:
+        for (_, row), (_, c) in zip(script.ROWS, settings(tmp_path, script), strict=True):
+            c = {key: value for key, value in c.items() if key not in ("out", "teacher_ckpt", "method")}
+            assert by_name.setdefault(row.name, c) == c, row.name
+    distinct = {json.dumps(c, sort_keys=True) for c in by_name.values()}
+    assert len(distinct) == len(by_name)
+    assert len(by_name) < sum(len(script.ROWS) for script in SCRIPTS)
+    assert {row.name for _, row in components.ROWS} & {row.name for _, row in loss_terms.ROWS} > {"app", "fcfd"}
+
+
+def test_names():
+    rows = [ALONE, Row({"method": "kd", "kd_loss": "dkd"}), Row({"method": "dml"}, online_kd)]
+    rows += [Row({"w_func_kl": 0, "method": "fcfd", "positions": [2, 4]}), Row({"method": "fcfd", "simkd": True})]
+    names = ["alone", "kd-dkd", "online-dml", "fcfd-positions=2+4-w_func_kl=0", "fcfd-simkd"]
+    assert [row.name for row in rows] == names
+
+
+def test_each_row_takes_what_it_has_a_use_for():
+    given = GIVEN | {"w_app": 2, "w_func_kl": 3, "num_paths": 1, "tckd": 4, "lr": 5, "temperature": 6, "amp": "off"}
+
+    def taken(method, script=tables.cifar100, **more):
+        own = tables.settings_of(Row({"method": method, **more}, script), given, "a-b")
+        return {
+            key: own.get(key) for key in ("w_app", "w_func_kl", "num_paths", "tckd", "lr", "temperature") if key in own
+        }
+
+    assert taken("kd") == {"lr": 5, "temperature": 6}
+    assert taken("app") == {"w_app": 2, "lr": 5, "temperature": 6}
+    assert taken("app", w_func_partial=PAIRS_L2) == {"w_app": 2, "num_paths": 1, "lr": 5, "temperature": 6}
+    everything = {"w_app": 2, "w_func_kl": 3, "num_paths": 1, "lr": 5, "temperature": 6}
+    assert taken("fcfd") == everything
+    assert taken("fcfd", kd_loss="dkd") == everything | {"tckd": 4}
+    assert taken("fcfd", w_app=0, num_paths=4) == everything | {"w_app": 0, "num_paths": 4}
+    assert taken("fcfd", online_kd) == everything
+    assert taken("dml", online_kd) == {"lr": 5, "temperature": 6}
+
+
+def test_folders_are_named_by_what_was_given(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+
+    def folders(*options):
+        args, _ = tables.parse_args(list(options), "", "some", ["resnet14-resnet8"])
+        return str(args.out), str(args.runs)
+
+    assert folders() == ("results/some/cifar100-240ep", "results/runs/cifar100-240ep")
+    name = "tiny-subset50-3ep-lr=0.1-positions=2+3"
+    options = ["--dataset", "folder", "--data-dir", "x/tiny", "--epochs", "3", "--lr", "0.1", "--positions", "2", "3"]
+    assert folders(*options, "--subset", "50") == (f"results/some/{name}", f"results/runs/{name}")
+    assert folders("--out", "here") == ("here", "here")
+    assert folders("--out", "here", "--runs", "there") == ("here", "there")
+    assert folders("--seeds", "4", "--jobs", "2", "--amp", "off") == folders()
+
+
+def found(pair, method, seed, last, teacher=""):
+    return {"pair": pair, "method": method, "seed": seed, "last": last, "teacher": teacher}
+
+
+def test_layout():
+    rows = [(("", "✓"), Row({"method": "kd"})), (("✓", ""), Row({"method": "fcfd"}))]
+    numbers = [found("a-b", "kd", 1, 70.0, 80.0), found("a-b", "kd", 2, 72.0, 80.0), found("c-d", "fcfd", 1, 50.0)]
+    text = tables.layout(["one", "two"], rows, ["a-b", "c-d"], numbers)
+    assert text.splitlines() == [
+        "| one | two | a-b (teacher 80.00) | c-d |",
+        "| --- | --- | --- | --- |",
+        "|  | ✓ | 71.00 ± 1.41 |  |",
+        "| ✓ |  |  | 50.00 |",
+    ]
+    assert tables.count_seeds(numbers) == "; n = 1 to 2, as far as runs are finished (cells.csv)"
+    assert tables.count_seeds(numbers[:2]) == "; n = 2"
+
+
+def test_online_runs_tell_of_their_teacher():
+    own = found("a-b", "online-dml", 1, 60.0) | {"best": 61.0, "teacher_last": 70.0, "teacher_best": 71.0}
+    text = compare.table([own], {})
+    assert (
+        "| a-b | online-dml | 1 | 60.00 | 61.00 |  |\n| a-b | online-dml: its teacher | 1 | 70.00 | 71.00 |  |" in text
+    )
+
+
+@pytest.fixture(scope="module")
+def smoke(tmp_path_factory):
+    """The smoke form of each script; their runs in one folder, so that no training is done twice."""
+    folder = tmp_path_factory.mktemp("tables")
+    for script in SCRIPTS:
+        out = folder / script.__name__
+        assert script.main(["--smoke", "--out", str(out), "--runs", str(folder / "runs")]) == 0
+    return folder
+
+
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_smoke(smoke, capsys, script):
+    out, shown = smoke / script.__name__, [script.ROWS[0], *script.ROWS[-4:]]
+    with (out / "cells.csv").open() as file:
+        cells = {cell["method"]: cell for cell in csv.DictReader(file)}
+    assert list(cells) == [row.name for _, row in shown]
+    lines = (out / "table.md").read_text().splitlines()[2:7]
+    for (start, row), line in zip(shown, lines, strict=True):
+        result = json.loads((smoke / "runs" / f"resnet14-resnet8-{row.name}-seed1" / "result.json").read_text())
+        assert line == "| " + " | ".join([*start, f"{result['last']['top1']:.2f}"]) + " |"
+        assert float(cells[row.name]["best"]) == result["best"]["top1"]
+    before = (out / "table.md").read_text()
+    assert script.main(["--smoke", "--out", str(out), "--runs", str(smoke / "runs")]) == 0
+    assert "6 runs, of which 6 are done" in capsys.readouterr().out
+    assert (out / "table.md").read_text() == before
+
+
+def test_compare_runs_other_scripts_too(tmp_path, capsys):
+    assert compare.main(["--smoke", "--methods", "online-dml", "--out", str(tmp_path)]) == 0
+    folder = tmp_path / "resnet14-resnet8-online-dml-seed1"
+    result = json.loads((folder / "result.json").read_text())
+    text = (tmp_path / "table.md").read_text()
+    assert f"| resnet14-resnet8 | online-dml | 1 | {result['last']['top1']:.2f} |" in text
+    assert f"| online-dml: its teacher | 1 | {result['teacher_last']['top1']:.2f} |" in text
+    assert compare.main(["--smoke", "--methods", "online-dml", "--out", str(tmp_path)]) == 0
+    assert "1 runs, of which 1 are done" in capsys.readouterr().out
+    assert compare.main(["--smoke", "--methods", "online-dml", "--out", str(tmp_path), "--lr", "0.3"]) == 2
+    assert "--lr is 0.3 and was 0.05" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("options", "expected"),
+    [
+        (["--pairs", "resnet14-resnet9"], "resnet8"),
+        (["--pairs", "resnet14-vgg8"], "stages"),
+        (["--method", "kd"], "--pairs"),
+        (["--runs", ""], "--runs is empty"),
+        (["--dataset", "folder", "--data-dir", "missing"], "missing"),
+    ],
+)
+def test_wrong_input_is_one_line_and_exit_code_2(tmp_path, capsys, options, expected):
+    assert components.main([*options, "--out", str(tmp_path / "out")]) == 2
+    message = capsys.readouterr().err
+    assert message.startswith("error: ")
+    assert expected in message
+    assert message.count("\n") == 1
+    assert not (tmp_path / "out").exists()
+
+
+def test_two_ways_to_choose_the_methods(tmp_path, capsys):
+    assert compare.main(["--table", "4", "--methods", "kd", "--out", str(tmp_path)]) == 2
+    assert "give one of them" in capsys.readouterr().err
