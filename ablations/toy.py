@@ -137,7 +137,6 @@ def draw(rows: list[dict[str, Any]], out: Path, cells: int = 300) -> None:
     profile.grid(alpha=0.3)
     profile.spines[["top", "right"]].set_visible(False)
     save_figure(figure, out)
-    pyplot.close(figure)
 
 
 def parse_args(argv: list[str] | None) -> Namespace:

@@ -1,0 +1,304 @@
+"""How unequally a network treats the directions of its features (Sec. 1.3).
+
+    python ablations/anisotropy.py                                        resnet32x4, trained first
+    python ablations/anisotropy.py --run runs/cifar100-resnet32x4-alone-240ep-seed1
+    python ablations/anisotropy.py --network resnet32x4 --ckpt FILE
+
+The feature F^k of a test image is moved by --length times its own L2 norm along random directions: uniform on the unit
+sphere of the whole map, the same ones for all images. From each of these the later part of the network, in evaluation
+mode and float32, makes an output p', and KL(p || p'), at temperature 1 and in nats, says how far it is from the clean
+one. To an L2 loss all of them are alike. An image's mildest direction is that of its smallest KL, its worst that of
+its largest.
+
+In --out come to lie table.md, histogram.png and numbers.json, with the numbers of every image. What it has
+of the same network, images, --directions and --length is not measured again.
+"""
+
+import hashlib
+import json
+import sys
+from argparse import Namespace
+from collections.abc import Callable
+from pathlib import Path
+from statistics import fmean
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+import torch
+from torch import Tensor
+from tqdm import tqdm
+
+import cifar100
+from ablations.agreement import config_of
+from ablations.cells import Cell, markdown, mean_and_deviation, run_cells, with_needed
+from ablations.compare import default_out
+from ablations.figures import COLOURS, load_pyplot, save_figure
+from ablations.toy import kl_nats
+from common.checkpoint import load_network, write_atomically
+from common.data import Data, ImageSet, eval_batches
+from common.device import open_device
+from common.errors import UserError, exit_code
+from common.models import StagedNet, build
+from common.randomness import generator
+from common.run_folder import locked
+from common.settings import LARGEST, Parser, check_ranges
+from common.sources import load_data, spread
+
+DATA = ("dataset", "data_dir", "subset", "test_subset")  # settings of cifar100.py
+TRAINING = ("epochs", "seeds", "runs", "smoke")  # options without a meaning for a network that is there
+FLOOR = 1e-12  # nats: what rounding in float32 does to an output; a smaller KL counts as this
+DECADES, BINS = 4, 80  # the histogram of log10(KL / the image's median) runs from -DECADES to DECADES
+COLUMNS = {"smallest": 5, "median": 4, "largest": 4, "ratio": 1, "clean": 2, "mean": 2, "mildest": 2, "worst": 2}
+HEADER = ["network", "feature", "smallest KL", "median KL", "largest KL", "largest / smallest"]
+HEADER += [f"accuracy, {which} (%)" for which in ("clean", "mean", "mildest", "worst")]
+PerImage = dict[str, list[float]]  # what `per_image` gives
+
+
+def unit_directions(shape: torch.Size, first: int, last: int) -> Tensor:
+    """The directions number first..last-1: [last - first, *shape], each uniform on the unit sphere and drawn alone."""
+    drawn = [torch.randn(shape, generator=generator(0, i, "directions")) for i in range(first, last)]
+    return torch.stack([direction / direction.norm() for direction in drawn])
+
+
+def perturbed(features: Tensor, directions: Tensor, length: float) -> Tensor:
+    """[n, *shape], [D, *shape] -> [n, D, *shape]: each feature moved by length times its L2 norm along each."""
+    norms = features.flatten(1).norm(dim=1).view(-1, *[1] * directions.dim())
+    return features[:, None] + length * norms * directions
+
+
+def measure(
+    later: Callable[[Tensor], Tensor], features: Tensor, labels: Tensor, count: int, length: float, batch_size: int
+) -> tuple[Tensor, Tensor, Tensor]:
+    """What `later`, [B, *shape] -> logits [B, K], makes of `count` perturbations of the features [n, *shape].
+
+    Their length is `length` times the feature's L2 norm; there are `batch_size`, n or more, at once. Returns KL in nats,
+    float64 [n, count]; whether the answer is that of `labels` [n], as [n, count]; and whether the clean one is, as [n].
+    """
+    clean, labels = later(features).cpu().double(), labels.cpu()
+    at_once = max(1, batch_size // len(features))
+    kl, hits = [], []
+    for first in tqdm(range(0, count, at_once), leave=False, disable=None):
+        directions = unit_directions(features.shape[1:], first, min(count, first + at_once)).to(features.device)
+        moved = perturbed(features, directions, length)
+        # In float64, where a small difference of two outputs is not lost; not every device has it.
+        logits = later(moved.flatten(0, 1)).cpu().double().unflatten(0, moved.shape[:2])
+        kl.append(kl_nats(clean[:, None], logits).clamp(min=FLOOR))
+        hits.append(logits.argmax(2) == labels[:, None])
+    return torch.cat(kl, 1), torch.cat(hits, 1), clean.argmax(1) == labels
+
+
+def per_image(kl: Tensor, hits: Tensor, clean: Tensor) -> PerImage:
+    """What is kept of what `measure` returns: a value for each image, and a histogram.
+
+    smallest, median (the lower of two), largest: KL in nats over the directions. clean, mildest, worst: 100 if the
+    answer is right without a perturbation and along these directions, else 0. mean: percent of directions where it is.
+    histogram: how many pairs of image and direction lie in each bin of log10(KL / the image's median).
+    """
+    median, hits = kl.median(1).values, 100 * hits.double()
+    columns = {
+        "smallest": kl.amin(1),
+        "median": median,
+        "largest": kl.amax(1),
+        "clean": 100 * clean.double(),
+        "mean": hits.mean(1),
+        "mildest": hits.gather(1, kl.argmin(1, keepdim=True))[:, 0],
+        "worst": hits.gather(1, kl.argmax(1, keepdim=True))[:, 0],
+        "histogram": torch.histc((kl / median[:, None]).log10().clamp(-DECADES, DECADES), BINS, -DECADES, DECADES),
+    }
+    return {key: [float(f"{value:.6g}") for value in values.tolist()] for key, values in columns.items()}
+
+
+@torch.no_grad()
+def measure_feature(net: StagedNet, k: int, test: ImageSet, c: Namespace) -> PerImage:
+    """`measure` at F^k of all test images; `net` is in evaluation mode."""
+
+    def later(x: Tensor) -> Tensor:
+        for l in range(k + 1, net.num_stages + 1):
+            x = net.stage(l, x)
+        return net.classify(x)
+
+    parts = [
+        measure(later, net.features(images)[k - 1], labels, c.directions, c.length, c.batch_size)
+        for images, labels in eval_batches(test, c.batch_size)
+    ]
+    return per_image(*map(torch.cat, zip(*parts, strict=True)))
+
+
+def measure_network(name: str, file: Path, data: Data, c: Namespace) -> dict[int, PerImage]:
+    """`measure_feature` at each position k, for the weights in `file`, as far as numbers.json does not have it."""
+    net = build(c.network, len(data.classes))
+    load_network(net, file, c.network)
+    content = b"".join(t.numpy().tobytes() for t in (*net.state_dict().values(), data.test.images, data.test.labels))
+    settings = {"network": c.network, "directions": c.directions, "length": c.length, "images": c.images}
+    settings["sha256"] = hashlib.sha256(content).hexdigest()
+    numbers = read_numbers(path := c.out / "numbers.json")
+    if numbers.get(name, {}).get("settings") != settings:
+        numbers[name] = {"settings": settings, "features": {}}
+    found = numbers[name]["features"]
+    net, test = net.to(c.device).eval(), data.test.to(torch.device(c.device))
+    for k in c.positions:
+        if str(k) not in found:
+            found[str(k)] = measure_feature(net, k, test, c)
+            write_atomically(path, lambda file: file.write(json.dumps(numbers).encode()))
+        print("{}, F^{}: KL from {smallest:.3g} to {largest:.3g} nats".format(name, k, **summary(found[str(k)])))
+    return {k: found[str(k)] for k in c.positions}
+
+
+def read_numbers(path: Path) -> dict[str, dict]:
+    """What earlier commands left in numbers.json, by network; a UserError if it is damaged."""
+    try:
+        numbers = json.loads(path.read_text()) if path.exists() else {}
+        if not all(isinstance(found["settings"], dict) and found["features"].keys() for found in numbers.values()):
+            raise ValueError("it holds something else")
+    except (ValueError, AttributeError, KeyError, TypeError) as error:
+        raise UserError(f"{path} is damaged ({error!r}): remove it, or choose another --out") from error
+    return numbers
+
+
+def summary(images: PerImage) -> dict[str, float]:
+    """COLUMNS: KL in nats, mean over images; the largest of these to the smallest; accuracies in percent."""
+    means = {key: fmean(images[key]) for key in COLUMNS if key != "ratio"}
+    return means | {"ratio": means["largest"] / means["smallest"]}
+
+
+def table(measured: dict[str, dict[int, PerImage]], c: Namespace) -> str:
+    """The Markdown table, by network and k: a group of rows for each network, and their means."""
+    groups = {name: {k: [summary(images)] for k, images in of_k.items()} for name, of_k in measured.items()}
+    if len(groups) > 1:
+        groups[f"mean of {len(groups)}"] = {k: [group[k][0] for group in groups.values()] for k in c.positions}
+    rows = [
+        [name, f"F^{k}", *(mean_and_deviation([one[key] for one in found], digits) for key, digits in COLUMNS.items())]
+        for name, group in groups.items()
+        for k, found in group.items()
+    ]
+    return markdown(HEADER, rows) + (
+        f"\nFeatures of {c.images} test images, moved by {c.length:g} of their L2 norm along {c.directions} random "
+        "directions. KL(p || p') in nats: the\nsmallest, median and largest of an image's directions, mean over images. "
+        "Mildest, worst: along each image's direction\nof the smallest, of the largest KL.\n"
+    )
+
+
+def draw(measured: dict[str, dict[int, PerImage]], c: Namespace, out: Path) -> None:
+    """Write the figure, a panel for each k: how KL spreads around the image's median, all networks together."""
+    pyplot, width = load_pyplot(), max(6, 2.7 * len(c.positions))
+    edges = [10 ** (DECADES * (2 * i / BINS - 1)) for i in range(BINS + 1)]
+    grid = {"sharex": True, "sharey": True, "squeeze": False, "layout": "constrained"}
+    figure, panels = pyplot.subplots(1, len(c.positions), figsize=(width, 3.5), **grid)
+    ends = []
+    for panel, k in zip(panels[0], c.positions, strict=True):
+        found = [of_k[k] for of_k in measured.values()]
+        counts = torch.tensor([one["histogram"] for one in found]).sum(0)
+        shares = 100 * counts / counts.sum()
+        panel.stairs(shares, edges, fill=True, color="lightgrey", label="all directions of all images")
+        for key, colour in (("smallest", COLOURS[0]), ("largest", COLOURS[3])):
+            relative = [value / m for one in found for value, m in zip(one[key], one["median"], strict=True)]
+            look = {"histtype": "stepfilled", "facecolor": f"{colour}33", "edgecolor": colour, "linewidth": 1.5}
+            share = [100 / len(relative)] * len(relative)
+            panel.hist(relative, edges, weights=share, label=f"each image's {key}", **look)
+            ends += min(relative), max(relative)
+        ratio = fmean(summary(one)["ratio"] for one in found)
+        panel.set(xscale="log", xlabel="KL / the image's median KL", title=f"$F^{k}$: largest / smallest {ratio:.1f}")
+        panel.spines[["top", "right"]].set_visible(False)
+    panels[0][0].set(ylabel="share of directions, images (%)", xlim=(min(ends) / 1.5, max(ends) * 1.5))
+    figure.legend(*panels[0][0].get_legend_handles_labels(), loc="outside upper center", frameon=False, ncols=3)
+    save_figure(figure, out)
+
+
+def parse_args(argv: list[str] | None) -> Namespace:
+    """The options, complete; those of the data that were given lie in c.data."""
+    parser = Parser(__doc__)
+    add = parser.add_argument
+    add("--network", metavar="NAME", help="default: resnet32x4")
+    add("--ckpt", metavar="FILE", type=Path, help="its weights (default: it is trained first)")
+    add("--run", metavar="DIR", type=Path, help="a run of cifar100.py, which says network, weights and data")
+    parser.add_image_set_options()
+    add("--epochs", type=int, metavar="N", help="of training (default: 240)")
+    add("--seeds", nargs="+", type=int, metavar="SEED", help="of training, a network each (default: 1)")
+    add("--runs", metavar="DIR", type=Path, help="where it is trained (default: results/runs/<dataset>-<epochs>ep)")
+    add("--positions", nargs="+", type=int, metavar="K", help="which features F^k (default: 2..N)")
+    add("--directions", type=int, metavar="N", help="default: 512")
+    add("--length", type=float, metavar="R", help="of a perturbation, by its feature's L2 norm (default: 0.5)")
+    add("--images", type=int, metavar="N", help="test images, spread evenly over the classes (default: 500, or all)")
+    add("--batch-size", type=int, metavar="N", help="perturbed features at once (default: 500)")
+    add("--device", help="default: cuda if there is one, else cpu")
+    add("--out", metavar="DIR", type=Path, help="default: results/anisotropy/ and a name after network and data")
+    add("--smoke", action="store_true", help="the whole way with a small network, in seconds")
+    given = parser.given(argv)
+    for there, without_meaning in (("run", (*DATA, "network", "ckpt", *TRAINING)), ("ckpt", TRAINING)):
+        if there in given and (told := [key for key in without_meaning if key in given and key != "data_dir"]):
+            parser.error(f"--{told[0].replace('_', '-')} has no meaning beside --{there}: leave one of them out")
+    if given.pop("smoke", False):
+        small = {"network": "resnet8", "dataset": "synthetic", "subset": 80, "test_subset": 40, "epochs": 1}
+        small |= {"directions": 8, "out": Path("results/anisotropy/smoke"), "runs": Path("results/runs/smoke")}
+        given = small | given
+    defaults = {"network": "resnet32x4", "seeds": [1], "directions": 512, "length": 0.5, "batch_size": 500}
+    defaults |= dict.fromkeys(("ckpt", "run", "runs", "positions", "images", "out"))
+    defaults["device"] = "cuda" if torch.cuda.is_available() else "cpu"
+    c = Namespace(**defaults | {"epochs": cifar100.SETTINGS["defaults"]["epochs"]} | given)
+    c.data = {key: given[key] for key in DATA if key in given}
+    check_ranges(c)
+    for key in ("directions", "length", "images"):
+        if getattr(c, key) is not None and not 0 < getattr(c, key) <= LARGEST:
+            parser.error(f"--{key} {getattr(c, key)}: it must be above 0 and at most {LARGEST}")
+    return c
+
+
+def find_data(c: Namespace) -> Data:
+    """The images, of the test images those wanted; settles c.network, c.images, c.positions or raises a UserError."""
+    config = config_of(c.run) if c.run else cifar100.SETTINGS["defaults"]
+    c.network = config["student"] or c.network
+    last = build(c.network, num_classes=10).num_stages
+    name, directory, *sizes = ((config | c.data).get(key) for key in DATA)
+    data = load_data(name, directory, *sizes)
+    if c.run and data.fingerprint != config["fingerprint"]:
+        raise UserError(f"{c.run} saw other images than there are in {directory}: give its --data-dir")
+    c.images = min(500, len(data.test)) if c.images is None else c.images
+    kept = spread(data.test.labels.numpy(), c.images, len(data.classes), "images")
+    data.test = ImageSet(data.test.images[kept], data.test.labels[kept])
+    c.positions = sorted(set(c.positions or range(2, last + 1)))
+    if not 1 <= c.positions[0] <= c.positions[-1] <= last:
+        raise UserError(f"--positions {' '.join(map(str, c.positions))}: {c.network} has the features 1..{last}")
+    return data
+
+
+def find_weights(c: Namespace) -> tuple[dict[str, Path], list[Cell]]:
+    """The files of weights, by the name of their rows, and the runs that are to make them; settles c.out."""
+    if c.run or c.ckpt:
+        name = c.run.resolve().name if c.run else f"{c.network}-{c.ckpt.stem}"
+        files, cells = {name: c.ckpt or c.run / "student.pth"}, []
+    else:
+        of_data = Path(default_out(c.data | {"epochs": c.epochs})).name
+        name, folder = f"{of_data}-{c.network}", c.runs or Path("results/runs") / of_data
+        given = c.data | {"student": c.network, "epochs": c.epochs} | {"device": c.device}
+        seeds = dict.fromkeys(c.seeds)  # each once
+        cells = with_needed(Cell(folder / f"{c.network}-alone-seed{n}", given | {"seed": n}) for n in seeds)
+        files = {f"{c.network}, seed {cell.given['seed']}": cell.network for cell in cells}
+    c.out = c.out or Path("results/anisotropy") / name
+    return files, cells
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Train what must be, measure, and write table and figure; the exit code is that of `exit_code`."""
+
+    def script() -> None:
+        c = parse_args(argv)
+        load_pyplot()
+        open_device(c.device)
+        torch.backends.cudnn.allow_tf32 = False  # whose rounding is what a mild direction does
+        data = find_data(c)
+        files, cells = find_weights(c)
+        c.out.mkdir(parents=True, exist_ok=True)
+        with locked(c.out):
+            if cells:
+                run_cells(cells)
+            measured = {name: measure_network(name, file, data, c) for name, file in files.items()}
+            text = table(measured, c)
+            write_atomically(c.out / "table.md", lambda file: file.write(text.encode()))
+            draw(measured, c, c.out / "histogram.png")
+        print(f"\n{text}\nwritten to {c.out}/table.md, histogram.png and numbers.json")
+
+    return exit_code(script, "features that were finished are kept, repeat the command to go on")
+
+
+if __name__ == "__main__":
+    sys.exit(main())
