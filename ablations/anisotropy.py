@@ -31,8 +31,8 @@ from tqdm import tqdm
 import cifar100
 from ablations.agreement import config_of
 from ablations.cells import Cell, markdown, mean_and_deviation, run_cells, with_needed
-from ablations.compare import default_out
 from ablations.figures import COLOURS, load_pyplot, save_figure
+from ablations.tables import data_name
 from ablations.toy import kl_nats
 from common.checkpoint import load_network, write_atomically
 from common.data import Data, ImageSet, eval_batches
@@ -267,7 +267,7 @@ def find_weights(c: Namespace) -> tuple[dict[str, Path], list[Cell]]:
         name = c.run.resolve().name if c.run else f"{c.network}-{c.ckpt.stem}"
         files, cells = {name: c.ckpt or c.run / "student.pth"}, []
     else:
-        of_data = Path(default_out(c.data | {"epochs": c.epochs})).name
+        of_data = data_name(c.data | {"epochs": c.epochs})
         name, folder = f"{of_data}-{c.network}", c.runs or Path("results/runs") / of_data
         given = c.data | {"student": c.network, "epochs": c.epochs} | {"device": c.device}
         seeds = dict.fromkeys(c.seeds)  # each once
