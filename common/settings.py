@@ -83,5 +83,5 @@ def check_ranges(c: argparse.Namespace) -> None:
             raise UserError(f"{option}: it must lie between 0 and {LARGEST}")
         if key in ("lr", "temperature", "max_minutes") and not 0 < value <= LARGEST:
             raise UserError(f"{option}: it must be a number above 0, at most {LARGEST}")
-        if key.startswith(("w_", "tckd", "nckd")) and not 0 <= value <= LARGEST:
+        if key.startswith(("w_", "weight", "tckd", "nckd")) and not 0 <= value <= LARGEST:
             raise UserError(f"{option}: it must be a number from 0 to {LARGEST}")
