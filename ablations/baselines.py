@@ -7,13 +7,14 @@ ReviewKD  Chen, Liu, Zhao, Jia: Distilling Knowledge via Knowledge Review, CVPR 
 CRD       Tian, Krishnan, Isola: Contrastive Representation Distillation, ICLR 2020
 SimKD     Chen, Mei, Zhang, Wang, Feng, Chen: Knowledge Distillation with the Reused Teacher Classifier, CVPR 2022
 
-Each is trained as its figures were made: SGD with momentum 0.9, without Nesterov; weight decay 5e-4; the teacher frozen
-and in evaluation mode; cross entropy + weight * the method's loss, without a KD term, and for SimKD its loss alone. The
-teacher is found or trained first by cifar100.py, whose options and files these are. A student is tested by
-`cifar100.py --student NAME --evaluate FILE`, with --simkd and --teacher if it is SimKD's.
+All are trained as the field's benchmarks do it: SGD with momentum 0.9, without Nesterov; weight decay 5e-4; the teacher
+frozen and in evaluation mode; cross entropy + weight * the method's loss, no KD term, and SimKD's loss alone.
 
-The losses are in common/reviewkd.py, common/crd.py and common/simkd.py, each to be read and taken by itself. Here, from
-top to bottom: a step of any of them, the settings, the networks, the training loop.
+The teacher is found, or trained first by cifar100.py, whose options and files these are. `cifar100.py --student NAME
+--evaluate FILE` tests a student, with --simkd and --teacher NAME if it is SimKD's.
+
+ReviewKD is in common/reviewkd.py, CRD in common/crd.py, SimKD's projector in common/simkd.py, each to be taken by itself.
+Here, from top to bottom: a step of any of them, the settings, the networks, the training loop.
 """
 
 import glob

@@ -94,7 +94,7 @@ def hcl(feature: Tensor, target: Tensor) -> Tensor:
     L2 of the maps, and of both average-pooled to l x l for each l of 4, 2, 1 below H: their mean with weights 1, 1/2,
     1/4, 1/8 in this order.
     """
-    feature, target = feature.float(), target.detach().float()
+    feature, target = feature.float(), target.float()
     losses = [l2(feature, target)]
     for size in (4, 2, 1):
         if size < feature.shape[2]:

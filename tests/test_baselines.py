@@ -171,7 +171,7 @@ def naive_direction(v, bank, z, index, negatives, temperature):
 
 def test_crd_against_the_naive_form_for_three_steps():
     torch.manual_seed(0)
-    method = CRD(3, 5, LABELS, negatives=7, dim=4)
+    method = CRD(3, 5, LABELS, negatives=7, dim=4, momentum=0.3)
     banks = {role: getattr(method, f"bank_{role}").double() for role in "st"}
     z = {"s": None, "t": None}
     for step, batch in enumerate(([4, 0, 9], [10, 4], [1, 0, 2])):
@@ -200,7 +200,7 @@ def test_crd_against_the_naive_form_for_three_steps():
 
         for role, bank in banks.items():
             for i, a in zip(batch, v[role].detach(), strict=True):
-                moved = 0.5 * bank[i] + 0.5 * a
+                moved = 0.3 * bank[i] + 0.7 * a
                 bank[i] = moved / (moved**2).sum().sqrt()
             ours = getattr(method, f"bank_{role}")
             torch.testing.assert_close(ours.double(), bank, rtol=1e-5, atol=1e-6)
@@ -299,8 +299,10 @@ def test_what_a_step_trains(name, amp):
 
 
 @pytest.mark.parametrize("name", METHODS)
-def test_two_epochs_written_out(tmp_path, capsys, teacher, name):
+def test_two_epochs_written_out(tmp_path, capsys, monkeypatch, teacher, name):
     """The script against a loop with SGD and schedules by hand, stopped after each epoch of 24."""
+    draw, negatives = CRD.draw, []
+    monkeypatch.setattr(CRD, "draw", lambda *args: negatives.append(draw(*args)) or negatives[-1])
     options = [*TINY, "--batch-size", 32, "--method", name, "--weight", 0.7, "--lr", 0.002, "--epochs", 24, "--seed", 5]
     options += ["--teacher-ckpt", teacher / "student.pth", "--out", tmp_path, "--max-minutes", 1e-9]
     call(capsys, *options)
@@ -318,12 +320,12 @@ def test_two_epochs_written_out(tmp_path, capsys, teacher, name):
     for epoch in range(2):
         warm = (epoch + 1) / 2 if name == "reviewkd" else 1  # a twelfth of 24 epochs
         order = torch.randperm(40, generator=generator(5, epoch, "data"))
-        draw = torch.Generator().manual_seed(seed_of(5, epoch, "negatives"))
+        for_negatives = torch.Generator().manual_seed(seed_of(5, epoch, "negatives"))
         logged = []
         student.train()
         for step, (images, labels) in enumerate(train_batches(data.train, 32, 5, epoch, True)):
             index = order[32 * step : 32 * (step + 1)]
-            losses, _ = baselines.terms(method, net, student, images, labels, index, draw)
+            losses, _ = baselines.terms(method, net, student, images, labels, index, for_negatives)
             loss = losses.get("task", 0) + 0.7 * warm * losses["distill"]
             logged.append([loss.item(), losses["distill"].item()])
             gradients = torch.autograd.grad(loss, trained)
@@ -332,6 +334,8 @@ def test_two_epochs_written_out(tmp_path, capsys, teacher, name):
                 p.data -= 0.002 * velocity[i]
         rows.append([sum(column) / 2 for column in zip(*logged, strict=True)])
 
+    assert len(negatives) == (8 if name == "crd" else 0)
+    assert all(torch.equal(a, b) for a, b in zip(negatives[:4], negatives[4:], strict=True))
     log = read_log(tmp_path)
     for row, expected in zip(log, rows, strict=True):
         assert [float(row[column]) for column in ("loss", "distill")] == pytest.approx(expected, rel=1e-3)
