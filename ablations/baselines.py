@@ -13,8 +13,8 @@ frozen and in evaluation mode; cross entropy + weight * the method's loss, no KD
 The teacher is found, or trained first by cifar100.py, whose options and files these are. `cifar100.py --student NAME
 --evaluate FILE` tests a student, with --simkd and --teacher NAME if it is SimKD's.
 
-ReviewKD is in common/reviewkd.py, CRD in common/crd.py, SimKD's projector in common/simkd.py, each to be taken by itself.
-Here, from top to bottom: a step of any of them, the settings, the networks, the training loop.
+ReviewKD is in common/reviewkd.py, CRD in common/crd.py, SimKD's projector in common/simkd.py: each can be taken out by
+itself. Here, from top to bottom: a step of any of them, the settings, the networks, the training loop.
 """
 
 import glob
