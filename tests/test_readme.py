@@ -11,7 +11,7 @@ import pytest
 import cifar100
 import imagenet
 import online_kd
-from ablations import agreement, compare, complexity, curves
+from ablations import agreement, baselines, compare, complexity, curves
 from common.simkd import added_cost
 
 ROOT = Path(cifar100.__file__).parent
@@ -46,7 +46,7 @@ def test_files_and_functions_it_names_are_there():
 
 
 def test_options_it_names_exist(capsys):
-    for script in (cifar100, imagenet, online_kd, agreement, compare, complexity, curves):
+    for script in (cifar100, imagenet, online_kd, agreement, baselines, compare, complexity, curves):
         with pytest.raises(SystemExit):
             script.main(["--help"])
     known = capsys.readouterr().out + TORCHRUN
