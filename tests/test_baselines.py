@@ -321,24 +321,25 @@ def test_two_epochs_written_out(tmp_path, capsys, monkeypatch, teacher, name):
         warm = (epoch + 1) / 2 if name == "reviewkd" else 1  # a twelfth of 24 epochs
         order = torch.randperm(40, generator=generator(5, epoch, "data"))
         for_negatives = torch.Generator().manual_seed(seed_of(5, epoch, "negatives"))
-        logged = []
+        logged, hits = [], 0
         student.train()
         for step, (images, labels) in enumerate(train_batches(data.train, 32, 5, epoch, True)):
             index = order[32 * step : 32 * (step + 1)]
-            losses, _ = baselines.terms(method, net, student, images, labels, index, for_negatives)
+            losses, logits = baselines.terms(method, net, student, images, labels, index, for_negatives)
             loss = losses.get("task", 0) + 0.7 * warm * losses["distill"]
             logged.append([loss.item(), losses["distill"].item()])
+            hits += (logits.argmax(1) == labels).sum().item()
             gradients = torch.autograd.grad(loss, trained)
             for i, (p, gradient) in enumerate(zip(trained, gradients, strict=True)):
                 velocity[i] = 0.9 * velocity[i] + gradient + 5e-4 * p.detach()
                 p.data -= 0.002 * velocity[i]
-        rows.append([sum(column) / 2 for column in zip(*logged, strict=True)])
+        rows.append([*(sum(column) / 2 for column in zip(*logged, strict=True)), 100 * hits / 40])
 
     assert len(negatives) == (8 if name == "crd" else 0)
     assert all(torch.equal(a, b) for a, b in zip(negatives[:4], negatives[4:], strict=True))
     log = read_log(tmp_path)
     for row, expected in zip(log, rows, strict=True):
-        assert [float(row[column]) for column in ("loss", "distill")] == pytest.approx(expected, rel=1e-3)
+        assert [float(row[column]) for column in ("loss", "distill", "train_top1")] == pytest.approx(expected, rel=1e-3)
         assert bool(row["task"]) == (name != "simkd")
     state = torch.load(tmp_path / "last.pt", weights_only=True)
     saved = {
@@ -368,6 +369,10 @@ def test_stopped_and_resumed_is_bit_for_bit_the_unbroken_run(tmp_path, capsys, t
         for f in ("whole", "parts")
     ]
     assert logs[0] == logs[1]
+    accuracies = [float(row["test_top1"]) for row in logs[1]]
+    result = json.loads((tmp_path / "parts" / "result.json").read_text())
+    assert (result["best"]["top1"], result["last"]["top1"]) == (max(accuracies), accuracies[-1])
+    assert result["best"]["epoch"] == 1 + accuracies.index(max(accuracies))
 
 
 def test_smoke_and_what_it_leaves(tmp_path, capsys):
