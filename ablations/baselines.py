@@ -50,6 +50,7 @@ from common.simkd import SimKDStudent, build_simkd, cost_line
 from common.sources import load_data
 
 SETTINGS = ALL_SETTINGS["baselines"]
+DEFAULTS = SETTINGS["defaults"]
 PUBLISHED = ALL_SETTINGS["cifar100"]  # the pairs, and the learning rates
 METHODS = tuple(SETTINGS["weights"])
 TERMS = ("task", "distill")
@@ -151,7 +152,7 @@ def settle(given: dict, stored: dict) -> Namespace:
     Raises:
         UserError: one is out of range, or contradicts the others.
     """
-    c = Namespace(**{**SETTINGS["defaults"], **stored, **given})
+    c = Namespace(**{**DEFAULTS, **stored, **given})
     for name in (c.student, c.teacher):
         check_name(name)
     if "teacher_ckpt" in given and "teacher_epochs" in given:
@@ -314,7 +315,7 @@ def run(given: dict, resume: bool, deadline: float) -> bool:
         UserError: anything that is wrong with the input. All that can be checked is, before a teacher is trained.
         LossNotFiniteError: training diverged.
     """
-    c = Namespace(**SETTINGS["defaults"] | given)
+    c = Namespace(**DEFAULTS | given)
     out = Path(c.out or f"runs/{run_name(c)}")
     if resume and not (out / "last.pt").exists():
         # Where only the teacher was begun, this run is a fresh one, and train_teacher resumes the teacher by itself.

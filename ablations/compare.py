@@ -13,8 +13,8 @@ resumed: the same command goes on with what is left, and a command with more see
 folder for each run comes to lie in --runs, and in --out, of the runs of the last command, table.md and the numbers in
 cells.csv.
 
-crd, reviewkd and simkd are trained by ablations/baselines.py, online-* by online_kd.py, all others by cifar100.py;
-kd-dkd is DKD with L_task. With --simkd or --kd-loss dkd of its own every method of cifar100.py is changed.
+crd, reviewkd and simkd are trained by ablations/baselines.py, online-* by online_kd.py, the others by cifar100.py;
+kd-dkd is DKD with L_task.
 """
 
 import sys
@@ -26,7 +26,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import yaml
 
 import online_kd
-from ablations import tables
+from ablations import baselines, tables
 from ablations.cells import Cell, markdown, mean_and_deviation
 from ablations.tables import ALONE, Row
 from common.errors import UserError, exit_code
@@ -40,14 +40,16 @@ ROWS = [
     Row({"method": "fcfd", "kd_loss": "dkd"}),
     Row({"method": "fcfd", "simkd": True}),
     Row({"method": "fcfd", "kd_loss": "dkd", "simkd": True}),
+    *(Row({"method": method}, baselines) for method in baselines.METHODS),
     *(Row({"method": method}, online_kd) for method in online_kd.METHODS),
 ]
 METHODS = {row.name: row for row in ROWS}
 TABLES = {
-    "1": ["alone", "kd", "kd-dkd", "app", "fcfd"],
-    "4": ["kd-dkd", "fcfd-dkd", "fcfd-simkd", "fcfd-dkd-simkd"],
+    "1": ["alone", "kd", "crd", "kd-dkd", "reviewkd", "app", "fcfd"],
+    "4": ["kd-dkd", "fcfd-dkd", "simkd", "fcfd-simkd", "fcfd-dkd-simkd"],
     "9": ["online-kd", "online-dml", "online-fcfd"],
 }
+COLUMNS = {"reviewkd": "review"}  # of PUBLISHED, where they have another name
 # What may differ from a published run while its figure still means the same.
 NOT_DEFINING = ("seed", "device", "amp", "out", "data_dir", "max_minutes", "teacher_ckpt")
 NOTE = """
@@ -56,7 +58,8 @@ The best epoch is chosen on the test set, which flatters it.
 """
 NOTE_PUBLISHED = """
 Published figures stand beside runs of the published settings alone, precision apart: they were made in float32. Those
-marked * are of other settings: the last epoch, without Nesterov momentum, and KD as 0.1 L_task + 0.9 L_kd at T = 4.
+marked * come from other benchmarks: the last epoch, without Nesterov momentum (crd and reviewkd are trained so here too),
+KD as 0.1 L_task + 0.9 L_kd at T = 4.
 """
 
 
@@ -87,9 +90,10 @@ def published_figures(cells: dict[tuple[str, str, int], Cell]) -> dict[str, dict
     """The published figures that may stand beside these runs, by pair and method."""
     figures: dict[str, dict[str, str]] = {}
     for (pair, method, _), cell in cells.items():
-        if pair in PUBLISHED["pairs"] and method in PUBLISHED["columns"] and has_published_settings(cell):
+        column = COLUMNS.get(method, method)
+        if pair in PUBLISHED["pairs"] and column in PUBLISHED["columns"] and has_published_settings(cell):
             row = dict(zip(PUBLISHED["columns"], PUBLISHED["pairs"][pair], strict=True))
-            figures.setdefault(pair, {})[method] = f"{row[method]:.2f}" + ("" if method == "fcfd" else " *")
+            figures.setdefault(pair, {})[method] = f"{row[column]:.2f}" + ("" if method == "fcfd" else " *")
             if cell.after:
                 figures[pair]["teacher"] = f"{row['teacher']:.2f} *"
     return figures
@@ -98,7 +102,8 @@ def published_figures(cells: dict[tuple[str, str, int], Cell]) -> dict[str, dict
 def has_published_settings(cell: Cell) -> bool:
     """Whether a run, and that of its teacher, differ from the published one in nothing but what is NOT_DEFINING."""
     plain = {key: cell.given[key] for key in ("teacher", "student", "method") if key in cell.given}
-    ours, theirs = (vars(Cell(cell.folder / "none", given).settings()) for given in (cell.given, plain))
+    none = cell.folder / "none"
+    ours, theirs = (vars(Cell(none, given, script=cell.script).settings()) for given in (cell.given, plain))
     same = all(ours[key] == theirs[key] for key in ours if key not in NOT_DEFINING)
     return same and (cell.after is None or has_published_settings(cell.after))
 

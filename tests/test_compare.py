@@ -215,6 +215,9 @@ def test_published_figures_stand_beside_the_same_definition_alone(tmp_path):
     )
     for options in (["--epochs", "30"], ["--dataset", "synthetic"], ["--subset", "500"], ["--lr", "0.1"]):
         assert published(tmp_path, *options) == {}, options
+    others = grid("--out", tmp_path, "--pairs", "vgg13-vgg8", methods=["crd", "reviewkd", "simkd", "online-kd"])
+    others = compare.published_figures(others)["vgg13-vgg8"]
+    assert others == {"teacher": "74.64 *", "crd": "73.94 *", "reviewkd": "74.84 *"}
     assert set(published(tmp_path, "--teacher-epochs", "30")["vgg13-vgg8"]) == {"alone"}
     (tmp_path / "some.pth").touch()
     assert "teacher" not in published(tmp_path, "--teacher-ckpt", f"vgg13={tmp_path / 'some.pth'}")["vgg13-vgg8"]

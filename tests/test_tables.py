@@ -6,7 +6,7 @@ import json
 import pytest
 
 import online_kd
-from ablations import compare, components, loss_terms, partial, positions, tables
+from ablations import baselines, compare, components, loss_terms, partial, positions, tables
 from ablations.tables import ALONE, PAIRS_L2, Row
 
 SCRIPTS = (components, loss_terms, partial, positions)
@@ -105,6 +105,7 @@ def test_each_row_takes_what_it_has_a_use_for():
     assert taken("fcfd", w_app=0, num_paths=4) == everything | {"w_app": 0, "num_paths": 4}
     assert taken("fcfd", online_kd) == everything
     assert taken("dml", online_kd) == {"lr": 5, "temperature": 6}
+    assert taken("crd", baselines) == {"lr": 5}
 
 
 def test_folders_are_named_by_what_was_given(tmp_path, monkeypatch):
@@ -177,16 +178,22 @@ def test_smoke(smoke, capsys, script):
 
 
 def test_compare_runs_other_scripts_too(tmp_path, capsys):
-    assert compare.main(["--smoke", "--methods", "online-dml", "--out", str(tmp_path)]) == 0
+    assert compare.main(["--smoke", "--methods", "online-dml", "crd", "--out", str(tmp_path)]) == 0
+    crd = json.loads((tmp_path / "resnet14-resnet8-crd-seed1" / "result.json").read_text())
+    assert f"| resnet14-resnet8 | crd | 1 | {crd['last']['top1']:.2f} |" in (tmp_path / "table.md").read_text()
     folder = tmp_path / "resnet14-resnet8-online-dml-seed1"
     result = json.loads((folder / "result.json").read_text())
     text = (tmp_path / "table.md").read_text()
     assert f"| resnet14-resnet8 | online-dml | 1 | {result['last']['top1']:.2f} |" in text
     assert f"| online-dml: its teacher | 1 | {result['teacher_last']['top1']:.2f} |" in text
-    assert compare.main(["--smoke", "--methods", "online-dml", "--out", str(tmp_path)]) == 0
-    assert "1 runs, of which 1 are done" in capsys.readouterr().out
+    assert compare.main(["--smoke", "--methods", "online-dml", "crd", "--out", str(tmp_path)]) == 0
+    assert "3 runs, of which 3 are done" in capsys.readouterr().out
     assert compare.main(["--smoke", "--methods", "online-dml", "--out", str(tmp_path), "--lr", "0.3"]) == 2
     assert "--lr is 0.3 and was 0.05" in capsys.readouterr().err
+
+
+def test_the_papers_tables_are_of_methods_there_are():
+    assert all(method in compare.METHODS for methods in compare.TABLES.values() for method in methods)
 
 
 @pytest.mark.parametrize(
