@@ -58,8 +58,8 @@ The best epoch is chosen on the test set, which flatters it.
 """
 NOTE_PUBLISHED = """
 Published figures stand beside runs of the published settings alone, precision apart: they were made in float32. Those
-marked * come from other benchmarks: the last epoch, without Nesterov momentum (crd and reviewkd are trained so here too),
-KD as 0.1 L_task + 0.9 L_kd at T = 4.
+marked * come from other benchmarks: the last epoch, no Nesterov momentum (crd and reviewkd are trained so here too), KD
+as 0.1 L_task + 0.9 L_kd at T = 4.
 """
 
 
