@@ -71,8 +71,8 @@ def measure(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """What `later`, [B, *shape] -> logits [B, K], makes of `count` perturbations of the features [n, *shape].
 
-    Their length is `length` times the feature's L2 norm; there are `batch_size`, n or more, at once. Returns KL in nats,
-    float64 [n, count]; whether the answer is that of `labels` [n], as [n, count]; and whether the clean one is, as [n].
+    Their length is `length` times the feature's L2 norm; there are `batch_size`, n or more, at once. Returns KL in
+    nats, float64 [n, count]; whether the answer is that of `labels` [n], as [n, count]; whether the clean one is, [n].
     """
     clean, labels = later(features).cpu().double(), labels.cpu()
     at_once = max(1, batch_size // len(features))
@@ -173,8 +173,8 @@ def table(measured: dict[str, dict[int, PerImage]], c: Namespace) -> str:
     ]
     return markdown(HEADER, rows) + (
         f"\nFeatures of {c.images} test images, moved by {c.length:g} of their L2 norm along {c.directions} random "
-        "directions. KL(p || p') in nats: the\nsmallest, median and largest of an image's directions, mean over images. "
-        "Mildest, worst: along each image's direction\nof the smallest, of the largest KL.\n"
+        "directions.\nKL(p || p') in nats: the smallest, median and largest of each image, mean over images.\n"
+        "Accuracy, mildest and worst: along each image's own direction of the smallest, of the largest KL.\n"
     )
 
 
