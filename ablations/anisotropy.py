@@ -117,10 +117,8 @@ def measure_feature(net: StagedNet, k: int, test: ImageSet, c: Namespace) -> Per
             x = net.stage(l, x)
         return net.classify(x)
 
-    parts = [
-        measure(later, net.features(images)[k - 1], labels, c.directions, c.length, c.batch_size)
-        for images, labels in eval_batches(test, c.batch_size)
-    ]
+    options, batches = (c.directions, c.length, c.batch_size), eval_batches(test, c.batch_size)
+    parts = [measure(later, net.features(images)[k - 1], labels, *options) for images, labels in batches]
     return per_image(*map(torch.cat, zip(*parts, strict=True)))
 
 
@@ -180,24 +178,27 @@ def table(measured: dict[str, dict[int, PerImage]], c: Namespace) -> str:
 
 def draw(measured: dict[str, dict[int, PerImage]], c: Namespace, out: Path) -> None:
     """Write the figure, a panel for each k: how KL spreads around the image's median, all networks together."""
-    pyplot, width = load_pyplot(), max(6, 2.7 * len(c.positions))
-    edges = [10 ** (DECADES * (2 * i / BINS - 1)) for i in range(BINS + 1)]
+    width = max(7, 2.3 * len(c.positions))
+    edges = torch.logspace(-DECADES, DECADES, BINS + 1).tolist()
     grid = {"sharex": True, "sharey": True, "squeeze": False, "layout": "constrained"}
-    figure, panels = pyplot.subplots(1, len(c.positions), figsize=(width, 3.5), **grid)
-    ends = []
+    figure, panels = load_pyplot().subplots(1, len(c.positions), figsize=(width, 3.3), **grid)
+    ends = []  # of what there is to see
     for panel, k in zip(panels[0], c.positions, strict=True):
         found = [of_k[k] for of_k in measured.values()]
         counts = torch.tensor([one["histogram"] for one in found]).sum(0)
-        shares = 100 * counts / counts.sum()
-        panel.stairs(shares, edges, fill=True, color="lightgrey", label="all directions of all images")
+        panel.stairs(
+            100 * counts / counts.sum(), edges, fill=True, color="lightgrey", label="all directions of all images"
+        )
         for key, colour in (("smallest", COLOURS[0]), ("largest", COLOURS[3])):
             relative = [value / m for one in found for value, m in zip(one[key], one["median"], strict=True)]
             look = {"histtype": "stepfilled", "facecolor": f"{colour}33", "edgecolor": colour, "linewidth": 1.5}
-            share = [100 / len(relative)] * len(relative)
-            panel.hist(relative, edges, weights=share, label=f"each image's {key}", **look)
+            panel.hist(
+                relative, edges, weights=[100 / len(relative)] * len(relative), label=f"each image's {key}", **look
+            )
             ends += min(relative), max(relative)
         ratio = fmean(summary(one)["ratio"] for one in found)
-        panel.set(xscale="log", xlabel="KL / the image's median KL", title=f"$F^{k}$: largest / smallest {ratio:.1f}")
+        panel.set_title(f"$F^{k}$: largest / smallest {ratio:.1f}", fontsize=10)
+        panel.set(xscale="log", xlabel="KL / the image's median KL")
         panel.spines[["top", "right"]].set_visible(False)
     panels[0][0].set(ylabel="share of directions, images (%)", xlim=(min(ends) / 1.5, max(ends) * 1.5))
     figure.legend(*panels[0][0].get_legend_handles_labels(), loc="outside upper center", frameon=False, ncols=3)
@@ -270,9 +271,8 @@ def find_weights(c: Namespace) -> tuple[dict[str, Path], list[Cell]]:
         of_data = data_name(c.data | {"epochs": c.epochs})
         name, folder = f"{of_data}-{c.network}", c.runs or Path("results/runs") / of_data
         given = c.data | {"student": c.network, "epochs": c.epochs} | {"device": c.device}
-        seeds = dict.fromkeys(c.seeds)  # each once
-        cells = with_needed(Cell(folder / f"{c.network}-alone-seed{n}", given | {"seed": n}) for n in seeds)
-        files = {f"{c.network}, seed {cell.given['seed']}": cell.network for cell in cells}
+        cells = [Cell(folder / f"{c.network}-alone-seed{n}", given | {"seed": n}) for n in sorted({*c.seeds})]
+        files = {f"{c.network}, seed {cell.given['seed']}": cell.network for cell in with_needed(cells)}
     c.out = c.out or Path("results/anisotropy") / name
     return files, cells
 

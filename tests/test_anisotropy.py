@@ -190,8 +190,10 @@ def test_smoke(tmp_path, capsys, monkeypatch):
         accuracy[seed] = json.loads(result.read_text())["last"]["top1"]
     assert [float(row[6]) for row in rows[:6]] == [accuracy[1]] * 3 + [accuracy[2]] * 3  # all test images
     numbers = json.loads((out / "numbers.json").read_text())
-    largest = [statistics.fmean(numbers[name]["features"]["2"]["largest"]) for name in names[:2]]
-    assert rows[6][4] == f"{statistics.fmean(largest):.4f} ± {statistics.stdev(largest):.4f}"
+    for row, k in zip(rows[6:], "234", strict=True):
+        largest = [statistics.fmean(numbers[name]["features"][k]["largest"]) for name in names[:2]]
+        assert row[4] == f"{statistics.fmean(largest):.4f} ± {statistics.stdev(largest):.4f}"
+    assert "moved by 0.5 of their L2 norm along 8 random" in printed
     with Image.open(out / "histogram.png") as picture:
         assert picture.width >= 800
         assert len(picture.convert("RGB").getcolors(10**6)) > 20
