@@ -10,8 +10,8 @@ mode and float32, makes an output p', and KL(p || p'), at temperature 1 and in n
 one. To an L2 loss all of them are alike. An image's mildest direction is that of its smallest KL, its worst that of
 its largest.
 
-In --out come to lie table.md, histogram.png and numbers.json, with the numbers of every image. What it has
-of the same network, images, --directions and --length is not measured again.
+In --out come to lie table.md, histogram.png and numbers.json, with the numbers of every image. What this has of
+the same network, images, --directions and --length is not measured again.
 """
 
 import hashlib
@@ -178,23 +178,19 @@ def table(measured: dict[str, dict[int, PerImage]], c: Namespace) -> str:
 
 def draw(measured: dict[str, dict[int, PerImage]], c: Namespace, out: Path) -> None:
     """Write the figure, a panel for each k: how KL spreads around the image's median, all networks together."""
-    width = max(7, 2.3 * len(c.positions))
     edges = torch.logspace(-DECADES, DECADES, BINS + 1).tolist()
     grid = {"sharex": True, "sharey": True, "squeeze": False, "layout": "constrained"}
-    figure, panels = load_pyplot().subplots(1, len(c.positions), figsize=(width, 3.3), **grid)
+    figure, panels = load_pyplot().subplots(1, len(c.positions), figsize=(max(7, 2.3 * len(c.positions)), 3.3), **grid)
     ends = []  # of what there is to see
     for panel, k in zip(panels[0], c.positions, strict=True):
         found = [of_k[k] for of_k in measured.values()]
         counts = torch.tensor([one["histogram"] for one in found]).sum(0)
-        panel.stairs(
-            100 * counts / counts.sum(), edges, fill=True, color="lightgrey", label="all directions of all images"
-        )
+        panel.stairs(100 * counts / counts.sum(), edges, fill=True, color="lightgrey", label="all directions")
         for key, colour in (("smallest", COLOURS[0]), ("largest", COLOURS[3])):
             relative = [value / m for one in found for value, m in zip(one[key], one["median"], strict=True)]
             look = {"histtype": "stepfilled", "facecolor": f"{colour}33", "edgecolor": colour, "linewidth": 1.5}
-            panel.hist(
-                relative, edges, weights=[100 / len(relative)] * len(relative), label=f"each image's {key}", **look
-            )
+            look |= {"weights": [100 / len(relative)] * len(relative), "label": f"each image's {key}"}
+            panel.hist(relative, edges, **look)
             ends += min(relative), max(relative)
         ratio = fmean(summary(one)["ratio"] for one in found)
         panel.set_title(f"$F^{k}$: largest / smallest {ratio:.1f}", fontsize=10)
