@@ -286,7 +286,7 @@ def main(argv: list[str] | None = None) -> int:
         c.out.mkdir(parents=True, exist_ok=True)
         with locked(c.out):
             if cells:
-                run_cells(cells)
+                run_cells(cells, networks_of=cells)
             measured = {name: measure_network(name, file, data, c) for name, file in files.items()}
             text = table(measured, c)
             write_atomically(c.out / "table.md", lambda file: file.write(text.encode()))

@@ -114,17 +114,23 @@ def with_needed(cells: Iterable[Cell]) -> list[Cell]:
     return cells
 
 
-def run_cells(cells: list[Cell], jobs: int = 1, devices: Iterable[str] = ()) -> None:
+def run_cells(cells: list[Cell], jobs: int = 1, devices: Iterable[str] = (), networks_of: Iterable[Cell] = ()) -> None:
     """Run those of `cells` (from `with_needed`) that are not finished, `jobs` at once on each of `devices`.
 
     Without `devices` a run chooses its own, as cifar100.py does. It prints to output.log in its folder. One that was
     broken off is resumed. When one fails, those that need it are left out and the others go on.
 
+    Args:
+        networks_of: those of which not the numbers alone are wanted.
+
     Raises:
         UserError: at the end: some failed.
     """
     waiting = [cell for cell in cells if not cell.result()]
-    needed = {cell.after for cell in waiting}  # results may have been kept without the networks they are of
+    needed = {
+        *networks_of,
+        *(cell.after for cell in waiting),
+    }  # results may have been kept without the networks they are of
     waiting = [cell for cell in cells if cell in waiting or (cell in needed and not cell.network.exists())]
     print(f"{len(cells)} runs, of which {len(cells) - len(waiting)} are done", flush=True)
 

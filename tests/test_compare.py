@@ -87,6 +87,11 @@ def test_finished_runs_are_kept_and_broken_ones_resumed(fake, tmp_path):
     assert "--resume" in notes(broken)["words"]
     assert "--resume" not in notes(teacher)["words"]
     assert teacher.network.exists()
+    teacher.network.unlink()
+    run_cells([kept, teacher])
+    assert not teacher.network.exists()
+    run_cells([kept, teacher], networks_of=[teacher])
+    assert teacher.network.exists()
 
 
 def test_what_fails_takes_along_what_needs_it_and_no_more(fake, tmp_path, capsys):
