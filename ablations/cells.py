@@ -130,7 +130,7 @@ def run_cells(cells: list[Cell], jobs: int = 1, devices: Iterable[str] = (), net
     needed = {
         *networks_of,
         *(cell.after for cell in waiting),
-    }  # results may have been kept without the networks they are of
+    }  # a clone has results without networks
     waiting = [cell for cell in cells if cell in waiting or (cell in needed and not cell.network.exists())]
     print(f"{len(cells)} runs, of which {len(cells) - len(waiting)} are done", flush=True)
 
