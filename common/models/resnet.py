@@ -26,6 +26,12 @@ class BasicBlock(nn.Module):
         return F.relu(out + shortcut, inplace=True)
 
 
+def group(c_in: int, c_out: int, blocks: int, stride: int) -> nn.Sequential:
+    """`blocks` basic blocks, of which the first changes channels and size: [B, c_in, H, W] to [B, c_out, ...]."""
+    first = BasicBlock(c_in, c_out, stride)
+    return nn.Sequential(first, *(BasicBlock(c_out, c_out, 1) for _ in range(blocks - 1)))
+
+
 class ResNet(StagedNet):
     """Stem, then three groups of (depth - 2) / 6 basic blocks; widths are those of stem and groups."""
 
@@ -38,16 +44,11 @@ class ResNet(StagedNet):
         blocks = (depth - 2) // 6
         self.conv1 = nn.Conv2d(3, widths[0], 3, 1, 1, bias=False)
         self.bn1 = nn.BatchNorm2d(widths[0])
-        self.layer1 = self._group(widths[0], widths[1], blocks, stride=1)
-        self.layer2 = self._group(widths[1], widths[2], blocks, stride=2)
-        self.layer3 = self._group(widths[2], widths[3], blocks, stride=2)
+        self.layer1 = group(widths[0], widths[1], blocks, stride=1)
+        self.layer2 = group(widths[1], widths[2], blocks, stride=2)
+        self.layer3 = group(widths[2], widths[3], blocks, stride=2)
         self.fc = nn.Linear(widths[3], num_classes)
         init_fan_out(self)
-
-    @staticmethod
-    def _group(c_in: int, c_out: int, blocks: int, stride: int) -> nn.Sequential:
-        first = BasicBlock(c_in, c_out, stride)
-        return nn.Sequential(first, *(BasicBlock(c_out, c_out, 1) for _ in range(blocks - 1)))
 
     def stage(self, k: int, x: Tensor) -> Tensor:
         if k == 1:

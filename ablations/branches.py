@@ -1,0 +1,245 @@
+"""Exit branches on a frozen teacher (Sec. 3.4, A.2): judges of features with which nobody was trained.
+
+A branch is the later part of a CIFAR ResNet with a classifier of its own, trained on the teacher's features F_t^k to
+tell the classes. exit_branches.py and tsne.py put students' features into them.
+"""
+
+import copy
+import hashlib
+import json
+import math
+import time
+from argparse import Namespace
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.optim.swa_utils import update_bn
+
+import cifar100
+from ablations.cells import Cell
+from common.checkpoint import load, save, write_atomically
+from common.data import SIZE, Data, ImageSet, eval_batches, normalise, train_batches
+from common.device import AMP, open_device
+from common.errors import LossNotFiniteError, UserError
+from common.evaluation import evaluate
+from common.models import StagedNet, pool
+from common.models.resnet import group
+from common.models.staged import init_fan_out
+from common.multipath_bn import track_paths
+from common.optimizer import sgd
+from common.randomness import generator, seed_of
+from common.run_folder import check_settings, made_with, open_run, restore
+
+LR = 0.05
+CALIBRATION_BATCH = 500  # images
+Features = Callable[[Tensor], dict[str, Tensor]]  # images [B, 3, 32, 32] -> str(k): a feature in the space of F_t^k
+
+
+class Branch(nn.Module):
+    """The last groups of a CIFAR ResNet and a classifier, on a feature F^k [B, c_in, H, W] of another network.
+
+    Args:
+        pre_relu: whether the features are handed over before their ReLU, so that the branch begins with it.
+    """
+
+    def __init__(self, c_in: int, groups: int, depth: int, widths: list[int], num_classes: int, pre_relu: bool):
+        super().__init__()
+        self.pre_relu = pre_relu
+        numbers = range(4 - groups, 4)  # of the three, the first of which keeps the size
+        channels = [c_in, *(widths[i] for i in numbers)]
+        self.groups = nn.Sequential(
+            *(group(channels[j], channels[j + 1], (depth - 2) // 6, min(i, 2)) for j, i in enumerate(numbers))
+        )
+        self.fc = nn.Linear(channels[-1], num_classes)
+        init_fan_out(self)
+
+    def penultimate(self, feature: Tensor) -> Tensor:
+        """What the classifier reads: after pooling, [B, C]."""
+        return pool(self.groups(F.relu(feature) if self.pre_relu else feature))
+
+    def forward(self, feature: Tensor) -> Tensor:
+        """The feature's logits [B, num_classes]."""
+        return self.fc(self.penultimate(feature))
+
+
+def build_branches(teacher: StagedNet, c: Namespace, num_classes: int) -> nn.ModuleDict:
+    """str(k) -> the branch on F_t^k, k = 2..N-1: the last N - k groups. Each one's start depends on (seed, k) alone.
+
+    Raises:
+        UserError: the teacher has no such k, or more stages than such a ResNet has groups for.
+    """
+    n = teacher.num_stages
+    if not 3 <= n <= 5:
+        raise UserError(f"a teacher of {n} stages: branches are made for networks of 3 to 5")
+    branches = {}
+    for k, feature in teacher_features(teacher, torch.zeros(1, 3, SIZE, SIZE)).items():
+        torch.manual_seed(seed_of(c.seed, 0, f"branch {k}"))
+        shape = (feature.shape[1], n - int(k), c.branch_depth, c.branch_widths)
+        branches[k] = Branch(*shape, num_classes, pre_relu=not teacher.post_relu)
+    return nn.ModuleDict(branches)
+
+
+@torch.no_grad()
+def teacher_features(teacher: StagedNet, images: Tensor) -> dict[str, Tensor]:
+    """str(k) -> F_t^k, k = 2..N-1, by the running statistics; leaves the teacher in evaluation mode."""
+    teacher.eval()
+    features, x = {}, images
+    for k in range(1, teacher.num_stages):
+        features[str(k)] = x = teacher.stage(k, x)
+    del features["1"]
+    return features
+
+
+def train_branches(c: Namespace, folder: Path, teacher: StagedNet, data: Data) -> tuple[nn.ModuleDict, dict[str, Any]]:
+    """Train the branches on the frozen `teacher`, or do what is left of it: (branches, what is in branches.pt).
+
+    All of them see the same batches and their losses are added up, so that each is trained as it would be alone (but
+    with fp16 a step that overflows in one is left out for all).
+
+    Args:
+        c: settings, of which the fingerprint of the data and the weights of the teacher become part.
+
+    Raises:
+        UserError: the folder holds branches of other settings, or another file.
+        LossNotFiniteError: training diverged.
+    """
+    file, device = folder / "branches.pt", open_device(c.device)
+    state = load(file) if file.exists() else {}
+    if file.exists() and not (isinstance(state, dict) and {"settings", "epoch", "log", "branches"} <= state.keys()):
+        raise UserError(f"{file} is not what this script leaves: remove it, or choose another --runs")
+    stored = state.get("settings", {})
+    c.amp = c.amp or stored.get("amp") or ("fp16" if device.type == "cuda" else "off")
+    c.fingerprint, c.teacher_weights = data.fingerprint, digest(teacher)
+    check_branch_settings(folder, stored, c)
+
+    memory_format = torch.channels_last if teacher.channels_last else torch.preserve_format
+    branches = build_branches(teacher.cpu(), c, len(data.classes))
+    for net in (teacher.requires_grad_(False), branches):
+        net.to(device, memory_format=memory_format)
+    cuda, amp = device.type == "cuda", AMP[c.amp]
+    optimizer = sgd(branches.parameters(), LR, momentum=0.9, weight_decay=5e-4, nesterov=True, fused=cuda)
+    scaler = torch.amp.GradScaler(device.type, enabled=c.amp == "fp16")
+    if state:
+        for name, part in {"branches": branches, "optimizer": optimizer, "scaler": scaler}.items():
+            part.load_state_dict(state[name])
+        optimizer.param_groups[0]["fused"] = cuda
+    else:
+        state = {"settings": vars(c), "epoch": 0, "log": []}
+
+    steps = math.ceil(len(data.train) / c.batch_size)
+    for epoch in range(state["epoch"], c.branch_epochs):
+        began = time.monotonic()
+        lr = cifar100.learning_rate(Namespace(lr=LR, epochs=c.branch_epochs), epoch)
+        optimizer.param_groups[0]["lr"] = lr
+        branches.train()
+        sums = {name: torch.zeros((), device=device) for k in branches for name in (f"loss_{k}", f"train_top1_{k}")}
+        for images, labels in train_batches(data.train, c.batch_size, c.seed, epoch, teacher.channels_last):
+            with torch.autocast(device.type, amp, enabled=amp is not None):
+                logits = {k: branches[k](feature) for k, feature in teacher_features(teacher, images).items()}
+            losses = {k: F.cross_entropy(each.float(), labels) for k, each in logits.items()}
+            optimizer.zero_grad(set_to_none=True)
+            scaler.scale(sum(losses.values())).backward()
+            scaler.step(optimizer)
+            scaler.update()
+            with torch.no_grad():
+                for k in branches:
+                    sums[f"loss_{k}"] += losses[k] / steps
+                    sums[f"train_top1_{k}"] += 100 * (logits[k].argmax(1) == labels).sum() / len(data.train)
+
+        row = {"epoch": epoch + 1, "lr": lr, **{name: value.item() for name, value in sums.items()}}
+        if not all(tensor.isfinite().all() for tensor in (*sums.values(), *branches.state_dict().values())):
+            raise LossNotFiniteError(f"in epoch {epoch + 1} of the branches in {folder}")
+        if epoch + 1 == c.branch_epochs:
+            state["top1"] = accuracies(branches, lambda images: teacher_features(teacher, images), data.test)
+        state["log"].append(row | {"seconds": time.monotonic() - began})
+        parts = {"branches": branches.state_dict(), "optimizer": optimizer.state_dict(), "scaler": scaler.state_dict()}
+        state |= parts | {"epoch": epoch + 1, "made_with": made_with(device)}
+        save(state, file)
+        said = "  ".join(f"after F^{k}: loss {row[f'loss_{k}']:.4f}, {row[f'train_top1_{k}']:.2f} %" for k in branches)
+        print(
+            f"branches, epoch {epoch + 1:3}/{c.branch_epochs}  {said}  {state['log'][-1]['seconds']:.1f} s", flush=True
+        )
+    return branches.eval(), state
+
+
+def check_branch_settings(folder: Path, stored: dict[str, Any], c: Namespace) -> None:
+    """Raise a UserError if the branches in `folder` were made with settings other than those in `c` that are known."""
+    if "teacher_weights" in c and stored.get("teacher_weights", c.teacher_weights) != c.teacher_weights:
+        raise UserError(f"the branches in {folder} are on another teacher: remove them, or choose another --runs")
+    try:
+        check_settings(stored, {key: value for key, value in vars(c).items() if key != "amp" or value})
+    except UserError as error:
+        raise UserError(f"(in {folder}) {error}") from error
+
+
+def digest(net: nn.Module) -> str:
+    """SHA-256 of the network's parameters and statistics."""
+    found = hashlib.sha256()
+    for key, value in net.state_dict().items():
+        found.update(key.encode() + value.cpu().contiguous().numpy().tobytes())
+    return found.hexdigest()
+
+
+def student_features(cell: Cell, data: Data, teacher: StagedNet, device: torch.device) -> Features:
+    """The bridged features B_st^k(F_s^k) of a finished run's student by its pure path, k = 2..N-1, without gradient.
+
+    Raises:
+        UserError: its last.pt cannot be read, or it had another teacher than this one.
+    """
+    with open_run(cell.folder, resume=True) as state:
+        c = Namespace(**cifar100.DEFAULTS | state["config"])
+        student, _, bridges, candidates = cifar100.build_networks(c, len(data.classes))
+        track_paths(student, sorted({path.k for path in candidates}))
+        restore(cell.folder, state, {"student": student, "bridges": bridges})
+    weights = dict(teacher.named_parameters())
+    if not all(torch.equal(state["teacher"][key], value.cpu()) for key, value in weights.items()):
+        raise UserError(f"{cell.folder} had another {c.teacher} as its teacher: choose another --runs")
+    student, bridges = student.to(device).eval(), bridges.to(device).eval()
+
+    @torch.no_grad()
+    def features(images: Tensor) -> dict[str, Tensor]:
+        own = student.features(images)
+        return {str(k): bridges.s2t[str(k)](own[k - 1]) for k in range(2, student.num_stages)}
+
+    return features
+
+
+def recalibrated(branches: nn.ModuleDict, features: Features, train: ImageSet) -> nn.ModuleDict:
+    """Copies of the branches, in evaluation mode, with BatchNorm statistics of such features of the training images.
+
+    A layer's statistics are the mean over batches of the batch's, each normalised by its batch. The batches hold all
+    images once, without augmentation, in an order that is drawn, since those of a class may stand together, and as
+    equally shared out as it goes, since every batch counts the same.
+    """
+    order = torch.randperm(len(train), generator=generator(0, 0, "recalibration")).to(train.labels.device)
+    parts = order.tensor_split(math.ceil(len(train) / CALIBRATION_BATCH))
+    copies = copy.deepcopy(branches)
+    for k, branch in copies.items():
+        update_bn((features(normalise(train.images[part]))[k] for part in parts), branch)
+    return copies.eval()
+
+
+def accuracies(branches: nn.ModuleDict, features: Features, test: ImageSet) -> dict[str, float]:
+    """str(k) -> top-1 accuracy in percent of the branch on such features of the test images."""
+    return {
+        k: evaluate(branch, ((features(images)[k], labels) for images, labels in eval_batches(test)))["top1"]
+        for k, branch in branches.items()
+    }
+
+
+def read_json(file: Path) -> dict[str, Any]:
+    """What is in it, {} where there is none that can be read."""
+    try:
+        content = json.loads(file.read_text())
+    except (OSError, ValueError):
+        return {}
+    return content if isinstance(content, dict) else {}
+
+
+def write_json(file: Path, content: dict[str, Any]) -> None:
+    """Replace it atomically."""
+    write_atomically(file, lambda handle: handle.write(json.dumps(content, indent=1).encode()))
