@@ -58,8 +58,8 @@ SHAPE = {"branch_depth": 50, "branch_widths": [32, 64, 128, 256]}  # ResNet50x4
 SMOKE_SHAPE = {"branch_depth": 8, "branch_widths": [8, 16, 32, 64]}
 NOTE = """
 Top-1 test accuracy in percent of the exit branch after F^k on those features: mean ± sample standard deviation over n
-seeds. A branch is the later part of a ResNet of depth {depth} and widths {widths}, trained for {epochs} epochs on the
-teacher's features. The students' own accuracy is in cells.csv (plain).
+seeds. A branch is the later part of a ResNet of depth {depth} and widths {widths}; epochs on the teacher's features:
+{epochs}. The accuracy of teacher and students themselves is in cells.csv (plain).
 """
 
 

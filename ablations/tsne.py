@@ -57,8 +57,16 @@ def load_tsne() -> Any:
 
 
 def first_classes(test: ImageSet) -> ImageSet:
-    """The images of the first ten classes."""
+    """The images of the first ten classes.
+
+    Raises:
+        UserError: there are not even two.
+    """
     kept = test.labels < CLASSES
+    if kept.sum() < 2:
+        raise UserError(
+            f"{kept.sum()} test image of the first {CLASSES} classes is too few: give a larger --test-subset"
+        )
     return ImageSet(test.images[kept], test.labels[kept])
 
 
@@ -80,10 +88,10 @@ def measure(student: Tensor, teacher: Tensor, labels: Tensor) -> dict[str, float
     """
     n, exact = len(labels), {"compute_mode": "donot_use_mm_for_euclid_dist"}
     across, within = torch.cdist(student, teacher, **exact), torch.cdist(teacher, teacher, **exact)
-    distance, nearest = across.diagonal().mean().item(), across.argmin(1)
+    distance, nearest = across.diagonal().mean(), across.argmin(1)
     return {
-        "distance": distance,
-        "relative": distance / (within.sum().item() / (n * (n - 1))),
+        "distance": distance.item(),
+        "relative": (distance / (within.sum() / (n * (n - 1)))).item(),
         "same_image": 100 * (nearest == torch.arange(n)).double().mean().item(),
         "same_class": 100 * (labels[nearest] == labels).double().mean().item(),
     }

@@ -5,6 +5,7 @@ import torch
 from running import SMALL
 
 import cifar100
+from ablations import exit_branches
 
 DATA = Path(__file__).parent / "data"
 
@@ -26,4 +27,12 @@ def teacher(tmp_path_factory):
     """A resnet14 trained alone, two epochs, by the script."""
     folder = tmp_path_factory.mktemp("teacher") / "alone"
     assert cifar100.main(["--student", "resnet14", *SMALL, "--epochs", "2", "--out", str(folder)]) == 0
+    return folder
+
+
+@pytest.fixture(scope="session")
+def branch_runs(tmp_path_factory):
+    """What ablations/exit_branches.py --smoke leaves: its results, and the runs and branches behind them."""
+    folder = tmp_path_factory.mktemp("branches") / "smoke"
+    assert exit_branches.main(["--smoke", "--devices", "cpu", "--out", str(folder)]) == 0
     return folder

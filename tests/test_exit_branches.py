@@ -1,0 +1,334 @@
+"""ablations/exit_branches.py and the branches it trains."""
+
+import copy
+import csv
+import json
+import shutil
+from argparse import Namespace
+
+import pytest
+import torch
+import torch.nn.functional as F
+from running import tensors
+from torch import nn
+
+from ablations import branches, exit_branches, tables
+from common.data import eval_batches, normalise, train_batches
+from common.errors import LossNotFiniteError, UserError
+from common.models import build
+from common.models.resnet import ResNet
+from common.randomness import generator
+from common.run_folder import locked
+from common.sources import load_data
+
+SMOKE = ["--smoke", "--devices", "cpu"]
+SETTINGS = {"branch_depth": 8, "branch_widths": [4, 6, 8, 10], "branch_epochs": 2, "batch_size": 24, "seed": 3}
+
+
+def settings(**other):
+    return Namespace(**SETTINGS | {"device": "cpu", "amp": None} | other)
+
+
+@pytest.fixture(scope="module")
+def data():
+    return load_data("synthetic", "data", 60, 40)
+
+
+@pytest.fixture(scope="module")
+def net():
+    torch.manual_seed(0)
+    return build("resnet14", 20).eval()
+
+
+@pytest.fixture(scope="module")
+def trained(net, data, tmp_path_factory):
+    """The teacher's state before, the branches, what is in branches.pt, and its folder."""
+    before, folder = copy.deepcopy(net.state_dict()), tmp_path_factory.mktemp("trained")
+    return before, *branches.train_branches(settings(), folder, net, data), folder
+
+
+def cell_of(runs, method="fcfd"):
+    args, given, _ = exit_branches.parse_args([*SMOKE, "--out", str(runs)], "", "exit_branches")
+    return tables.grid(args, given, exit_branches.ROWS)["resnet14-resnet8", method, 1]
+
+
+def equal(a, b):
+    a, b = tensors(a), tensors(b)
+    return a.keys() == b.keys() and len(a) > 10 and all(torch.equal(a[key], b[key]) for key in a)
+
+
+# --------------------------------------------------------------------------------------------------- networks
+
+
+def test_branches_have_the_shape_of_the_later_part_of_resnet50x4():
+    whole = ResNet(50, (32, 64, 128, 256), 100)
+    found = branches.build_branches(build("resnet32x4", 100), settings(**exit_branches.SHAPE), 100)
+    count = {name: sum(p.numel() for p in getattr(whole, name).parameters()) for name in ("layer2", "layer3", "fc")}
+    sizes = {k: sum(p.numel() for p in branch.parameters()) for k, branch in found.items()}
+    assert sizes == {"2": sum(count.values()), "3": count["layer3"] + count["fc"]}
+    assert [len(part) for part in found["2"].groups] == [8, 8]
+    shapes = {
+        k: found[k].groups(torch.zeros(2, *shape)).shape for k, shape in {"2": (64, 32, 32), "3": (128, 16, 16)}.items()
+    }
+    assert shapes == {"2": (2, 256, 8, 8), "3": (2, 256, 8, 8)}
+
+
+def test_a_teacher_of_five_stages_with_features_before_their_relu():
+    teacher = build("vgg8", 7)
+    found = branches.build_branches(teacher, settings(), 7)
+    features = branches.teacher_features(teacher, torch.randn(2, 3, 32, 32))
+    assert {k: tuple(feature.shape[1:]) for k, feature in features.items()} == {
+        "2": (128, 16, 16),
+        "3": (256, 8, 8),
+        "4": (512, 4, 4),
+    }
+    assert {k: tuple(found[k].groups(feature).shape) for k, feature in features.items()} == {
+        "2": (2, 10, 4, 4),  # the first of the three groups keeps the size
+        "3": (2, 10, 2, 2),
+        "4": (2, 10, 2, 2),
+    }
+    assert any((feature < 0).any() for feature in features.values())
+    for k, branch in found.eval().items():
+        assert torch.equal(branch(features[k]), branch(features[k].relu()))
+        assert not torch.equal(branch.groups(features[k]), branch.groups(features[k].relu()))
+
+
+# --------------------------------------------------------------------------------------------------- training
+
+
+def test_each_branch_is_trained_as_it_would_be_alone(net, data, trained):
+    _, together, state, _ = trained
+    for k, branch in branches.build_branches(net, settings(), 20).items():
+        optimizer = torch.optim.SGD(branch.parameters(), 0.05, momentum=0.9, weight_decay=5e-4, nesterov=True)
+        before = copy.deepcopy(branch.state_dict())
+        for epoch, lr in enumerate((0.05, 0.005)):  # of two epochs the first milestone is one
+            optimizer.param_groups[0]["lr"], losses, hits = lr, [], 0
+            for images, labels in train_batches(data.train, 24, seed=3, epoch=epoch):
+                logits = branch(net.features(images)[int(k) - 1].detach())
+                losses.append(F.cross_entropy(logits, labels))
+                hits += (logits.argmax(1) == labels).sum().item()
+                optimizer.zero_grad()
+                losses[-1].backward()
+                optimizer.step()
+            assert state["log"][epoch]["lr"] == pytest.approx(lr)
+            assert state["log"][epoch][f"loss_{k}"] == pytest.approx(sum(losses).item() / 3, rel=1e-4)
+            assert state["log"][epoch][f"train_top1_{k}"] == pytest.approx(100 * hits / 60)
+        torch.testing.assert_close(together[k].state_dict(), branch.state_dict(), rtol=1e-3, atol=1e-4)
+        assert not any(torch.equal(before[key], value) for key, value in together[k].state_dict().items())
+
+
+def test_the_teacher_stays_as_it_was(net, trained):
+    before, *_ = trained
+    assert equal(before, net.state_dict())
+
+
+def test_broken_off_and_resumed_it_ends_bit_for_bit_as_unbroken(net, data, trained, tmp_path, monkeypatch):
+    def broken(images, batch_size, seed, epoch, *more):
+        if epoch == 1:
+            raise KeyboardInterrupt
+        return train_batches(images, batch_size, seed, epoch, *more)
+
+    monkeypatch.setattr(branches, "train_batches", broken)
+    with pytest.raises(KeyboardInterrupt):
+        branches.train_branches(settings(), tmp_path, net, data)
+    monkeypatch.undo()
+    assert torch.load(tmp_path / "branches.pt")["epoch"] == 1
+    branches.train_branches(settings(), tmp_path, net, data)
+    resumed, unbroken = (torch.load(folder / "branches.pt") for folder in (tmp_path, trained[-1]))
+    assert equal(resumed, unbroken)
+    for row in (*resumed["log"], *unbroken["log"]):
+        del row["seconds"]
+    assert [resumed[key] for key in ("log", "top1", "epoch")] == [unbroken[key] for key in ("log", "top1", "epoch")]
+
+
+def test_what_does_not_fit_is_refused(net, data, trained, tmp_path, monkeypatch):
+    folder = trained[-1]
+    for other, message in (
+        ({"branch_depth": 14}, "--branch-depth is 14 and was 8"),
+        ({"amp": "bf16"}, "--amp is bf16"),
+    ):
+        with pytest.raises(UserError, match=message):
+            branches.train_branches(settings(**other), folder, net, data)
+    with pytest.raises(UserError, match="another teacher"):
+        branches.train_branches(settings(), folder, build("resnet14", 20), data)
+    torch.save({"model": {}}, tmp_path / "branches.pt")
+    with pytest.raises(UserError, match="remove it"):
+        branches.train_branches(settings(), tmp_path, net, data)
+    (tmp_path / "branches.pt").unlink()
+    monkeypatch.setattr(branches, "LR", 1e30)
+    with pytest.raises(LossNotFiniteError, match="in epoch 1"):
+        branches.train_branches(settings(), tmp_path, net, data)
+    assert not any(tmp_path.iterdir())
+
+
+# --------------------------------------------------------------------------------------------------- students
+
+
+def test_recalibrated_statistics_are_those_of_a_full_pass(net, data, trained, monkeypatch):
+    _, own, _, _ = trained
+    before = copy.deepcopy(own.state_dict())
+    monkeypatch.setattr(branches, "CALIBRATION_BATCH", 25)
+
+    def shifted(images):
+        return {k: 2 * feature - 0.3 for k, feature in branches.teacher_features(net, images).items()}
+
+    found = branches.recalibrated(own, shifted, data.train)
+    assert equal(before, own.state_dict())
+    assert not any(module.training for module in found.modules())
+    order = torch.randperm(60, generator=generator(0, 0, "recalibration")).tolist()
+    for k, branch in own.items():
+        naive, seen = copy.deepcopy(branch).train(), {}
+        for name, layer in naive.named_modules():
+            if isinstance(layer, nn.BatchNorm2d):
+                seen[name] = []
+                layer.register_forward_pre_hook(lambda _, inputs, own=seen[name]: own.append(inputs[0]))
+        for part in (order[:20], order[20:40], order[40:]):
+            naive(shifted(normalise(data.train.images[part]))[k])
+        assert len(seen) >= 3
+        for name, inputs in seen.items():
+            layer = found[k].get_submodule(name)
+            mean = sum(x.mean((0, 2, 3)) for x in inputs) / 3
+            var = sum(x.transpose(0, 1).flatten(1).var(1) for x in inputs) / 3
+            torch.testing.assert_close(layer.running_mean, mean, rtol=1e-4, atol=1e-5)
+            torch.testing.assert_close(layer.running_var, var, rtol=1e-4, atol=1e-5)
+            assert layer.momentum == 0.1
+        assert equal(list(branch.parameters()), list(found[k].parameters()))
+
+
+def naive_features(run, images):
+    """B_st^k(F_s^k), written out."""
+    state = torch.load(run / "last.pt")
+    student = build("resnet8", 20).eval()
+    student.load_state_dict({key: value for key, value in state["student"].items() if ".path" not in key})
+    x, found = images, {}
+    for k in (1, 2, 3):
+        x = student.stage(k, x)
+        if k > 1:
+            weights = {key.removeprefix(f"s2t.{k}."): value for key, value in state["bridges"].items()}
+            y = F.conv2d(x, weights["0.weight"], padding=1)
+            shape = (1, -1, 1, 1)
+            mean, var = weights["1.running_mean"].view(shape), weights["1.running_var"].view(shape)
+            y = (y - mean) / (var + 1e-5).sqrt() * weights["1.weight"].view(shape) + weights["1.bias"].view(shape)
+            found[str(k)] = torch.where(y > 0, y, 0.1 * y).detach()
+    return found
+
+
+def loaded_teacher(runs):
+    teacher = build("resnet14", 20).eval()
+    teacher.load_state_dict(torch.load(runs / "resnet14-alone-seed1" / "student.pth")["model"])
+    return teacher
+
+
+def test_a_student_goes_by_its_pure_path_through_its_bridges(branch_runs):
+    data, cell = load_data("synthetic", "data", 40, 40), cell_of(branch_runs)
+    images, _ = next(eval_batches(data.test))
+    assert any(".path2." in key for key in torch.load(cell.folder / "last.pt")["student"])
+    features = branches.student_features(cell, data, loaded_teacher(branch_runs), torch.device("cpu"))
+    for found in (features(images), features(images)):  # nothing moves when it is used
+        torch.testing.assert_close(found, naive_features(cell.folder, images), rtol=1e-4, atol=1e-5)
+    with pytest.raises(UserError, match="another resnet14"):
+        branches.student_features(cell, data, build("resnet14", 20), torch.device("cpu"))
+
+
+def top1(branch, features, labels):
+    return 100 * (branch(features).argmax(1) == labels).float().mean().item()
+
+
+def test_the_smoke_table_holds_what_the_files_give(branch_runs):
+    data, teacher = load_data("synthetic", "data", 40, 40), loaded_teacher(branch_runs)
+    rows = list(csv.DictReader((branch_runs / "cells.csv").open()))
+    assert [(row["features"], row["after"]) for row in rows] == [
+        (name, k) for name in ("teacher", "app", "fcfd") for k in "23"
+    ]
+    c = settings(branch_depth=8, branch_widths=[8, 16, 32, 64], seed=1)
+    judges = branches.build_branches(teacher, c, 20).eval()
+    judges.load_state_dict(torch.load(branch_runs / "resnet14-branches-seed1" / "branches.pt")["branches"])
+    images, labels = next(eval_batches(data.test))
+    expected, plain = [], {}
+    for name in ("teacher", "app", "fcfd"):
+        run = branch_runs / ("resnet14-alone-seed1" if name == "teacher" else f"resnet14-resnet8-{name}-seed1")
+        plain[name] = json.loads((run / "result.json").read_text())["last"]["top1"]
+        own, features = judges, branches.teacher_features(teacher, images)
+        if name != "teacher":
+            features = naive_features(run, images)
+            own = branches.recalibrated(judges, lambda images, run=run: naive_features(run, images), data.train)
+        expected += [top1(own[k], features[k], labels) for k in "23"]
+    assert [float(row["top1"]) for row in rows] == pytest.approx(expected)
+    assert [float(row["plain"]) for row in rows] == [plain[row["features"]] for row in rows]
+    text = (branch_runs / "table.md").read_text()
+    for i, name in enumerate(("teacher", "app", "fcfd")):
+        assert f"| resnet14-resnet8 | {name} | 1 | {expected[2 * i]:.2f} | {expected[2 * i + 1]:.2f} |" in text
+    assert "depth 8 and widths 8, 16, 32, 64" in text
+
+
+def test_what_is_done_is_kept_and_what_is_missing_is_said(branch_runs, tmp_path, capsys, monkeypatch):
+    runs = shutil.copytree(branch_runs, tmp_path / "runs")
+    command = [*SMOKE, "--out", str(runs)]
+    text, folder = (runs / "table.md").read_text(), runs / "resnet14-branches-seed1"
+
+    def again(*options, code=0):
+        assert exit_branches.main([*command, *options]) == code
+        output = capsys.readouterr()
+        return output.out if code == 0 else output.err
+
+    (runs / "table.md").unlink()
+    with monkeypatch.context() as patch:
+        patch.setattr(exit_branches, "load_data", None)  # nothing is to be done
+        assert text in again()
+        assert "--branch-depth is 14 and was 8" in again("--branch-depth", "14", code=2)
+    row = folder / "resnet14-resnet8-app-seed1.json"
+    kept = row.read_text()
+    row.write_text(kept.replace('"of": [\n  "', '"of": [\n  "0'))  # as of other branches
+    output = again()
+    assert "app-seed1: " in output
+    assert "fcfd-seed1: " not in output
+    assert "epoch   1" not in output
+    assert row.read_text() == kept
+
+    for file in runs.rglob("*.pt*"):  # as in a clone of the results
+        file.unlink()
+    assert text in again()
+    row.unlink()
+    message = again(code=2)
+    assert f"{runs}/resnet14-alone-seed1/student.pth is missing" in message
+    assert f"rm {runs}/resnet14-alone-seed1/result.json {runs}/resnet14-resnet8-app-seed1/result.json" in message
+    assert message.count("\n") == 1
+    with (
+        locked(folder),
+        pytest.raises(UserError, match="another process"),
+        exit_branches.open_judges(
+            settings(dataset="synthetic", data_dir="data", subset=40, test_subset=40), folder, [cell_of(branch_runs)]
+        ),
+    ):
+        pass
+
+
+def test_table():
+    def row(pair, features, seed, after, value):
+        return {"pair": pair, "features": features, "seed": seed, "after": after, "top1": value}
+
+    rows = [row("a-b", "teacher", 1, "2", 70.0), *(row("a-b", "app", seed, "2", 60.0 + seed) for seed in (1, 2, 3))]
+    text = exit_branches.table([*rows, row("c-d", "teacher", 1, "2", 50.0), row("c-d", "teacher", 1, "3", 55.0)])
+    assert text.splitlines()[0] == "| pair | features of | n | after F^2 | after F^3 |"
+    assert "| a-b | teacher | 1 | 70.00 |  |\n| a-b | app | 3 | 62.00 ± 1.00 |  |\n" in text
+    assert "| c-d | teacher | 1 | 50.00 | 55.00 |\n" in text
+
+
+@pytest.mark.parametrize(
+    ("options", "expected"),
+    [
+        (["--branch-depth", "9"], "--branch-depth 9"),
+        (["--branch-depth", "2"], "--branch-depth 2"),
+        (["--branch-widths", "8", "8", "0", "8"], "--branch-widths 0"),
+        (["--branch-widths", "8", "8"], "--branch-widths"),
+        (["--branch-epochs", "0"], "--branch-epochs 0"),
+        (["--w-app", "0"], "--w-app 0"),
+    ],
+)
+def test_wrong_input_is_one_line_and_exit_code_2(tmp_path, capsys, options, expected):
+    assert exit_branches.main([*SMOKE, *options, "--out", str(tmp_path / "out")]) == 2
+    message = capsys.readouterr().err
+    assert message.startswith("error: ")
+    assert expected in message
+    assert message.count("\n") == 1
+    assert not (tmp_path / "out").exists()

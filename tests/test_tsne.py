@@ -1,0 +1,147 @@
+"""ablations/tsne.py: the picture, and the numbers beside it."""
+
+import json
+import sys
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from running import call
+from torch import nn
+
+from ablations import branches, tsne
+from common.data import ImageSet
+
+SMOKE = ["--smoke", "--devices", "cpu"]
+
+
+def naive(student, teacher, labels):
+    n, nearest, distances = len(labels), [], []
+    for i in range(n):
+        to = [
+            sum((a - b) ** 2 for a, b in zip(student[i].tolist(), teacher[j].tolist(), strict=True)) ** 0.5
+            for j in range(n)
+        ]
+        nearest.append(min(range(n), key=to.__getitem__))
+        distances.append(to[i])
+    apart = [(teacher[i] - teacher[j]).norm().item() for i in range(n) for j in range(n) if i != j]
+    return {
+        "distance": sum(distances) / n,
+        "relative": sum(distances) / n / (sum(apart) / len(apart)),
+        "same_image": 100 * sum(nearest[i] == i for i in range(n)) / n,
+        "same_class": 100 * sum(labels[nearest[i]].item() == labels[i].item() for i in range(n)) / n,
+    }
+
+
+def test_numbers_are_those_of_plain_loops():
+    draw = torch.Generator().manual_seed(0)
+    teacher = torch.randn(30, 5, generator=draw, dtype=torch.float64)
+    student = teacher + torch.randn(30, 5, generator=draw, dtype=torch.float64)
+    labels = torch.randint(3, (30,), generator=draw)
+    found = tsne.measure(student, teacher, labels)
+    assert found == pytest.approx(naive(student, teacher, labels))
+    assert 0 < found["same_image"] < found["same_class"] < 100
+
+
+def test_numbers_at_their_ends():
+    teacher, labels = 10 * torch.eye(4, dtype=torch.float64), torch.tensor([0, 0, 1, 1])
+    ends = {"distance": 0, "relative": 0, "same_image": 100, "same_class": 100}
+    assert tsne.measure(teacher, teacher, labels) == ends
+    within = tsne.measure(teacher[[1, 0, 3, 2]], teacher, labels)  # each at the other one's place of its class
+    assert within == pytest.approx({"distance": 200**0.5, "relative": 1, "same_image": 0, "same_class": 100})
+    across = tsne.measure(teacher[[2, 3, 0, 1]], teacher, labels)
+    assert (across["same_image"], across["same_class"]) == (0, 0)
+
+
+def test_points_are_what_the_classifier_reads():
+    judges = nn.ModuleDict({k: branches.Branch(3, 1, 8, [4, 6, 8, 10], 5, pre_relu=True) for k in "23"}).eval()
+    images = ImageSet(torch.randint(256, (510, 32, 32, 3), dtype=torch.uint8), torch.zeros(510))
+    read = {k: [] for k in judges}
+    for k, branch in judges.items():
+        branch.fc.register_forward_pre_hook(lambda _, inputs, k=k: read[k].append(inputs[0]))
+    features = lambda x: {"2": x[:, :, ::8, ::8], "3": -x[:, :, ::8, ::8]}  # noqa: E731
+    points = tsne.points_of(judges, features, images)
+    for k, branch in judges.items():
+        for batch, _ in tsne.eval_batches(images):
+            branch(features(batch)[k])
+        torch.testing.assert_close(points[k], torch.cat(read[k]).double())
+
+
+def test_the_first_ten_classes():
+    labels = torch.tensor([11, 3, 10, 9, 0])
+    kept = tsne.first_classes(ImageSet(torch.arange(5)[:, None], labels))
+    assert (kept.labels.tolist(), kept.images.flatten().tolist()) == ([3, 9, 0], [1, 3, 4])
+
+
+class Plane:
+    """In the place of TSNE: the first two coordinates."""
+
+    def __init__(self, perplexity, init, random_state):
+        assert perplexity <= 30
+
+    def fit_transform(self, points):
+        return points[:, :2]
+
+
+def test_each_panel_has_the_teacher_and_its_student_in_the_colours_of_the_classes():
+    teacher = {k: torch.rand(12, 4, dtype=torch.float64) for k in "23"}
+    students = {name: {k: points + i for k, points in teacher.items()} for i, name in enumerate(("app", "fcfd"))}
+    labels = torch.arange(12) % 10
+    figure = tsne.draw(teacher, students, labels, [f"class {i}" for i in range(10)], Plane)
+    for row, k in enumerate("23"):
+        for i, name in enumerate(students):
+            panel = figure.axes[2 * row + i]
+            dots, crosses = [each for each in panel.collections if len(each.get_offsets())]
+            np.testing.assert_allclose(dots.get_offsets(), teacher[k][:, :2])
+            np.testing.assert_allclose(crosses.get_offsets(), teacher[k][:, :2] + i)
+            assert panel.get_title().startswith(f"{name}, after $F^{k}$\nrelative distance ")
+            assert len({tuple(colour) for colour in dots.get_facecolors()}) == 10
+            assert (dots.get_facecolors() == crosses.get_edgecolors()).all()
+    words = [text.get_text() for text in figure.legends[0].get_texts()]
+    assert words == ["teacher", "student", *(f"class {i}" for i in range(10))]
+
+
+def test_table():
+    def row(after, seed):
+        return {"pair": "a-b", "after": after, "method": "app", "seed": seed} | dict.fromkeys(tsne.DIGITS, float(seed))
+
+    text = tsne.table([row("2", 1), row("2", 3), row("3", 4)])
+    assert "| a-b | F^2 | app | 2 | 2.000 ± 1.414 | 2.000 ± 1.414 | 2.0 ± 1.4 | 2.0 ± 1.4 |\n" in text
+    assert "| a-b | F^3 | app | 1 | 4.000 | 4.000 | 4.0 | 4.0 |\n" in text
+
+
+def test_smoke_uses_the_runs_and_branches_that_are_there(branch_runs, tmp_path, capsys):
+    state = branch_runs / "resnet14-branches-seed1" / "branches.pt"
+    before = {file: file.read_bytes() for file in branch_runs.rglob("*.*") if file.is_file()}
+    command = [*SMOKE, "--runs", branch_runs, "--out", tmp_path]
+    output = call(capsys, *command, module=tsne)
+    assert "3 runs, of which 3 are done" in output
+    assert state in before
+    assert before == {file: file.read_bytes() for file in branch_runs.rglob("*.*") if file.is_file()}
+    rows = json.loads((tmp_path / "numbers.json").read_text())["rows"]
+    assert [(row["method"], row["after"]) for row in rows] == [("app", "2"), ("fcfd", "2"), ("app", "3"), ("fcfd", "3")]
+    for row in rows:
+        assert row["distance"] > 0
+        assert row["relative"] > 0
+        assert 0 <= row["same_image"] <= row["same_class"] <= 100
+    assert len({row["distance"] for row in rows}) == 4
+    with Image.open(tmp_path / "tsne.png") as image:
+        pixels = np.asarray(image.convert("RGB"))
+    assert pixels.shape[1] == 1200
+    for colour in tsne.COLOURS:
+        wanted = [int(colour[i : i + 2], 16) for i in (1, 3, 5)]
+        assert (abs(pixels.astype(int) - wanted).max(2) <= 2).any(), colour
+    assert (tmp_path / "table.md").read_text() in output
+    call(capsys, *command, module=tsne)
+    assert json.loads((tmp_path / "numbers.json").read_text())["rows"] == rows
+
+
+@pytest.mark.parametrize(("module", "name"), [("sklearn.manifold", "scikit-learn"), ("matplotlib", "matplotlib")])
+def test_what_is_not_installed_is_said_before_anything_runs(tmp_path, capsys, monkeypatch, module, name):
+    monkeypatch.setitem(sys.modules, module, None)
+    message = call(capsys, *SMOKE, "--out", tmp_path / "out", module=tsne, code=2)
+    assert name in message
+    assert "pip install -r requirements-extra.txt" in message
+    assert message.count("\n") == 1
+    assert not (tmp_path / "out").exists()
