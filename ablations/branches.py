@@ -11,6 +11,7 @@ import math
 import time
 from argparse import Namespace
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -100,6 +101,9 @@ def train_branches(c: Namespace, folder: Path, teacher: StagedNet, data: Data) -
     All of them see the same batches and their losses are added up, so that each is trained as it would be alone (but
     with fp16 a step that overflows in one is left out for all).
 
+    Their state holds the accuracies on the teacher's own features, as they are ("top1") and recalibrated as for a
+    student's ("top1_recalibrated").
+
     Args:
         c: settings, of which the fingerprint of the data and the weights of the teacher become part.
 
@@ -120,6 +124,7 @@ def train_branches(c: Namespace, folder: Path, teacher: StagedNet, data: Data) -
     branches = build_branches(teacher.cpu(), c, len(data.classes))
     for net in (teacher.requires_grad_(False), branches):
         net.to(device, memory_format=memory_format)
+    features = partial(teacher_features, teacher)
     cuda, amp = device.type == "cuda", AMP[c.amp]
     optimizer = sgd(branches.parameters(), LR, momentum=0.9, weight_decay=5e-4, nesterov=True, fused=cuda)
     scaler = torch.amp.GradScaler(device.type, enabled=c.amp == "fp16")
@@ -139,7 +144,7 @@ def train_branches(c: Namespace, folder: Path, teacher: StagedNet, data: Data) -
         sums = {name: torch.zeros((), device=device) for k in branches for name in (f"loss_{k}", f"train_top1_{k}")}
         for images, labels in train_batches(data.train, c.batch_size, c.seed, epoch, teacher.channels_last):
             with torch.autocast(device.type, amp, enabled=amp is not None):
-                logits = {k: branches[k](feature) for k, feature in teacher_features(teacher, images).items()}
+                logits = {k: branches[k](feature) for k, feature in features(images).items()}
             losses = {k: F.cross_entropy(each.float(), labels) for k, each in logits.items()}
             optimizer.zero_grad(set_to_none=True)
             scaler.scale(sum(losses.values())).backward()
@@ -154,7 +159,10 @@ def train_branches(c: Namespace, folder: Path, teacher: StagedNet, data: Data) -
         if not all(tensor.isfinite().all() for tensor in (*sums.values(), *branches.state_dict().values())):
             raise LossNotFiniteError(f"in epoch {epoch + 1} of the branches in {folder}")
         if epoch + 1 == c.branch_epochs:
-            state["top1"] = accuracies(branches, lambda images: teacher_features(teacher, images), data.test)
+            state["top1"], state["top1_recalibrated"] = (
+                accuracies(each, features, data.test)
+                for each in (branches, recalibrated(branches, features, data.train))
+            )
         state["log"].append(row | {"seconds": time.monotonic() - began})
         parts = {"branches": branches.state_dict(), "optimizer": optimizer.state_dict(), "scaler": scaler.state_dict()}
         state |= parts | {"epoch": epoch + 1, "made_with": made_with(device)}

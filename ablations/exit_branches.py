@@ -7,7 +7,8 @@
 The judges are exit branches: the later parts of a ResNet50x4, each with a classifier of its own, trained on the frozen
 teacher's features F_t^k of k = 2..N-1 to tell the classes. Then a student's F_s^k goes through its own bridge B_st^k
 into the branch on F_t^k, whose BatchNorm statistics are first taken anew from such features of the training images; no
-weight is changed. Students are those of app (KD with L_app) and fcfd.
+weight is changed. Since that alone can help, a row has the teacher's own features after the same. Students are those of
+app (KD with L_app) and fcfd.
 
 Every other option is one of cifar100.py and goes to the runs that have a use for it; --batch-size is the branches' too.
 Branches lie beside the runs, in <teacher>-branches-seed<first of --seeds>, with what was measured of each student: the
@@ -56,10 +57,12 @@ PAIRS = ["resnet32x4-resnet8x4"]
 ROWS = [Row({"method": "app"}), Row({"method": "fcfd"})]
 SHAPE = {"branch_depth": 50, "branch_widths": [32, 64, 128, 256]}  # ResNet50x4
 SMOKE_SHAPE = {"branch_depth": 8, "branch_widths": [8, 16, 32, 64]}
+TEACHER = {"teacher": "top1", "teacher, recalibrated": "top1_recalibrated"}  # name of the row: in branches.json
 NOTE = """
 Top-1 test accuracy in percent of the exit branch after F^k on those features: mean ± sample standard deviation over n
-seeds. A branch is the later part of a ResNet of depth {depth} and widths {widths}; epochs on the teacher's features:
-{epochs}. The accuracy of teacher and students themselves is in cells.csv (plain).
+seeds; in all rows but the first with BatchNorm statistics of such features of the training images, not augmented. A
+branch is the later part of a ResNet of depth {depth} and widths {widths}; epochs on the teacher's features: {epochs}.
+The accuracy of teacher and students themselves is in cells.csv (plain).
 """
 
 
@@ -148,13 +151,13 @@ def open_judges(c: Namespace, folder: Path, cells: Iterable[Cell]) -> Iterator[J
         teacher = build(name, len(data.classes))
         load_network(teacher, network, name)
         branches, state = train_branches(Namespace(**vars(c)), folder, teacher, data)
-        record = {key: state[key] for key in ("settings", "epoch", "top1", "log", "made_with")}
+        record = {key: state[key] for key in ("settings", "epoch", "top1", "top1_recalibrated", "log", "made_with")}
         write_json(folder / "branches.json", record)
         yield Judges(teacher, branches, data)
 
 
 def measure(c: Namespace, folder: Path, cells: dict[tuple, Cell]) -> dict[tuple, dict[str, Any]]:
-    """What the branches in `folder` make of each student, and under "teacher" of their teacher; what is known is kept.
+    """What the branches in `folder` make of each student, and under TEACHER of their teacher; what is known is kept.
 
     A student's numbers lie in <folder>/<its run>.json, and are kept while neither its result.json nor branches.json
     changes.
@@ -180,7 +183,9 @@ def measure(c: Namespace, folder: Path, cells: dict[tuple, Cell]) -> dict[tuple,
                 row = {"of": sources(cell), "top1": found, "made_with": made_with(judges.data.train.labels.device)}
                 write_json(folder / f"{cell.folder.name}.json", row)
                 print(f"{cell.folder}: " + ", ".join(f"{top1:.2f} % after F^{k}" for k, top1 in found.items()))
-    return {"teacher": read_json(record)} | {key: known(cell) for key, cell in cells.items()}
+    own = read_json(record)
+    teacher = {name: {"top1": own[key], "made_with": own["made_with"]} for name, key in TEACHER.items()}
+    return teacher | {key: known(cell) for key, cell in cells.items()}
 
 
 def numbers(
@@ -193,14 +198,14 @@ def numbers(
         runs: those of `tables.numbers` by (pair, method, seed).
         seed: the branches'.
     """
-    keys = [key for key in found if key != "teacher"]
-    rows = []
+    keys, rows = [key for key in found if key not in TEACHER], []
     for pair in dict.fromkeys(pair for pair, _, _ in keys):
         own = [key for key in keys if key[0] == pair]
-        for key in [(pair, "teacher", seed), *own]:
-            row = found["teacher" if key[1] == "teacher" else key]
-            plain = runs[own[0]]["teacher"] if key[1] == "teacher" else runs[key]["last"]
-            start = dict(zip(("pair", "features", "seed"), key, strict=True))
+        taught = runs[own[0]]["teacher"]
+        lines = [(pair, name, seed, taught, found[name]) for name in TEACHER]
+        lines += [(*key, runs[key]["last"], found[key]) for key in own]
+        for *start, plain, row in lines:
+            start = dict(zip(("pair", "features", "seed"), start, strict=True))
             rows += [start | {"after": k, "top1": v, "plain": plain} | row["made_with"] for k, v in row["top1"].items()]
     return rows
 
