@@ -111,7 +111,7 @@ def distillation(row: Row, c: Namespace, method: str = "fcfd", kd_loss: Callable
         flow = forward_paths(teacher, student, bridges, images, draws[i], app="app" in terms)
         return sum(fcfd_terms(flow, labels, temperature=4.0, terms=terms, kd_loss=kd_loss).values())
 
-    return with_sgd(loss, [net for net in (teacher, student, bridges) if net], row, c, plain, nesterov=True)
+    return with_sgd(loss, [net for net in (teacher, student, bridges) if net is not None], row, c, plain, nesterov=True)
 
 
 def baseline(row: Row, c: Namespace) -> Step:

@@ -5,28 +5,60 @@ import json
 import pytest
 import torch
 
+import cifar100
 from ablations import complexity
 from common.models import build
+
+
+def smoke_settings(*options):
+    return complexity.parse_args(["--smoke", "--device", "cpu", *options])
 
 
 def test_smoke(tmp_path, capsys):
     assert complexity.main(["--smoke", "--device", "cpu", "--out", str(tmp_path)]) == 0
     numbers = json.loads((tmp_path / "rows.json").read_text())
     rows = {(row["kind"], row["num_paths"]): row for row in numbers["rows"]}
-    assert list(rows) == [("alone", None), ("fcfd", 0), ("fcfd", 2), ("plain", 2)]
+    once = [(kind, None) for kind in ("alone", "kd", "dkd", "app", "reviewkd", "crd")]
+    assert list(rows) == [*once, ("fcfd", 0), ("fcfd", 2), ("plain", 2)]
     assert all(row["seconds"] > 0 for row in rows.values())
-    megabytes = [row["megabytes"] for row in rows.values()]
-    weights = sum(4 * p.numel() for p in build("resnet8", 100).parameters()) / 2**20
-    assert 2 * weights < megabytes[0] < megabytes[1] < megabytes[2] < 40  # weights and gradients at least
+    memory = {key: row["megabytes"] for key, row in rows.items()}
+    weights, of_teacher = (
+        sum(4 * p.numel() for p in build(n, 100).parameters()) / 2**20 for n in ("resnet8", "resnet14")
+    )
+    assert 2 * weights < memory["alone", None]  # weights and gradients at least
+    assert memory["alone", None] + of_teacher < memory["kd", None] < memory["app", None] < memory["fcfd", 0]
+    assert memory["fcfd", 0] < memory["fcfd", 2] < 40
+    assert memory["crd", None] > 2 * 50_000 * 128 * 4 / 2**20  # its two banks
+    counted = {key: row["flops"] for key, row in rows.items()}
+    assert counted["alone", None] < counted["kd", None] == counted["dkd", None] < counted["app", None]
+    assert counted["app", None] == counted["fcfd", 0] < counted["fcfd", 2] == counted["plain", 2]
     text = (tmp_path / "table.md").read_text()
     assert text.startswith(capsys.readouterr().out.split("\n\n")[0])
-    unit = rows["alone", None]["seconds"]
-    expected = f"| resnet14-resnet8 | FCFD | 2 | {rows['fcfd', 2]['seconds'] / unit:.2f} | "
-    assert expected + f"{1000 * rows['fcfd', 2]['seconds']:.1f} | {4 / rows['fcfd', 2]['seconds']:.0f} | " in text
+    unit, row = rows["alone", None], rows["fcfd", 2]
+    expected = (
+        f"| resnet14-resnet8 | FCFD | 2 | {row['seconds'] / unit['seconds']:.2f} | {1000 * row['seconds']:.1f} | "
+    )
+    expected += f"{4 / row['seconds']:.0f} | {row['megabytes']:.0f} | {row['flops'] / 1e9:.2f} | "
+    assert expected + f"{row['flops'] / unit['flops']:.2f} |" in text
+
+
+def kinds(*options, pair="resnet32x4-resnet8x4"):
+    c = complexity.parse_args([*options, "--device", "cpu"])
+    return [(row.kind, row.num_paths) for row in complexity.rows_of(pair, c)], c.out
+
+
+def test_rows():
+    every = [("alone", None), *(("fcfd", n) for n in range(5)), ("plain", 2)]
+    assert kinds() == (every, "results/complexity")
+    methods = ["kd", "dkd", "reviewkd", "crd"]
+    beside = [("alone", None), *((kind, None) for kind in methods), ("fcfd", 2)]
+    assert kinds("--methods", *methods, "fcfd") == (beside, "results/complexity/methods")
+    assert kinds("--methods", "fcfd", "--num-paths", "0", "4")[0] == [("alone", None), ("fcfd", 0), ("fcfd", 4)]
+    assert kinds("--num-paths", "1", pair="resnet32x4-ShuffleV1")[0] == [("alone", None), ("fcfd", 1)]  # it is plain
 
 
 def test_memory_is_the_same_when_measured_again():
-    c = complexity.parse_args(["--smoke", "--device", "cpu"])
+    c = smoke_settings()
     rows = [complexity.Row("resnet14-resnet8", "fcfd", 2) for _ in range(3)]
     for row in rows:
         complexity.measure_memory(row, c)
@@ -49,27 +81,56 @@ def test_time_is_the_median_without_the_first_round(monkeypatch):
         return step
 
     rows = [complexity.Row("x-y", name) for name in lasting]
-    monkeypatch.setattr(complexity, "steps_of", lambda *_: [(row, step_of(row.kind)) for row in rows])
+    monkeypatch.setattr(complexity, "STEPS", {name: lambda row, c: step_of(row.kind) for name in lasting})
     c = complexity.parse_args(["--repeats", "3", "--device", "cpu"])
     complexity.measure_time(rows, c)
     assert [row.seconds for row in rows] == [2, 4]
     assert "".join(order) == "baabbaab"
 
 
-def test_a_step_trains_the_student_and_leaves_the_teacher(monkeypatch):
-    built = []
-    monkeypatch.setattr(complexity, "build", lambda *args: built.append(build(*args)) or built[-1])
-    c = complexity.parse_args(["--smoke", "--device", "cpu"])
-    step = complexity.fcfd_steps("resnet14-resnet8", c, plain=False)
-    before = [[p.detach().clone() for p in net.parameters()] for net in built]
-    step(2, 0)
+@pytest.mark.parametrize("kind", ["kd", "dkd", "app", "reviewkd", "crd", "fcfd", "plain"])
+def test_a_step_trains_the_student_and_leaves_the_teacher(monkeypatch, kind):
+    built = {}
+    for module in (cifar100, complexity.baselines):
+        monkeypatch.setattr(module, "build", lambda name, n: built.setdefault(name, build(name, n)))
+    c = smoke_settings()
+    row = complexity.Row("resnet14-resnet8", kind, 4 if kind in complexity.OF_PATHS else None)
+    step = complexity.STEPS[kind](row, c)
+    teacher, student = built["resnet14"], built["resnet8"]
+    before = [[p.detach().clone() for p in net.parameters()] for net in (teacher, student)]
+    step(0)
     same = [
         [torch.equal(p, q) for p, q in zip(net.parameters(), old, strict=True)]
-        for net, old in zip(built, before, strict=True)
+        for net, old in zip((teacher, student), before, strict=True)
     ]
     assert all(same[0])
-    assert all(p.grad is None for p in built[0].parameters())
+    assert all(p.grad is None for p in teacher.parameters())
     assert not any(same[1])
+    form = student.conv1.weight.is_contiguous(memory_format=torch.channels_last)
+    assert form == (kind != "plain")
+
+
+@pytest.mark.parametrize(("kind", "num_paths"), [("kd", None), ("dkd", None), ("app", None), ("fcfd", 2)])
+def test_a_step_is_that_of_cifar100(monkeypatch, kind, num_paths):
+    """Its terms, bridges and paths: whatever cifar100.py's settings say of the method."""
+    asked = {}
+
+    def terms(flow, labels, temperature, terms, kd_loss):
+        asked.update(terms=terms, dkd=kd_loss is not complexity.kl, paths=list(flow.mixed), bridged=list(flow.s2t))
+        return {"task": flow.student_logits.sum()}
+
+    monkeypatch.setattr(complexity, "fcfd_terms", terms)
+    row = complexity.Row("resnet14-resnet8", kind, num_paths)
+    step = complexity.STEPS[kind](row, smoke_settings())
+    drawn = set()
+    for i in range(3):
+        step(i)
+        assert len(asked["paths"]) == (num_paths or 0)
+        drawn |= {tuple(asked["paths"])}
+    assert len(drawn) == (3 if num_paths else 1)  # of this seed all three draws differ
+    assert asked["terms"] == cifar100.METHODS["kd" if kind == "dkd" else kind]
+    assert asked["dkd"] == (kind == "dkd")
+    assert asked["bridged"] == ([] if kind in ("kd", "dkd") else [2, 3, 4])
 
 
 @pytest.mark.parametrize(
@@ -81,6 +142,9 @@ def test_a_step_trains_the_student_and_leaves_the_teacher(monkeypatch):
         (["--num-paths", "5"], "4 candidates"),
         (["--repeats", "0"], "--repeats 0"),
         (["--batch-size", "0"], "--batch-size 0"),
+        (["--batch-size", "1", "--methods", "reviewkd"], "--batch-size 1"),
+        (["--methods", "kd", "--num-paths", "2"], "add fcfd"),
+        (["--methods", "fitnet"], "reviewkd"),
         (["--device", "cuda:99"], "cuda:99"),
     ],
 )
