@@ -31,6 +31,7 @@ from dataclasses import dataclass
 from functools import partial
 from itertools import accumulate
 from pathlib import Path
+from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
@@ -261,6 +262,19 @@ def table(rows: list[Row], batch_size: int) -> str:
     return markdown(header, lines)
 
 
+def machine_of(device: torch.device) -> dict[str, Any]:
+    """What figures of time depend on beside the settings; and the commit."""
+    return made_with(device) | {"threads": torch.get_num_threads()}
+
+
+def conditions(c: Namespace, machine: dict[str, Any]) -> str:
+    """The same in words, with the settings."""
+    return (
+        f"batch {c.batch_size}, amp {c.amp}, medians of {c.repeats}; "
+        f"{machine['device']}, torch {machine['torch']}, {machine['threads']} threads"
+    )
+
+
 def parse_args(argv: list[str] | None) -> Namespace:
     """The options, checked and complete."""
     parser = Parser(__doc__)
@@ -341,11 +355,8 @@ def main(argv: list[str] | None = None) -> int:
             count_flops(rows, c)
             print(table(rows, c.batch_size), flush=True)
         rows = [row for rows in of_pairs for row in rows]
-        machine = made_with(device) | {"threads": torch.get_num_threads()}
-        note = (
-            f"batch {c.batch_size}, amp {c.amp}, medians of {c.repeats}; {machine['device']}, torch {machine['torch']}"
-        )
-        text = f"{table(rows, c.batch_size)}\n{note}, {machine['threads']} threads\n"
+        machine = machine_of(device)
+        text = f"{table(rows, c.batch_size)}\n{conditions(c, machine)}\n"
         numbers = {"settings": vars(c), "machine": machine, "rows": [vars(row) for row in rows]}
         write_atomically(out / "table.md", lambda file: file.write(text.encode()))
         write_atomically(out / "rows.json", lambda file: file.write(json.dumps(numbers, indent=1).encode()))
