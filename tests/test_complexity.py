@@ -32,6 +32,9 @@ def test_smoke(tmp_path, capsys):
     counted = {key: row["flops"] for key, row in rows.items()}
     assert counted["alone", None] < counted["kd", None] == counted["dkd", None] < counted["app", None]
     assert counted["app", None] == counted["fcfd", 0] < counted["fcfd", 2] == counted["plain", 2]
+    # CRD runs the teacher without its classifier, trains two embeddings, and multiplies with two banks.
+    embedding, bank = 2 * 64 * 128, 2 * 128 * 50_000
+    assert counted["crd", None] == counted["kd", None] + 4 * (5 * embedding + 4 * bank - 2 * 64 * 100)
     text = (tmp_path / "table.md").read_text()
     assert text.startswith(capsys.readouterr().out.split("\n\n")[0])
     unit, row = rows["alone", None], rows["fcfd", 2]
@@ -98,7 +101,9 @@ def test_a_step_trains_the_student_and_leaves_the_teacher(monkeypatch, kind):
     step = complexity.STEPS[kind](row, c)
     teacher, student = built["resnet14"], built["resnet8"]
     before = [[p.detach().clone() for p in net.parameters()] for net in (teacher, student)]
+    seen_by_teacher = teacher.bn1.running_mean.clone()
     step(0)
+    assert torch.equal(teacher.bn1.running_mean, seen_by_teacher) == (kind in ("reviewkd", "crd"))  # in evaluation mode
     same = [
         [torch.equal(p, q) for p, q in zip(net.parameters(), old, strict=True)]
         for net, old in zip((teacher, student), before, strict=True)
@@ -131,6 +136,16 @@ def test_a_step_is_that_of_cifar100(monkeypatch, kind, num_paths):
     assert asked["terms"] == cifar100.METHODS["kd" if kind == "dkd" else kind]
     assert asked["dkd"] == (kind == "dkd")
     assert asked["bridged"] == ([] if kind in ("kd", "dkd") else [2, 3, 4])
+
+
+@pytest.mark.parametrize(("kind", "expected"), [("fcfd", torch.bfloat16), ("plain", torch.float32)])
+def test_mixed_precision_is_used(monkeypatch, kind, expected):
+    seen = []
+    monkeypatch.setattr(
+        complexity, "fcfd_terms", lambda flow, *_, **__: seen.append(flow.student_logits) or {"task": seen[0].sum()}
+    )
+    complexity.STEPS[kind](complexity.Row("resnet14-resnet8", kind, 1), smoke_settings("--amp", "bf16"))(0)
+    assert seen[0].dtype == expected
 
 
 @pytest.mark.parametrize(
