@@ -120,7 +120,7 @@ def baseline(row: Row, c: Namespace) -> Step:
     teacher, student = row.pair.split("-")
     own = Namespace(teacher=teacher, student=student, method=row.kind, seed=1)
     student, teacher = baselines.build_networks(own, CLASSES)
-    method = baselines.build_method(row.kind, teacher, student, torch.randint(CLASSES, (IMAGES,)), SIZE).to(c.device)
+    method = baselines.build_method(row.kind, teacher, student, torch.randint(CLASSES, (IMAGES,)), SIZE)
     teacher.eval()
     images, labels = random_batch(c, channels_last=uses_channels_last(row.pair))
     index, generator = torch.arange(c.batch_size, device=c.device), torch.Generator(c.device)
@@ -309,6 +309,8 @@ def parse_args(argv: list[str] | None) -> Namespace:
         raise UserError("--num-paths is of FCFD: add fcfd to --methods, or leave it out")
     if c.batch_size == 1 and "reviewkd" in c.methods:
         raise UserError("--batch-size 1: ReviewKD cannot normalise it, it must be at least 2")
+    if c.batch_size > IMAGES and "crd" in c.methods:
+        raise UserError(f"--batch-size {c.batch_size}: CRD knows {IMAGES} images, it must be at most that")
     for pair in c.pairs:
         if len(pair.split("-")) != 2:
             raise UserError(f"--pairs {pair}: write teacher and student with a hyphen, as resnet32x4-resnet8x4")

@@ -158,6 +158,7 @@ def test_mixed_precision_is_used(monkeypatch, kind, expected):
         (["--repeats", "0"], "--repeats 0"),
         (["--batch-size", "0"], "--batch-size 0"),
         (["--batch-size", "1", "--methods", "reviewkd"], "--batch-size 1"),
+        (["--batch-size", "50001", "--methods", "crd"], "50000 images"),
         (["--methods", "kd", "--num-paths", "2"], "add fcfd"),
         (["--methods", "fitnet"], "reviewkd"),
         (["--device", "cuda:99"], "cuda:99"),
