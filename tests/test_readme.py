@@ -1,5 +1,6 @@
 """What the README says about the code holds."""
 
+import importlib
 import re
 import shutil
 import subprocess
@@ -11,12 +12,15 @@ import pytest
 import cifar100
 import imagenet
 import online_kd
-from ablations import agreement, baselines, compare, complexity, curves
+from ablations import compare
 from common.simkd import added_cost
 
 ROOT = Path(cifar100.__file__).parent
 TORCHRUN = "--nnodes --node_rank --nproc_per_node --master_addr --master_port"  # options of torchrun, named there too
 README = (ROOT / "README.md").read_text()
+OF_ABLATIONS = (ROOT / "ablations" / "README.md").read_text()
+MODULES = [importlib.import_module(f"ablations.{path.stem}") for path in sorted(ROOT.glob("ablations/*.py"))]
+ABLATIONS = [module for module in MODULES if "__main__" in Path(module.__file__).read_text()]  # the scripts
 
 
 def test_the_worked_network_can_be_added_as_told(tmp_path):
@@ -35,7 +39,7 @@ def test_the_worked_network_can_be_added_as_told(tmp_path):
 
 def test_files_and_functions_it_names_are_there():
     named = r"((?:common|docs|ablations|results)/[\w/.-]+|(?:cifar100|imagenet|online_kd)\.py|requirements[\w-]*\.txt)"
-    for path in re.findall(rf"`{named}`|\]\({named}\)|python {named}", README):
+    for path in re.findall(rf"`{named}`|\]\({named}\)|python {named}", README + OF_ABLATIONS):
         name = "".join(path)
         assert (ROOT / name).exists() or name == "common/models/tiny.py", name  # that one is the reader's to write
     rows = re.findall(r"\| (`\w[^|]*`) in `([\w/.]+\.py)` \|", README)
@@ -46,12 +50,20 @@ def test_files_and_functions_it_names_are_there():
 
 
 def test_options_it_names_exist(capsys):
-    for script in (cifar100, imagenet, online_kd, agreement, baselines, compare, complexity, curves):
+    for script in (cifar100, imagenet, online_kd, *ABLATIONS):
         with pytest.raises(SystemExit):
             script.main(["--help"])
     known = capsys.readouterr().out + TORCHRUN
-    for option in set(re.findall(r"(?<![\w-])--[a-z][a-z_-]+", README)):
+    for option in set(re.findall(r"(?<![\w-])--[a-z][a-z_-]+", README + OF_ABLATIONS)):
         assert option in known, option
+
+
+def test_every_script_of_a_table_or_figure_is_named():
+    assert len(ABLATIONS) >= 14
+    for module in ABLATIONS:
+        name = module.__name__.rpartition(".")[2]
+        assert f"`ablations/{name}.py`" in README
+        assert f"`{name}.py" in OF_ABLATIONS
 
 
 def test_published_figures_are_those_of_compare():
