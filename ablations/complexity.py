@@ -7,15 +7,18 @@
 A step is what cifar100.py, for ReviewKD and CRD baselines.py, does with a batch: forward along all paths, the terms,
 backward, SGD. The unit is one forward and backward of the student alone, plain eager NCHW float32. Every figure is the
 median of --repeats steps; the rows take turns, so that a machine that slows down slows all of them. "plain" is the step
-in eager NCHW float32; the form that is used (channels_last where both families gain by it, AMP on CUDA) must not be
-slower. Where the two are one and the same, the row is left out. Float32 is PyTorch's, which on CUDA convolves in TF32.
+in eager NCHW float32, to be held against the form that is used (channels_last where both families gain by it, AMP on
+CUDA). Where the two are one and the same, the row is left out. Float32 is PyTorch's, which on CUDA convolves in TF32.
 Every step draws its paths anew, and paths differ in cost: a figure is the median over draws, too.
 
 Peak memory is what PyTorch held at most while networks were built and two steps done: on CUDA by the allocator's own
 count, on the CPU by the profiler's record of every allocation. CRD's banks are those of CIFAR-100's 50,000 images.
 
 FLOPs are of convolutions and linear layers, a multiply-add is two. They are those of App. H's formula
-(ablations/flops.py), expected over the draws of S; those of ReviewKD and CRD are counted while a step is done.
+(ablations/flops.py), expected over the draws of S; those of ReviewKD and CRD are counted while a step is done, CRD's
+with the products of each embedding with the whole bank, which is how it is done here.
+
+A pair that rows.json in --out has from the same settings and machine is kept.
 """
 
 import gc
@@ -67,6 +70,10 @@ KINDS = {
     "fcfd": "FCFD",
     "plain": "FCFD, plain",
 }
+LEGEND = """
+A step is forward, backward and SGD; its time is the median. Units are those of one forward and backward of the student
+alone, without SGD, by time and by FLOPs (of convolutions and linear layers, a multiply-add is two). Paths: |S|.
+"""
 OF_PATHS = ("fcfd", "plain")  # there is a row for each |S|
 Step = Callable[[int], None]  # does the i-th step, i = 0, 1, ..., --repeats
 
@@ -244,7 +251,7 @@ def count_flops(rows: list[Row], c: Namespace) -> None:
 def table(rows: list[Row], batch_size: int) -> str:
     """The rows as Markdown, in units, seconds and images/s."""
     units = {row.pair: row for row in rows if row.kind == "alone"}
-    header = ["pair", "step", "paths", "units", "ms", "images/s", "peak memory (MB)", "GFLOPs", "units by FLOPs"]
+    header = ["pair", "step", "paths", "units", "ms", "images/s", "peak memory (MiB)", "GFLOPs", "units by FLOPs"]
     lines = [
         [
             row.pair,
@@ -342,29 +349,60 @@ def rows_of(pair: str, c: Namespace) -> list[Row]:
     return rows
 
 
+def measured(of_pairs: list[list[Row]], c: Namespace, file: Path) -> dict[str, Any]:
+    """What the rows of some pairs cost: {"settings", "machine", "rows"}, where a row is a Row's and the commit.
+
+    Pairs that `file` has with these rows, from the same settings and machine, are kept; all others are measured and
+    written to it.
+    """
+    machine = machine_of(torch.device(c.device))
+    commit = machine.pop("commit")
+    found = {"settings": {key: getattr(c, key) for key in ("batch_size", "amp", "repeats")}, "machine": machine}
+    found["rows"] = read_rows(file, found)
+    for rows in of_pairs:
+        pair = rows[0].pair
+        known = {(row["kind"], row["num_paths"]) for row in found["rows"] if row["pair"] == pair}
+        if {(row.kind, row.num_paths) for row in rows} <= known:
+            print(f"{pair}: kept, from {file}", flush=True)
+            continue
+        print(f"{pair}: measuring {len(rows)} steps", flush=True)
+        for row in rows:
+            measure_memory(row, c)
+        measure_time(rows, c)
+        count_flops(rows, c)
+        others = [row for row in found["rows"] if row["pair"] != pair]
+        found["rows"] = others + [vars(row) | {"commit": commit} for row in rows]
+        write_atomically(file, lambda stream: stream.write(json.dumps(found, indent=1).encode()))
+    return found
+
+
+def read_rows(file: Path, found: dict[str, Any]) -> list[dict[str, Any]]:
+    """The rows of a file of `measured` from the same settings and machine as in `found`, none where there are none."""
+    try:
+        stored = json.loads(file.read_text())
+        rows = stored["rows"] if all(stored[key] == found[key] for key in ("settings", "machine")) else []
+        return rows if all({*vars(Row("", "")), "commit"} <= row.keys() for row in rows) else []
+    except (FileNotFoundError, ValueError, KeyError, TypeError, AttributeError):  # a damaged one is measured again
+        return []
+
+
 def main(argv: list[str] | None = None) -> int:
     """Measure and write the table; the exit code is that of `exit_code`."""
 
     def script() -> None:
         c = parse_args(argv)
-        device, out = open_device(c.device), Path(c.out)
-        of_pairs = [rows_of(pair, c) for pair in c.pairs]
+        open_device(c.device)
+        out, of_pairs = Path(c.out), [rows_of(pair, c) for pair in c.pairs]
         out.mkdir(parents=True, exist_ok=True)
-        for rows in of_pairs:
-            for row in rows:
-                measure_memory(row, c)
-            measure_time(rows, c)
-            count_flops(rows, c)
-            print(table(rows, c.batch_size), flush=True)
-        rows = [row for rows in of_pairs for row in rows]
-        machine = machine_of(device)
-        text = f"{table(rows, c.batch_size)}\n{conditions(c, machine)}\n"
-        numbers = {"settings": vars(c), "machine": machine, "rows": [vars(row) for row in rows]}
+        found = measured(of_pairs, c, out / "rows.json")
+        known = {(row["pair"], row["kind"], row["num_paths"]): row for row in found["rows"]}
+        rows = [known[row.pair, row.kind, row.num_paths] for rows in of_pairs for row in rows]
+        rows = [Row(**{key: row[key] for key in vars(Row("", ""))}) for row in rows]
+        text = f"{table(rows, c.batch_size)}{LEGEND}{conditions(c, found['machine'])}\n"
         write_atomically(out / "table.md", lambda file: file.write(text.encode()))
-        write_atomically(out / "rows.json", lambda file: file.write(json.dumps(numbers, indent=1).encode()))
-        print(f"written to {out}/table.md and rows.json")
+        print(f"\n{text}\nwritten to {out}/table.md and rows.json")
 
-    return exit_code(script, "repeat the command")
+    return exit_code(script, "pairs that were finished are kept, repeat the command to go on")
 
 
 if __name__ == "__main__":

@@ -13,7 +13,6 @@ Time and peak memory are measured as in ablations/complexity.py, of the steps th
 the batch size, --amp, --repeats, the device, PyTorch or the number of threads is another. --smoke has |S| = 0, 1, 2.
 """
 
-import json
 import sys
 from argparse import Namespace
 from pathlib import Path
@@ -27,8 +26,6 @@ import cifar100
 from ablations import complexity, tables
 from ablations.cells import markdown, mean_and_deviation, with_needed
 from ablations.tables import Row
-from common.checkpoint import write_atomically
-from common.device import open_device
 from common.errors import UserError, exit_code
 from common.models import build
 from common.paths import candidate_paths
@@ -69,43 +66,14 @@ def cost_settings(pairs: list[str], given: dict[str, Any], repeats: int | None, 
     return complexity.parse_args([str(word) for word in words])
 
 
-def costs(c: Namespace, sizes: list[int], file: Path) -> dict[str, Any]:
-    """What steps with |S| of `sizes` cost: {"settings", "machine", "rows"}, where a row is a complexity.Row and commit.
-
-    Pairs that `file` has from the same settings and machine are kept, all others are measured and written to it.
-    """
-    machine = complexity.machine_of(open_device(c.device))
-    commit = machine.pop("commit")
-    cost = {"settings": {key: getattr(c, key) for key in ("batch_size", "amp", "repeats")}, "machine": machine}
-    cost["rows"] = read_rows(file, cost)
-    for pair in c.pairs:
-        others = [row for row in cost["rows"] if row["pair"] != pair]
-        there = {row["num_paths"] for row in cost["rows"] if row["pair"] == pair}
-        if set(sizes) <= there:
-            continue
-        print(f"{pair}: measuring time and memory of a step with |S| = {', '.join(map(str, sizes))}", flush=True)
-        rows = [complexity.Row(pair, "fcfd" if n else "app", n) for n in sizes]
-        for row in rows:
-            complexity.measure_memory(row, c)
-        complexity.measure_time(rows, c)
-        complexity.count_flops(rows, c)
-        cost["rows"] = others + [vars(row) | {"commit": commit} for row in rows]
-        write_atomically(file, lambda stream: stream.write(json.dumps(cost, indent=1).encode()))
-    return cost
-
-
-def read_rows(file: Path, cost: dict[str, Any]) -> list[dict[str, Any]]:
-    """The rows of a cost.json that is of the same settings and machine as `cost`; none where there is no such file."""
-    try:
-        stored = json.loads(file.read_text())
-        return stored["rows"] if all(stored[key] == cost[key] for key in ("settings", "machine")) else []
-    except (FileNotFoundError, ValueError, KeyError, TypeError):  # a damaged one is measured again
-        return []
+def steps(pairs: list[str], sizes: list[int]) -> list[list[complexity.Row]]:
+    """What is to be measured: for each pair a step with |S| of each of `sizes`; with 0 there are no t2s bridges."""
+    return [[complexity.Row(pair, "fcfd" if n else "app", n) for n in sizes] for pair in pairs]
 
 
 def table(found: list[dict[str, Any]], cost: dict[str, Any], pairs: list[str], sizes: list[int]) -> str:
-    """The Markdown table; `found` as from `tables.numbers`, `cost` as from `costs`."""
-    header = ["pair", "paths", "n", "top-1", "ms", "images/s", "peak memory (MB)", "GFLOPs"]
+    """The Markdown table; `found` as from `tables.numbers`, `cost` as from `complexity.measured`."""
+    header = ["pair", "paths", "n", "top-1", "ms", "images/s", "peak memory (MiB)", "GFLOPs"]
     step_of = {(step["pair"], step["num_paths"]): step for step in cost["rows"]}
     lines = []
     for pair in pairs:
@@ -125,7 +93,8 @@ def table(found: list[dict[str, Any]], cost: dict[str, Any], pairs: list[str], s
                 ]
             )
     conditions = complexity.conditions(Namespace(**cost["settings"]), cost["machine"])
-    return markdown(header, lines) + tables.NOTE.format(seeds="") + f"A step: {conditions}.\n"
+    note = "Top-1 test accuracy in percent after the last epoch: mean ± sample standard deviation over n seeds."
+    return markdown(header, lines) + f"\n{note}\n{complexity.LEGEND}A step: {conditions}.\n"
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -147,7 +116,7 @@ def main(argv: list[str] | None = None) -> int:
         for folder in (args.out, args.runs):
             folder.mkdir(parents=True, exist_ok=True)
         with locked(args.runs):  # with runs beside it a step takes longer
-            cost = costs(c, sizes, args.out / "cost.json")
+            cost = complexity.measured(steps(c.pairs, sizes), c, args.out / "cost.json")
 
         def finish(found: list[dict[str, Any]]) -> None:
             tables.write(args.out, table(found, cost, args.pairs, sizes), found)

@@ -7,7 +7,6 @@ The same training has the same folder whatever table asks for it, so tables shar
 import csv
 import io
 from argparse import Namespace
-from collections import Counter
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from functools import cache
@@ -16,6 +15,8 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
+import torch
+
 import cifar100
 import online_kd
 from ablations.cells import Cell, markdown, mean_and_deviation, run_cells, with_needed
@@ -23,6 +24,7 @@ from common.checkpoint import write_atomically
 from common.device import check_device
 from common.errors import UserError, exit_code
 from common.fcfd import TERMS, VARIANTS
+from common.models import build
 from common.run_folder import locked
 from common.settings import Parser
 
@@ -31,7 +33,10 @@ OF_PATHS = {"num_paths", "positions"}  # no use where no path is mixed
 SMOKE = ["--dataset", "synthetic", "--subset", "40", "--test-subset", "40", "--batch-size", "20", "--epochs", "1"]
 SMOKE_PAIR = "resnet14-resnet8"
 NOTE = """
-Top-1 test accuracy in percent after the last epoch: mean ± sample standard deviation over n seeds{seeds}.
+Top-1 test accuracy in percent after the last epoch: mean ± sample standard deviation over n seeds; n = {n}{unless}.
+"""
+NOTE_PATHS = """The paths of a step are drawn from those that a row has a use for: where it leaves out a direction or a
+stage, the others come up more often.
 """
 
 
@@ -57,6 +62,8 @@ class Row:
                 words.append(value)
             elif key == "simkd":
                 words.append(key)
+            elif value == PAIRS_L2:
+                words.append(key.removeprefix("w_"))
             elif key != "method":
                 words.append(_assignment(key, value))
         return "-".join(words)
@@ -67,7 +74,7 @@ def _assignment(key: str, value: Any) -> str:
 
 
 ALONE = Row({})
-PAIRS_L2 = "l2"  # as a weight in a row's settings: that of the pair's L2 terms
+PAIRS_L2 = "l2"  # as a weight in a row's settings: that of L_func's L2 part
 
 
 def parse_args(
@@ -97,6 +104,7 @@ def parse_args(
     add("--devices", nargs="+", metavar="DEVICE", default=[], help="default: one, as cifar100.py chooses it")
     add("--out", metavar="DIR", default=None, help=f"default: results/{table}/<dataset>-<epochs>ep")
     add("--runs", metavar="DIR", default=None, help="default: --out, without it results/runs/<dataset>-<epochs>ep")
+    parser.epilog = "Any other option is one of cifar100.py: --dataset, --data-dir, --subset, --epochs, --lr, ..."
     add("--smoke", action="store_true", default=False, help="the whole way with two small networks, in seconds")
     more_options(parser)
     args, words = parser.parse_known_args(argv)
@@ -108,7 +116,9 @@ def parse_args(
     if args.jobs < 1:
         parser.error(f"--jobs {args.jobs}: it must be at least 1")
     if args.smoke:
-        args.pairs, args.jobs, args.out = [SMOKE_PAIR], max(2, args.jobs), args.out or f"results/{table}/smoke"
+        args.pairs, args.jobs = [SMOKE_PAIR], max(2, args.jobs)
+        args.runs = args.runs or args.out or "results/runs/smoke"
+        args.out = args.out or f"results/{table}/smoke"
         words = [*smoke, *words]
     for option in ("--teacher", "--student", "--method", "--seed", "--device", "--resume", "--evaluate"):
         if any(word.split("=")[0] == option for word in words):
@@ -135,8 +145,10 @@ def grid(args: Namespace, given: dict[str, Any], rows: Iterable[Row]) -> dict[tu
     """The run of each (pair, name of a row, seed); one that needs a teacher's run has that as its `after`.
 
     Raises:
-        UserError: a pair or a teacher's file is not written as it should be.
+        UserError: a pair or a teacher's file is not written as it should be; `given` has what makes the rows differ.
     """
+    rows = list(rows)
+    check_given(given, rows)
     if wrong := [word for word in args.teacher_ckpt if not all(word.partition("="))]:
         raise UserError(f"--teacher-ckpt {wrong[0]}: write NAME=FILE, as in resnet32x4=ckpt_epoch_240.pth")
     files = dict(word.split("=", 1) for word in args.teacher_ckpt)
@@ -170,10 +182,27 @@ def grid(args: Namespace, given: dict[str, Any], rows: Iterable[Row]) -> dict[tu
     return {(pair, row.name, seed): cell(pair, row, seed) for pair, row, seed in product(args.pairs, rows, args.seeds)}
 
 
+def check_given(given: dict[str, Any], rows: list[Row]) -> None:
+    """Raise a UserError for a setting in `given` that is the rows' own to set.
+
+    The weight of a term that some rows leave out may be given for the others.
+    """
+    for key, value in given.items():
+        own = [row.settings[key] for row in rows if key in row.settings and row.settings[key] != PAIRS_L2]
+        unused = key in OF_TERMS and OF_TERMS[key] in VARIANTS and not any(key in row.settings for row in rows)
+        if any(own) or (own and not value) or unused:
+            raise UserError(f"{_option(key)} is what the rows of this table set themselves, or none has: leave it out")
+
+
+def _option(key: str) -> str:
+    return f"--{key.replace('_', '-')}"
+
+
 def settings_of(row: Row, given: dict[str, Any], pair: str) -> dict[str, Any]:
     """The row's settings for a pair, and those of `given` for which it has a use."""
     l2 = cifar100.SETTINGS["pairs"].get(pair, cifar100.SETTINGS["other"])["w_l2"]
-    settings = {key: given.get("w_app", l2) if value == PAIRS_L2 else value for key, value in row.settings.items()}
+    l2 = given.get("w_func_l2", l2)
+    settings = {key: given.get(key, l2) if value == PAIRS_L2 else value for key, value in row.settings.items()}
     known = set(row.script.DEFAULTS)
     if row.script in (cifar100, online_kd):
         chosen = row.script.METHODS[settings["method"]]
@@ -205,7 +234,7 @@ def numbers(cells: dict[tuple[str, str, int], Cell]) -> list[dict[str, Any]]:
 
 
 def layout(
-    header: list[str], rows: list[tuple[tuple[str, ...], Row]], pairs: list[str], found: list[dict[str, Any]]
+    header: list[str], rows: list[tuple[tuple[str, ...], Row]], pairs: list[str], found: list[dict[str, Any]], n: int
 ) -> str:
     """A line for each row and a column for each pair, as the paper's tables have it.
 
@@ -213,21 +242,23 @@ def layout(
         header: over the first columns.
         rows: what stands in the first columns, and the row.
         found: as from `numbers`.
+        n: how many seeds there are to be; where fewer are finished the cell says so.
     """
     lines = []
     for start, row in rows:
         values = [[run["last"] for run in found if (run["pair"], run["method"]) == (pair, row.name)] for pair in pairs]
-        lines.append([*start, *(mean_and_deviation(each) if each else "" for each in values)])
+        few = ["" if len(each) == n else f" (n = {len(each)})" for each in values]
+        means = [mean_and_deviation(each) + n if each else "" for each, n in zip(values, few, strict=True)]
+        lines.append([*start, *means])
     taught = [{run["teacher"] for run in found if run["pair"] == pair and run["teacher"] != ""} for pair in pairs]
-    titles = [f"{pair} (teacher {max(t):.2f})" if t else pair for pair, t in zip(pairs, taught, strict=True)]
-    return markdown([*header, *titles], lines)
+    taught = ["" if not t else f" (teacher {' or '.join(f'{each:.2f}' for each in sorted(t))})" for t in taught]
+    return markdown([*header, *map("".join, zip(pairs, taught, strict=True))], lines)
 
 
-def count_seeds(found: list[dict[str, Any]]) -> str:
-    """For NOTE: "; n = 3", or what rows lack."""
-    counts = Counter((run["pair"], run["method"]) for run in found)
-    few, many = min(counts.values()), max(counts.values())
-    return f"; n = {many}" if few == many else f"; n = {few} to {many}, as far as runs are finished (cells.csv)"
+def note(args: Namespace, found: list[dict[str, Any]], cells: dict[tuple[str, str, int], Cell]) -> str:
+    """What stands under a table of `layout`."""
+    unless = "" if len(found) == len(cells) else ", as far as runs are finished"
+    return NOTE.format(n=len(set(args.seeds)), unless=unless)
 
 
 def write(out: Path, text: str, found: list[dict[str, Any]]) -> None:
@@ -261,20 +292,32 @@ def main(
     header: list[str],
     rows: list[tuple[tuple[str, ...], Row]],
     pairs: list[str],
+    num_stages: int | None = None,
 ) -> int:
     """A script that is such a table and nothing else; arguments as in `parse_args` and `layout`. Its exit code.
 
     --smoke makes the first and the last four rows.
+
+    Args:
+        num_stages: what the networks must have for the rows to be what they are called.
     """
 
     def script() -> None:
         args, given = parse_args(argv, description, table, pairs)
+        for key, value in given.items():
+            if key in OF_TERMS and not value:
+                raise UserError(f"{_option(key)} 0: the rows say which terms there are, leave it out")
         shown = [rows[0], *rows[-4:]] if args.smoke else rows
         cells = grid(args, given, [row for _, row in shown])
+        for pair in args.pairs if num_stages else []:
+            with torch.device("meta"):
+                n = build(pair.split("-")[1], num_classes=2).num_stages
+            if n != num_stages:
+                raise UserError(f"--pairs {pair}: networks of {n} stages, and the rows are of those with {num_stages}")
 
         def finish(found: list[dict[str, Any]]) -> None:
-            text = layout(header, shown, args.pairs, found) + NOTE.format(seeds=count_seeds(found))
-            write(args.out, text, found)
+            text = layout(header, shown, args.pairs, found, len(set(args.seeds)))
+            write(args.out, text + note(args, found, cells) + NOTE_PATHS, found)
 
         run(args, cells, finish)
 

@@ -170,8 +170,8 @@ def main(argv: list[str] | None = None) -> int:
                     for (method, seed), points in own.items():
                         row = {"pair": pair, "after": k, "method": method, "seed": seed}
                         rows.append(row | measure(points[k], teacher[k], labels))
-                first = {method: points for (method, _), points in reversed(own.items())}
-                first = {row.name: first[row.name] for row in ROWS if row.name in first}
+                seeds = {row.name: [seed for method, seed in own if method == row.name] for row in ROWS}
+                first = {name: own[name, finished[0]] for name, finished in seeds.items() if finished}
                 written.append(args.out / ("tsne.png" if len(args.pairs) == 1 else f"tsne-{pair}.png"))
                 save_figure(draw(teacher, first, labels, judges.data.classes, tsne), written[-1])
         if rows:

@@ -66,6 +66,7 @@ class CRD(nn.Module):
         """
         first, size = self.first[index, None], self.size[index, None]
         shape = (len(index), self.negatives)
+        # The bound is another one for each image, which randint cannot do; float32 would be too coarse for a large set.
         place = torch.randint(2**62, shape, generator=generator, device=index.device)
         place %= len(self.by_class) - size  # its bias is below 1e-9 for any set
         return self.by_class[place + size * (place >= first)]

@@ -13,7 +13,7 @@ Two features are close in L2 if their numbers are. They function alike if the re
 them. L_app asks for the first, L_func and L_func' ask for the second: L_func with the teacher's later part as the
 judge of the student's feature, L_func' with the student's later part as the judge of the teacher's.
 
-In every term the teacher's side is the target and is detached (in common/losses.py).
+In every term of Eq. 9 the teacher's side is the target and is detached (in common/losses.py).
 """
 
 from collections.abc import Callable, Iterable

@@ -137,6 +137,7 @@ def test_settings(tmp_path, capsys, teacher, options, terms, t2s):
 def test_two_epochs_written_out(tmp_path, capsys, teacher, teacher_bn):
     """The script's loop against one written from the paper: SGD by hand, every number given differently."""
     weights = {"task": 0.9, "kd": 0.8, "app": 2.0, "func_l2": 3.0, "func_kl": 0.7, "func_prime": 0.6}
+    weights |= {"func_partial": 1.5, "func_prime_l2": 2.5}
     options = [word for term, w in weights.items() for word in (f"--w-{term.replace('_', '-')}", w)]
     options += [
         "--epochs",
@@ -174,8 +175,9 @@ def test_two_epochs_written_out(tmp_path, capsys, teacher, teacher_bn):
         warm = (epoch + 1) / 2  # a twelfth of 24 epochs
         paths = sample_paths(candidate_paths(4), 3, 2, 5, epoch)
         for step, (images, labels) in enumerate(train_batches(data.train, 32, 5, epoch, True)):
-            terms = fcfd_terms(forward_paths(net_t, student, bridges, images, paths[step]), labels, 3.0)
-            factors = {name: w * (warm if name in ("app", "func_l2") else 1) for name, w in weights.items()}
+            terms = fcfd_terms(forward_paths(net_t, student, bridges, images, paths[step]), labels, 3.0, weights)
+            of_l2 = ("app", "func_l2", "func_partial", "func_prime_l2")
+            factors = {name: w * (warm if name in of_l2 else 1) for name, w in weights.items()}
             loss = sum(factors[name] * value for name, value in terms.items())
             losses.append(loss.item())
             trained = {p: p.grad for net in (student, bridges) for p in net.parameters()}

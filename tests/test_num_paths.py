@@ -4,6 +4,7 @@ import csv
 import json
 
 import pytest
+import torch
 
 from ablations import complexity, num_paths
 from common.earlier_runs import read_config
@@ -47,7 +48,7 @@ def test_rows_go_as_far_as_all_pairs_do():
 
 @pytest.fixture
 def measure(tmp_path, monkeypatch):
-    """`costs`, with measurements that return at once; gives the result and the pairs that were measured."""
+    """`complexity.measured` with measurements that return at once: the result, and the pairs that were measured."""
     measured = []
 
     def of_time(rows, c):
@@ -61,7 +62,8 @@ def measure(tmp_path, monkeypatch):
     def measure(*pairs, sizes=(0, 1), repeats=2, **given):
         measured.clear()
         c = num_paths.cost_settings(list(pairs), given, repeats, "cpu")
-        return num_paths.costs(c, list(sizes), tmp_path / "cost.json"), list(measured)
+        steps = num_paths.steps(c.pairs, list(sizes))
+        return complexity.measured(steps, c, tmp_path / "cost.json"), list(measured)
 
     return measure
 
@@ -98,7 +100,7 @@ def test_costs_of_other_settings_or_machines_are_not(measure, tmp_path, monkeypa
 
 
 def test_another_commit_is_the_same_machine(measure, monkeypatch):
-    machine = complexity.machine_of(num_paths.open_device("cpu"))
+    machine = complexity.machine_of(torch.device("cpu"))
     first, _ = measure(A)
     monkeypatch.setattr(complexity, "machine_of", lambda device: machine | {"commit": "other"})
     assert measure(A) == (first, [])

@@ -2,6 +2,7 @@
 
 import csv
 import json
+from argparse import Namespace
 
 import pytest
 
@@ -57,7 +58,7 @@ def test_rows_of_positions_draw_two_paths_where_they_say(tmp_path):
     found = {title: c for (title,), c in settings(tmp_path, positions)}
     assert [c["positions"] for c in found.values()] == [[2, 3], [2], [3], [4], [4], [2, 3]]
     assert [c["num_paths"] for c in found.values()] == [0, 2, 2, 2, 1, 2]
-    assert weights(found["F^4, L_func alone (SRRL)"]) == BASE | APP | FUNC
+    assert weights(found["F^4, L_func alone (as SRRL)"]) == BASE | APP | FUNC
     assert all(weights(found[title]) == BASE | APP | FUNC | PRIME for title in ("F^2", "F^3", "F^4"))
 
 
@@ -65,7 +66,11 @@ def test_variants_have_the_pairs_weight_of_l2_terms(tmp_path):
     *_, (_, c) = settings(tmp_path, loss_terms, "resnet56-resnet20")
     assert (c["w_func_l2"], c["w_func_prime_l2"]) == (0.02, 0.02)
     *_, (_, c) = settings(tmp_path, loss_terms, "resnet56-resnet20", "--w-app", "3")
-    assert (c["w_app"], c["w_func_l2"], c["w_func_prime_l2"]) == (3, 0.02, 3)
+    assert (c["w_app"], c["w_func_l2"], c["w_func_prime_l2"]) == (3, 0.02, 0.02)
+    *_, (_, c) = settings(tmp_path, loss_terms, "resnet56-resnet20", "--w-func-l2", "3")
+    assert (c["w_app"], c["w_func_l2"], c["w_func_prime_l2"]) == (0.02, 3, 3)
+    *_, (_, c) = settings(tmp_path, loss_terms, "resnet56-resnet20", "--w-func-prime-l2", "3")
+    assert (c["w_func_l2"], c["w_func_prime_l2"]) == (0.02, 3)
 
 
 def test_a_training_has_one_name_in_all_tables_and_shares_it_with_no_other(tmp_path):
@@ -83,12 +88,22 @@ def test_a_training_has_one_name_in_all_tables_and_shares_it_with_no_other(tmp_p
 def test_names():
     rows = [ALONE, Row({"method": "kd", "kd_loss": "dkd"}), Row({"method": "dml"}, online_kd)]
     rows += [Row({"w_func_kl": 0, "method": "fcfd", "positions": [2, 4]}), Row({"method": "fcfd", "simkd": True})]
-    names = ["alone", "kd-dkd", "online-dml", "fcfd-positions=2+4-w_func_kl=0", "fcfd-simkd"]
+    rows.append(Row({"method": "app", "w_func_partial": PAIRS_L2}))
+    names = ["alone", "kd-dkd", "online-dml", "fcfd-positions=2+4-w_func_kl=0", "fcfd-simkd", "app-func_partial"]
     assert [row.name for row in rows] == names
 
 
 def test_each_row_takes_what_it_has_a_use_for():
-    given = GIVEN | {"w_app": 2, "w_func_kl": 3, "num_paths": 1, "tckd": 4, "lr": 5, "temperature": 6, "amp": "off"}
+    given = GIVEN | {
+        "w_app": 2,
+        "w_func_l2": 8,
+        "w_func_kl": 3,
+        "num_paths": 1,
+        "tckd": 4,
+        "lr": 5,
+        "temperature": 6,
+        "amp": "off",
+    }
 
     def taken(method, script=tables.cifar100, **more):
         own = tables.settings_of(Row({"method": method, **more}, script), given, "a-b")
@@ -99,6 +114,7 @@ def test_each_row_takes_what_it_has_a_use_for():
     assert taken("kd") == {"lr": 5, "temperature": 6}
     assert taken("app") == {"w_app": 2, "lr": 5, "temperature": 6}
     assert taken("app", w_func_partial=PAIRS_L2) == {"w_app": 2, "num_paths": 1, "lr": 5, "temperature": 6}
+    assert tables.settings_of(Row({"method": "app", "w_func_partial": PAIRS_L2}), given, "a-b")["w_func_partial"] == 8
     everything = {"w_app": 2, "w_func_kl": 3, "num_paths": 1, "lr": 5, "temperature": 6}
     assert taken("fcfd") == everything
     assert taken("fcfd", kd_loss="dkd") == everything | {"tckd": 4}
@@ -131,15 +147,18 @@ def found(pair, method, seed, last, teacher=""):
 def test_layout():
     rows = [(("", "✓"), Row({"method": "kd"})), (("✓", ""), Row({"method": "fcfd"}))]
     numbers = [found("a-b", "kd", 1, 70.0, 80.0), found("a-b", "kd", 2, 72.0, 80.0), found("c-d", "fcfd", 1, 50.0)]
-    text = tables.layout(["one", "two"], rows, ["a-b", "c-d"], numbers)
+    text = tables.layout(["one", "two"], rows, ["a-b", "c-d"], numbers, 2)
     assert text.splitlines() == [
         "| one | two | a-b (teacher 80.00) | c-d |",
         "| --- | --- | --- | --- |",
         "|  | ✓ | 71.00 ± 1.41 |  |",
-        "| ✓ |  |  | 50.00 |",
+        "| ✓ |  |  | 50.00 (n = 1) |",
     ]
-    assert tables.count_seeds(numbers) == "; n = 1 to 2, as far as runs are finished (cells.csv)"
-    assert tables.count_seeds(numbers[:2]) == "; n = 2"
+    args, cells = Namespace(seeds=[1, 2, 2]), dict.fromkeys(range(4))
+    assert "n = 2, as far as runs are finished." in tables.note(args, numbers, cells)
+    assert "n = 2." in tables.note(args, [*numbers, numbers[0]], cells)
+    other = found("a-b", "kd", 3, 71.0, 79.0)
+    assert "a-b (teacher 79.00 or 80.00)" in tables.layout([], rows, ["a-b"], [*numbers, other], 3)
 
 
 def test_online_runs_tell_of_their_teacher():
@@ -193,6 +212,11 @@ def test_compare_runs_other_scripts_too(tmp_path, capsys):
 
 
 def test_the_papers_tables_are_of_methods_there_are():
+    assert compare.TABLES == {
+        "1": ["alone", "kd", "crd", "kd-dkd", "reviewkd", "app", "fcfd"],
+        "4": ["kd-dkd", "fcfd-dkd", "simkd", "fcfd-simkd", "fcfd-dkd-simkd"],
+        "9": ["online-kd", "online-dml", "online-fcfd"],
+    }
     assert all(method in compare.METHODS for methods in compare.TABLES.values() for method in methods)
 
 
@@ -213,6 +237,29 @@ def test_wrong_input_is_one_line_and_exit_code_2(tmp_path, capsys, options, expe
     assert expected in message
     assert message.count("\n") == 1
     assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    ("script", "options", "expected"),
+    [
+        (positions, ["--positions", "2"], "--positions is what the rows"),
+        (positions, ["--pairs", "vgg13-vgg8"], "networks of 5 stages"),
+        (components, ["--w-app", "0"], "--w-app 0: the rows say"),
+        (components, ["--w-func-partial", "3"], "--w-func-partial is what the rows"),
+        (compare, ["--kd-loss", "dkd"], "--kd-loss is what the rows"),
+    ],
+)
+def test_what_would_make_a_rows_name_wrong_is_refused(tmp_path, capsys, script, options, expected):
+    assert script.main([*options, "--epochs", "1", "--dataset", "synthetic", "--out", str(tmp_path / "out")]) == 2
+    assert expected in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_table_of_the_paper_has_a_folder_of_its_own(tmp_path, monkeypatch):
+    monkeypatch.setattr(tables, "run", lambda args, cells, finish: places.append((args.out, args.runs)))
+    places = []
+    assert compare.main(["--table", "4", "--out", str(tmp_path)]) == 0
+    assert places == [(tmp_path / "table4", tmp_path)]
 
 
 def test_two_ways_to_choose_the_methods(tmp_path, capsys):
