@@ -58,6 +58,26 @@ def test_options_it_names_exist(capsys):
         assert option in known, option
 
 
+def test_commands_have_options_of_their_own_script(capsys):
+    """Each line that calls a script is held against its --help, and cifar100.py's where that takes its options too."""
+
+    def options_of(module):
+        with pytest.raises(SystemExit):
+            module.main(["--help"])
+        text = capsys.readouterr().out
+        return text + (options_of(cifar100) if "Any other option is one of cifar100.py" in text else "")
+
+    modules = {Path(module.__file__).name: module for module in (cifar100, imagenet, online_kd, *ABLATIONS)}
+    helps = {name: options_of(module) for name, module in modules.items()}
+    calls = re.findall(r"(?:ablations/|python |\d |`)(\w+\.py)((?: [^`#|\n]*)?)", README + OF_ABLATIONS)
+    seen = set()
+    for name, words in calls:
+        for option in re.findall(r"(?<![\w-])--[a-z][a-z0-9-]+", words):
+            assert re.search(rf"{option}\b", helps[name]), (name, option)
+            seen.add(name)
+    assert seen >= {"cifar100.py", "imagenet.py", "online_kd.py", "compare.py", "components.py", "complexity.py"}
+
+
 def test_every_script_of_a_table_or_figure_is_named():
     assert len(ABLATIONS) >= 14
     for module in ABLATIONS:
