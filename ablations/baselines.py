@@ -373,7 +373,8 @@ def main(argv: list[str] | None = None) -> int:
             methods = [given["method"]] if "method" in given else METHODS
             runs = [given | {"method": method, "out": str(Path(given["out"]) / method)} for method in methods]
         for options in runs:
-            run(options, resume, deadline)
+            # What --smoke has done before is loaded and reported once more.
+            run(options, (Path(options["out"]) / "last.pt").exists() if smoke else resume, deadline)
 
     return exit_code(script)
 

@@ -181,7 +181,8 @@ def check_branch_settings(folder: Path, stored: dict[str, Any], c: Namespace) ->
     try:
         check_settings(stored, {key: value for key, value in vars(c).items() if key != "amp" or value})
     except UserError as error:
-        raise UserError(f"(in {folder}) {error}") from error
+        what = str(error).partition(";")[0]
+        raise UserError(f"(in {folder}) {what}: remove that folder, or choose another --runs") from error
 
 
 def digest(net: nn.Module) -> str:

@@ -46,18 +46,21 @@ class Cell:
         return self.folder / "output.log"
 
     def result(self) -> dict | None:
-        """The result.json of the run, None while it is not finished."""
+        """The result.json of the run, None while it is not finished or where it is not known with what settings."""
         result = read_result(self.folder)
-        return result if result and result["epoch"] == result["epochs"] else None
+        finished = result and result["epoch"] == result["epochs"] and read_config(self.folder) is not None
+        return result if finished else None
 
     def settings(self) -> Namespace:
         """All settings, resolved as the script does it, for the device of the run that is there already.
 
         Raises:
             UserError: what the script would say of the options, as far as it can without the data; the folder holds
-                a run with other settings.
+                a run with other settings, or with settings that are lost.
         """
         config = read_config(self.folder)
+        if config is None and read_result(self.folder) and not (self.folder / "last.pt").exists():
+            raise UserError(f"{self.folder / 'config.yaml'} is missing or damaged: put it back, or remove the folder")
         stored = getattr(self.script, "ADDED", {}) | config if config else {}
         of_the_machine = {key: stored[key] for key in ("device", "amp") if isinstance(stored.get(key), str)}
         settings = self.script.settle(self.given | {"out": str(self.folder)}, of_the_machine)
@@ -96,19 +99,23 @@ def with_needed(cells: Iterable[Cell]) -> list[Cell]:
     """The cells and those they need, each once, all checked, and the data, which must be the same for all of them.
 
     Raises:
-        UserError: as `Cell.settings`; the data cannot be loaded, or a run that is there saw others.
+        UserError: as `Cell.settings`; the data cannot be loaded, are less than a batch, or a run that is there saw
+            others.
     """
     cells = list(dict.fromkeys(each for cell in cells for each in (cell.after, cell) if each))
-    c, *_ = [cell.settings() for cell in cells]
+    c, *others = [cell.settings() for cell in cells]
     stored = {cell.folder: config for cell in cells if (config := read_config(cell.folder))}
     moved = [s for s in stored.values() if Path(s.get("data_dir", "")).resolve() != Path(c.data_dir).resolve()]
     fingerprints = {}
     if moved or not all(cell.result() for cell in cells):
         # Here and once, so that runs that start together find the data downloaded.
-        fingerprints[Path(c.data_dir)] = load_data(c.dataset, c.data_dir, c.subset, c.test_subset).fingerprint
+        data = load_data(c.dataset, c.data_dir, c.subset, c.test_subset)
+        fingerprints[Path(c.data_dir)] = data.fingerprint
+        if (batch_size := max(each.batch_size for each in (c, *others))) > len(data.train):
+            raise UserError(f"--batch-size {batch_size}: there are only {len(data.train)} training images")
     fingerprints |= {folder: config.get("fingerprint") for folder, config in stored.items()}
-    (first, expected), *others = fingerprints.items()
-    for folder, fingerprint in others:
+    (first, expected), *more = fingerprints.items()
+    for folder, fingerprint in more:
         if fingerprint != expected:
             raise UserError(f"the run in {folder} saw other images than {first}: choose another --out or --data-dir")
     return cells

@@ -128,6 +128,16 @@ def by_teacher(args: Namespace, cells: dict[tuple, Cell]) -> Iterator[tuple[Path
             yield args.runs / f"{name}-branches-seed{args.seeds[0]}", own
 
 
+def check_files(files: list[Path]) -> None:
+    """Raise a UserError if one of the files of finished runs is missing."""
+    if missing := [file for file in files if not file.exists()]:
+        results = " ".join(str(file.with_name("result.json")) for file in missing)
+        raise UserError(
+            f"{missing[0]} is missing: of a run whose numbers alone were kept there are no weights; put it there, or "
+            f"have the run made again by: rm {results}"
+        )
+
+
 @contextmanager
 def open_judges(c: Namespace, folder: Path, cells: Iterable[Cell]) -> Iterator[Judges]:
     """The branches in `folder` on the teacher of `cells`, trained if they are not there; keeps others out of it.
@@ -137,13 +147,7 @@ def open_judges(c: Namespace, folder: Path, cells: Iterable[Cell]) -> Iterator[J
     """
     cells = list(cells)
     name, network = cells[0].given["teacher"], Path(cells[0].given["teacher_ckpt"])
-    files = [network, *(cell.folder / "last.pt" for cell in cells)]
-    if missing := [file for file in files if not file.exists()]:
-        results = " ".join(str(file.with_name("result.json")) for file in missing)
-        raise UserError(
-            f"{missing[0]} is missing: of a run whose numbers alone were kept there are no weights; put it there, or "
-            f"have the run made again by: rm {results}"
-        )
+    check_files([network, *(cell.folder / "last.pt" for cell in cells)])
     folder.mkdir(parents=True, exist_ok=True)
     with locked(folder):
         data, device = load_data(c.dataset, c.data_dir, c.subset, c.test_subset), open_device(c.device)
@@ -163,29 +167,42 @@ def measure(c: Namespace, folder: Path, cells: dict[tuple, Cell]) -> dict[tuple,
     changes.
     """
     record = folder / "branches.json"
-
-    def known(cell: Cell) -> dict[str, Any] | None:
-        row = read_json(folder / f"{cell.folder.name}.json")
-        return row if row.get("of") == sources(cell) else None
-
-    def sources(cell: Cell) -> list[str]:
-        files = (record, cell.folder / "result.json")
-        return [hashlib.sha256(file.read_bytes()).hexdigest() if file.exists() else "" for file in files]
-
-    check_branch_settings(folder, read_json(record).get("settings", {}), c)
-    todo = [cell for cell in cells.values() if not known(cell)]
-    if todo and not (folder / "branches.pt").exists():
-        todo = list(cells.values())  # with branches that are made again all changes
-    if todo:
+    settings = read_json(record).get("settings")
+    check_branch_settings(folder, settings if isinstance(settings, dict) else {}, c)
+    if todo := left_of(folder, cells.values()):
         with open_judges(c, folder, todo) as judges:
-            for cell in (cell for cell in todo if not known(cell)):
+            for cell in (cell for cell in todo if not known(folder, cell)):
                 found = accuracies(*judges.on_student(cell), judges.data.test)
-                row = {"of": sources(cell), "top1": found, "made_with": made_with(judges.data.train.labels.device)}
+                row = {
+                    "of": sources(folder, cell),
+                    "top1": found,
+                    "made_with": made_with(judges.data.train.labels.device),
+                }
                 write_json(folder / f"{cell.folder.name}.json", row)
                 print(f"{cell.folder}: " + ", ".join(f"{top1:.2f} % after F^{k}" for k, top1 in found.items()))
     own = read_json(record)
     teacher = {name: {"top1": own[key], "made_with": own["made_with"]} for name, key in TEACHER.items()}
-    return teacher | {key: known(cell) for key, cell in cells.items()}
+    return teacher | {key: known(folder, cell) for key, cell in cells.items()}
+
+
+def left_of(folder: Path, cells: Iterable[Cell], more: bool = False) -> list[Cell]:
+    """The runs whose students are to be measured; `more`: others will be, too."""
+    todo = [cell for cell in cells if not known(folder, cell)]
+    if (todo or more) and not (folder / "branches.pt").exists():
+        return list(cells)  # with branches that are made again all changes
+    return todo
+
+
+def known(folder: Path, cell: Cell) -> dict[str, Any] | None:
+    """What the branches in `folder` made of a run's student, if neither has changed since."""
+    row = read_json(folder / f"{cell.folder.name}.json")
+    return row if row.get("of") == sources(folder, cell) else None
+
+
+def sources(folder: Path, cell: Cell) -> list[str]:
+    """What that follows from: digests of files."""
+    files = (folder / "branches.json", cell.folder / "result.json")
+    return [hashlib.sha256(file.read_bytes()).hexdigest() if file.exists() else "" for file in files]
 
 
 def numbers(
@@ -228,6 +245,9 @@ def main(argv: list[str] | None = None) -> int:
     def script() -> None:
         args, given, c = parse_args(argv, __doc__, "exit_branches")
         cells, rows, found = tables.grid(args, given, ROWS), [], []
+        for folder, own in by_teacher(args, cells):  # before anything is trained
+            more = not all(cell.result() for cell in cells.values())
+            check_files([cell.folder / "last.pt" for cell in left_of(folder, own.values(), more)])
         tables.run(args, cells, found.extend)
         runs = {(run["pair"], run["method"], run["seed"]): run for run in found}
         for folder, own in by_teacher(args, cells):

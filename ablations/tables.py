@@ -6,6 +6,7 @@ The same training has the same folder whatever table asks for it, so tables shar
 
 import csv
 import io
+import tempfile
 from argparse import Namespace
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
@@ -32,6 +33,8 @@ OF_TERMS = {f"w_{term}": term for term in (*TERMS, *VARIANTS)}
 OF_PATHS = {"num_paths", "positions"}  # no use where no path is mixed
 SMOKE = ["--dataset", "synthetic", "--subset", "40", "--test-subset", "40", "--batch-size", "20", "--epochs", "1"]
 SMOKE_PAIR = "resnet14-resnet8"
+MOST_JOBS = 1000
+SAME_TEACHER = 0.2  # percentage points between measurements of one teacher, which another device may round otherwise
 NOTE = """
 Top-1 test accuracy in percent after the last epoch: mean ± sample standard deviation over n seeds; n = {n}{unless}.
 """
@@ -113,8 +116,9 @@ def parse_args(
             parser.error(f"--{option} is empty")
     for device in args.devices:
         check_device(device)
-    if args.jobs < 1:
-        parser.error(f"--jobs {args.jobs}: it must be at least 1")
+    if not 1 <= args.jobs <= MOST_JOBS:
+        parser.error(f"--jobs {args.jobs}: it must lie between 1 and {MOST_JOBS}")
+    args.pairs = list(dict.fromkeys(args.pairs))
     if args.smoke:
         args.pairs, args.jobs = [SMOKE_PAIR], max(2, args.jobs)
         args.runs = args.runs or args.out or "results/runs/smoke"
@@ -179,7 +183,11 @@ def grid(args: Namespace, given: dict[str, Any], rows: Iterable[Row]) -> dict[tu
             own["teacher_ckpt"] = str(after.network) if after else files[teacher]
         return Cell(args.runs / f"{pair}-{row.name}-seed{seed}", own, after, row.script)
 
-    return {(pair, row.name, seed): cell(pair, row, seed) for pair, row, seed in product(args.pairs, rows, args.seeds)}
+    cells = {(pair, row.name, seed): cell(pair, row, seed) for pair, row, seed in product(args.pairs, rows, args.seeds)}
+    taken = {key for each in cells.values() for of in (each, each.after) if of for key in of.given}
+    if unused := [key for key in given if key not in taken]:
+        raise UserError(f"{_option(unused[0])} is of no use to any row: leave it out")
+    return cells
 
 
 def check_given(given: dict[str, Any], rows: list[Row]) -> None:
@@ -189,9 +197,8 @@ def check_given(given: dict[str, Any], rows: list[Row]) -> None:
     """
     for key, value in given.items():
         own = [row.settings[key] for row in rows if key in row.settings and row.settings[key] != PAIRS_L2]
-        unused = key in OF_TERMS and OF_TERMS[key] in VARIANTS and not any(key in row.settings for row in rows)
-        if any(own) or (own and not value) or unused:
-            raise UserError(f"{_option(key)} is what the rows of this table set themselves, or none has: leave it out")
+        if any(own) or (own and not value):
+            raise UserError(f"{_option(key)} is what the rows of this table set themselves: leave it out")
 
 
 def _option(key: str) -> str:
@@ -220,14 +227,25 @@ def numbers(cells: dict[tuple[str, str, int], Cell]) -> list[dict[str, Any]]:
 
     "teacher" is the accuracy of the one that taught; one that was trained in the same run has a last and a best epoch
     itself.
+
+    Raises:
+        UserError: the students of a pair had teachers of other accuracies, so not the same.
     """
     rows = []
+    teachers: dict[str, tuple[Path, float]] = {}
     for (pair, name, seed), cell in cells.items():
         if result := cell.result():
             row = {"pair": pair, "method": name, "seed": seed, "epochs": result["epochs"]}
             row |= {"last": result["last"]["top1"], "best": result["best"]["top1"]}
             row |= {"best_epoch": result["best"]["epoch"]}
             row["teacher"] = result["teacher"]["top1"] if result["teacher"] else ""
+            if result["teacher"]:
+                first, top1 = teachers.setdefault(pair, (cell.folder, row["teacher"]))
+                if abs(top1 - row["teacher"]) > SAME_TEACHER:
+                    raise UserError(
+                        f"the students in {first} and {cell.folder} had different teachers, of {top1:.2f} and "
+                        f"{row['teacher']:.2f} %: remove one of the runs, or choose another --runs"
+                    )
             row |= {key: result[key]["top1"] if key in result else "" for key in ("teacher_last", "teacher_best")}
             rows.append(row | {key: result.get(key, "") for key in ("seconds", "commit", "torch", "device")})
     return rows
@@ -251,8 +269,8 @@ def layout(
         means = [mean_and_deviation(each) + n if each else "" for each, n in zip(values, few, strict=True)]
         lines.append([*start, *means])
     taught = [{run["teacher"] for run in found if run["pair"] == pair and run["teacher"] != ""} for pair in pairs]
-    taught = ["" if not t else f" (teacher {' or '.join(f'{each:.2f}' for each in sorted(t))})" for t in taught]
-    return markdown([*header, *map("".join, zip(pairs, taught, strict=True))], lines)
+    titles = [f"{pair} (teacher {min(t):.2f})" if t else pair for pair, t in zip(pairs, taught, strict=True)]
+    return markdown([*header, *titles], lines)
 
 
 def note(args: Namespace, found: list[dict[str, Any]], cells: dict[tuple[str, str, int], Cell]) -> str:
@@ -267,16 +285,23 @@ def write(out: Path, text: str, found: list[dict[str, Any]]) -> None:
     writer = csv.DictWriter(lines, found[0])
     writer.writeheader()
     writer.writerows(found)
-    out.mkdir(parents=True, exist_ok=True)
     write_atomically(out / "cells.csv", lambda file: file.write(lines.getvalue().encode()))
     write_atomically(out / "table.md", lambda file: file.write(text.encode()))
     print(f"\n{text}\nwritten to {out}/table.md, the numbers to cells.csv")
 
 
 def run(args: Namespace, cells: dict[tuple[str, str, int], Cell], finish: Callable[[list[dict]], None]) -> None:
-    """Do what is left of the runs; then, whatever came of it, `finish` with the `numbers` of those that are done."""
+    """Do what is left of the runs; then, whatever came of it, `finish` with the `numbers` of those that are done.
+
+    Raises:
+        UserError: as `with_needed`, `numbers` and `run_cells`; a folder cannot be made, or written into.
+    """
     runs = with_needed(cells.values())
-    args.runs.mkdir(parents=True, exist_ok=True)
+    numbers(cells)  # complains now
+    for folder in (args.runs, args.out):
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=folder):
+            pass
     with locked(args.runs):
         try:
             run_cells(runs, args.jobs, args.devices)

@@ -24,7 +24,7 @@ from torch import Tensor, nn
 from ablations import tables
 from ablations.branches import Features, write_json
 from ablations.cells import markdown, mean_and_deviation
-from ablations.exit_branches import ROWS, by_teacher, open_judges, parse_args
+from ablations.exit_branches import ROWS, by_teacher, check_files, open_judges, parse_args
 from ablations.figures import load_pyplot, save_figure
 from common.checkpoint import write_atomically
 from common.data import ImageSet, eval_batches
@@ -156,6 +156,7 @@ def main(argv: list[str] | None = None) -> int:
         tsne = load_tsne()
         args, given, c = parse_args(argv, __doc__, "tsne")
         cells, rows, note, written = tables.grid(args, given, ROWS), [], "", []
+        check_files([cell.folder / "last.pt" for cell in cells.values() if cell.result()])  # before anything is trained
         tables.run(args, cells, lambda found: None)
         for folder, runs in by_teacher(args, cells):
             with open_judges(c, folder, runs.values()) as judges:

@@ -55,8 +55,10 @@ def read_config(folder: Path) -> dict | None:
 def read_result(folder: Path) -> dict | None:
     """The result.json of a run, None where there is none that can be read."""
     result = _read(folder / "result.json") or {}
-    whole = isinstance(result.get("last"), dict) and {"epoch", "epochs", "best", "teacher", "seconds"} <= result.keys()
-    return result if whole else None
+    accuracies = [result.get(key) for key in ("last", "best", "teacher")]
+    accuracies = accuracies if result.get("teacher") else accuracies[:2]  # None: there is none
+    whole = all(isinstance(each, dict) and isinstance(each.get("top1"), float | int) for each in accuracies)
+    return result if whole and {"epoch", "epochs", "teacher", "seconds"} <= result.keys() else None
 
 
 def _read(path: Path) -> dict | None:

@@ -35,6 +35,7 @@ notes = {"words": sys.argv[1:], "device": given.get("device"), "threads": os.env
 notes["before"] = sorted(path.stem for path in desk.glob("*.ended"))
 (out / "notes.json").write_text(json.dumps(notes))
 score = {"epoch": 1, "top1": 50.0}
+(out / "config.yaml").write_text("{}")
 (out / "result.json").write_text(json.dumps(dict(epoch=1, epochs=1, last=score, best=score, teacher=None, seconds=1)))
 (desk / f"{out.name}.ended").touch()
 """
@@ -141,7 +142,7 @@ def test_the_table_is_of_what_is_finished(fake, tmp_path, capsys):
         "--out",
         str(tmp_path / "out"),
     ]
-    assert compare.main([*options, "--dataset", "synthetic", "--subset", "40", "--test-subset", "40"]) == 2
+    assert compare.main([*options, "--dataset", "synthetic", "--test-subset", "40"]) == 2
     assert "| resnet32-resnet8 | alone | 1 | 50.00 | 50.00 |  |" in (tmp_path / "out" / "table.md").read_text()
     assert "2 of the runs failed" in capsys.readouterr().err
 

@@ -9,6 +9,7 @@ import pytest
 import online_kd
 from ablations import baselines, compare, components, loss_terms, partial, positions, tables
 from ablations.tables import ALONE, PAIRS_L2, Row
+from common.errors import UserError
 
 SCRIPTS = (components, loss_terms, partial, positions)
 GIVEN = {"epochs": 3}
@@ -157,8 +158,6 @@ def test_layout():
     args, cells = Namespace(seeds=[1, 2, 2]), dict.fromkeys(range(4))
     assert "n = 2, as far as runs are finished." in tables.note(args, numbers, cells)
     assert "n = 2." in tables.note(args, [*numbers, numbers[0]], cells)
-    other = found("a-b", "kd", 3, 71.0, 79.0)
-    assert "a-b (teacher 79.00 or 80.00)" in tables.layout([], rows, ["a-b"], [*numbers, other], 3)
 
 
 def test_online_runs_tell_of_their_teacher():
@@ -227,6 +226,8 @@ def test_the_papers_tables_are_of_methods_there_are():
         (["--pairs", "resnet14-vgg8"], "stages"),
         (["--method", "kd"], "--pairs"),
         (["--runs", ""], "--runs is empty"),
+        (["--pairs", "resnet14-resnet8", "--tckd", "2"], "--tckd is of no use to any row"),
+        (["--pairs", "resnet14-resnet8", "--dataset", "synthetic", "--subset", "40"], "there are only 40"),
         (["--dataset", "folder", "--data-dir", "missing"], "missing"),
     ],
 )
@@ -245,7 +246,7 @@ def test_wrong_input_is_one_line_and_exit_code_2(tmp_path, capsys, options, expe
         (positions, ["--positions", "2"], "--positions is what the rows"),
         (positions, ["--pairs", "vgg13-vgg8"], "networks of 5 stages"),
         (components, ["--w-app", "0"], "--w-app 0: the rows say"),
-        (components, ["--w-func-partial", "3"], "--w-func-partial is what the rows"),
+        (components, ["--w-func-partial", "3"], "--w-func-partial is of no use"),
         (compare, ["--kd-loss", "dkd"], "--kd-loss is what the rows"),
     ],
 )
@@ -253,6 +254,44 @@ def test_what_would_make_a_rows_name_wrong_is_refused(tmp_path, capsys, script, 
     assert script.main([*options, "--epochs", "1", "--dataset", "synthetic", "--out", str(tmp_path / "out")]) == 2
     assert expected in capsys.readouterr().err
     assert not (tmp_path / "out").exists()
+
+
+def test_students_of_different_teachers_make_no_table(tmp_path):
+    words = ["--pairs", "resnet14-resnet8", "--epochs", "1", "--dataset", "synthetic", "--out", str(tmp_path)]
+    cells = tables.grid(*tables.parse_args(words, "", "some", []), [row for _, row in partial.ROWS[:2]])
+    score = {"epoch": 1, "top1": 50.0}
+    for cell, top1 in zip(cells.values(), (60.0, 60.1), strict=True):
+        cell.folder.mkdir(parents=True)
+        (cell.folder / "config.yaml").write_text("{}")
+        result = {"epoch": 1, "epochs": 1, "last": score, "best": score, "teacher": {"top1": top1}, "seconds": 1}
+        (cell.folder / "result.json").write_text(json.dumps(result))
+    assert [row["teacher"] for row in tables.numbers(cells)] == [60.0, 60.1]  # rounded otherwise by another device
+    (cell.folder / "result.json").write_text(json.dumps(result | {"teacher": {"top1": 61.0}}))
+    with pytest.raises(UserError, match=r"different teachers, of 60\.00 and 61\.00"):
+        tables.numbers(cells)
+
+
+@pytest.mark.parametrize("lost", ["config.yaml", "result.json"])
+def test_a_run_whose_files_are_damaged_is_not_taken_for_a_finished_one(tmp_path, lost):
+    words = ["--pairs", "resnet14-resnet8", "--epochs", "1", "--dataset", "synthetic", "--out", str(tmp_path)]
+    (cell, *_) = tables.grid(*tables.parse_args(words, "", "some", []), [Row({"method": "kd"})]).values()
+    cell.folder.mkdir(parents=True)
+    score = {"epoch": 1, "top1": 50.0}
+    whole = {"epoch": 1, "epochs": 1, "last": score, "best": score, "teacher": None, "seconds": 1}
+    (cell.folder / "config.yaml").write_text("{}")
+    (cell.folder / "result.json").write_text(json.dumps(whole))
+    assert cell.result() == whole
+    if lost == "result.json":
+        for damaged in ({"last": {}}, {"best": []}, {"teacher": 5}, {"last": {"top1": "x"}}):
+            (cell.folder / "result.json").write_text(json.dumps(whole | damaged))
+            assert cell.result() is None
+    else:
+        (cell.folder / "config.yaml").write_text("truncated: [")
+        assert cell.result() is None
+        with pytest.raises(UserError, match=r"config\.yaml is missing or damaged"):
+            cell.settings()
+        (cell.folder / "last.pt").touch()  # from which it is written again
+        cell.settings()
 
 
 def test_a_table_of_the_paper_has_a_folder_of_its_own(tmp_path, monkeypatch):
