@@ -128,8 +128,11 @@ def by_teacher(args: Namespace, cells: dict[tuple, Cell]) -> Iterator[tuple[Path
             yield args.runs / f"{name}-branches-seed{args.seeds[0]}", own
 
 
-def check_files(files: list[Path]) -> None:
-    """Raise a UserError if one of the files of finished runs is missing."""
+def check_files(cells: Iterable[Cell], teacher_follows: bool = False) -> None:
+    """Raise a UserError if a file of finished runs is missing: a student's, or, unless it follows, its teacher's."""
+    cells = list(cells)
+    networks = [] if teacher_follows else dict.fromkeys(Path(cell.given["teacher_ckpt"]) for cell in cells)
+    files = [*networks, *(cell.folder / "last.pt" for cell in cells)]
     if missing := [file for file in files if not file.exists()]:
         results = " ".join(str(file.with_name("result.json")) for file in missing)
         raise UserError(
@@ -147,7 +150,7 @@ def open_judges(c: Namespace, folder: Path, cells: Iterable[Cell]) -> Iterator[J
     """
     cells = list(cells)
     name, network = cells[0].given["teacher"], Path(cells[0].given["teacher_ckpt"])
-    check_files([network, *(cell.folder / "last.pt" for cell in cells)])
+    check_files(cells)
     folder.mkdir(parents=True, exist_ok=True)
     with locked(folder):
         data, device = load_data(c.dataset, c.data_dir, c.subset, c.test_subset), open_device(c.device)
@@ -247,7 +250,7 @@ def main(argv: list[str] | None = None) -> int:
         cells, rows, found = tables.grid(args, given, ROWS), [], []
         for folder, own in by_teacher(args, cells):  # before anything is trained
             more = not all(cell.result() for cell in cells.values())
-            check_files([cell.folder / "last.pt" for cell in left_of(folder, own.values(), more)])
+            check_files(left_of(folder, own.values(), more), teacher_follows=more)
         tables.run(args, cells, found.extend)
         runs = {(run["pair"], run["method"], run["seed"]): run for run in found}
         for folder, own in by_teacher(args, cells):

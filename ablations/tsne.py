@@ -156,7 +156,8 @@ def main(argv: list[str] | None = None) -> int:
         tsne = load_tsne()
         args, given, c = parse_args(argv, __doc__, "tsne")
         cells, rows, note, written = tables.grid(args, given, ROWS), [], "", []
-        check_files([cell.folder / "last.pt" for cell in cells.values() if cell.result()])  # before anything is trained
+        done = [cell for cell in cells.values() if cell.result()]
+        check_files(done, teacher_follows=len(done) < len(cells))  # before anything is trained
         tables.run(args, cells, lambda found: None)
         for folder, runs in by_teacher(args, cells):
             with open_judges(c, folder, runs.values()) as judges:
