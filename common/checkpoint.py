@@ -85,8 +85,11 @@ def load(path: str | Path) -> Any:
         raise UserError(f"{path} cannot be read as a checkpoint, it may be cut short: use another copy") from error
 
 
-def torchvision_weights(name: str, version: str) -> Path:
+def torchvision_weights(name: str, version: str, option: str = "--teacher-ckpt") -> Path:
     """The file of torchvision's weights for the network `name`, downloaded into PyTorch's cache if it is not there.
+
+    Args:
+        option: what takes a file of the user's instead.
 
     Raises:
         UserError: it cannot be downloaded, or what came is damaged.
@@ -101,7 +104,7 @@ def torchvision_weights(name: str, version: str) -> Path:
         except (OSError, RuntimeError, http.client.HTTPException) as error:
             raise UserError(
                 f"could not download torchvision's {name} ({error}): check the network, or put {url} at {path}, or "
-                "give --teacher-ckpt"
+                f"give {option}"
             ) from error
     return path
 
@@ -110,8 +113,16 @@ def load_network(net: nn.Module, path: str | Path, name: str) -> None:
     """Load a network in the shared format, a bare state dict, or either of them saved from DataParallel, strictly.
 
     Raises:
-        UserError: as `load`; no state dict; weights of another network or number of classes; non-finite weights; a
-            SimKD student (common/simkd.py) where a plain network is wanted.
+        UserError: as `read_weights` and `load_weights`.
+    """
+    load_weights(net, read_weights(path), path, name)
+
+
+def read_weights(path: str | Path) -> dict[str, torch.Tensor]:
+    """The state dict in a file of the shared format, a bare one, or either of them saved from DataParallel.
+
+    Raises:
+        UserError: as `load`; no state dict; non-finite weights.
     """
     content = load(path)
     for key in ("model", "state_dict"):
@@ -126,6 +137,16 @@ def load_network(net: nn.Module, path: str | Path, name: str) -> None:
     weights = {key.removeprefix("module."): value for key, value in content.items()}
     if bad := [key for key, value in weights.items() if not value.isfinite().all()]:
         raise UserError(f"{path} has values in {bad[0]} that are not finite: use another checkpoint")
+    return weights
+
+
+def load_weights(net: nn.Module, weights: dict[str, torch.Tensor], path: str | Path, name: str) -> None:
+    """Load what `read_weights` gave for the file `path` into the network `name`, strictly.
+
+    Raises:
+        UserError: a SimKD student (common/simkd.py) where a plain network is wanted.
+        OtherNetworkError: weights of another network or number of classes.
+    """
     if any(key.startswith("projector.") for key in weights) and not hasattr(net, "projector"):
         raise UserError(f"{path} is a SimKD student, no plain network: --evaluate it with --simkd and its --teacher")
     try:
