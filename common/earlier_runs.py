@@ -7,21 +7,27 @@ from pathlib import Path
 import yaml
 
 
-def find_network(parent: Path, network: str, fingerprint: str, epochs: int) -> Path | None:
+def find_network(
+    parent: Path, network: str, fingerprint: str, length: int, unit: str = "epoch", metric: str = "top1"
+) -> Path | None:
     """The student.pth of a finished run of `network` alone in a folder of `parent`, on the same data and as long.
 
     Prints why a run of that network does not serve.
+
+    Args:
+        length: of the run, in `unit`s.
+        metric: what its result.json says how good it is by.
     """
     for folder in sorted(path.parent for path in parent.glob("*/config.yaml")):
-        config, result = read_config(folder), read_result(folder)
+        config, result = read_config(folder), read_result(folder, unit, metric)
         if not config or not result or config.get("teacher") or config.get("student") != network:
             continue
         if config.get("fingerprint") != fingerprint:
             reason = "it saw other data"
-        elif config.get("epochs") != epochs:
-            reason = f"it was trained for {config.get('epochs')} epochs, not {epochs}"
-        elif result.get("epoch") != epochs:
-            reason = f"it stopped after {result.get('epoch')} of {epochs} epochs"
+        elif config.get(f"{unit}s") != length:
+            reason = f"it was trained for {config.get(f'{unit}s')} {unit}s, not {length}"
+        elif result[unit] != length:
+            reason = f"it stopped after {result[unit]} of {length} {unit}s"
         elif not (folder / "student.pth").exists():
             reason = "its student.pth is missing"
         else:
@@ -52,13 +58,13 @@ def read_config(folder: Path) -> dict | None:
     return _read(folder / "config.yaml")
 
 
-def read_result(folder: Path) -> dict | None:
+def read_result(folder: Path, unit: str = "epoch", metric: str = "top1") -> dict | None:
     """The result.json of a run, None where there is none that can be read."""
     result = _read(folder / "result.json") or {}
     accuracies = [result.get(key) for key in ("last", "best", "teacher")]
     accuracies = accuracies if result.get("teacher") else accuracies[:2]  # None: there is none
-    whole = all(isinstance(each, dict) and isinstance(each.get("top1"), float | int) for each in accuracies)
-    return result if whole and {"epoch", "epochs", "teacher", "seconds"} <= result.keys() else None
+    whole = all(isinstance(each, dict) and isinstance(each.get(metric), float | int) for each in accuracies)
+    return result if whole and {unit, f"{unit}s", "teacher", "seconds"} <= result.keys() else None
 
 
 def _read(path: Path) -> dict | None:

@@ -32,14 +32,17 @@ except ImportError:  # Windows
     fcntl = None
 
 PREFIX = {"student": "", "teacher": "teacher_"}  # of what is said of a network that is trained
-MAY_CHANGE = ("device", "data_dir", "out", "max_minutes", "workers")  # between a run and its resumption
+MAY_CHANGE = ("device", "data_dir", "out", "max_minutes", "workers", "visualize")  # between a run and its resumption
 
 
 @contextlib.contextmanager
-def open_run(out: Path, resume: bool, script: str = "cifar100") -> Iterator[dict[str, Any] | None]:
+def open_run(out: Path, resume: bool, script: str = "cifar100", unit: str = "epoch") -> Iterator[dict[str, Any] | None]:
     """Make the folder if need be and keep it to this process; gives the state to resume from, None for a fresh run.
 
     Folders that were made here and into which nothing was saved are removed again at the end.
+
+    Args:
+        unit: in what the run's state counts how far it has come. The log has a row for each epoch.
 
     Raises:
         UserError: it holds a run and `resume` is off; it holds none, or one of another script than `script`, and
@@ -59,7 +62,7 @@ def open_run(out: Path, resume: bool, script: str = "cifar100") -> Iterator[dict
         with locked(out):
             if last.exists() and not resume:
                 raise UserError(f"{out} holds a run already: go on with --resume, or choose another --out")
-            yield _read_state(last, script) if resume else None
+            yield _read_state(last, script, unit) if resume else None
     finally:
         with contextlib.suppress(OSError):  # until one is not empty
             for folder in made:
@@ -94,14 +97,15 @@ def locked(folder: Path) -> Iterator[None]:
         os.close(handle)
 
 
-def _read_state(last: Path, script: str) -> dict[str, Any]:
+def _read_state(last: Path, script: str, unit: str) -> dict[str, Any]:
     state = load(last)
-    keys = {"config": dict, "epoch": int, "log": list, "best": dict, "student": dict, "made_with": dict}
-    whole = isinstance(state, dict) and all(isinstance(state.get(key), kind) for key, kind in keys.items())
-    if not whole or len(state["log"]) != state["epoch"]:
-        raise UserError(f"{last} is not what a run leaves: choose another --out")
-    if (other := state["config"].get("script", "cifar100")) != script:
+    config = state.get("config") if isinstance(state, dict) else None
+    if isinstance(config, dict) and (other := config.get("script", "cifar100")) != script:
         raise UserError(f"{last.parent} holds a run of {other}.py: resume it with that script, or choose another --out")
+    keys = {"config": dict, unit: int, "log": list, "best": dict, "student": dict, "made_with": dict}
+    whole = isinstance(state, dict) and all(isinstance(state.get(key), kind) for key, kind in keys.items())
+    if not whole or len(state["log"]) != state.get("epoch", len(state["log"])):
+        raise UserError(f"{last} is not what a run leaves: choose another --out")
     return state
 
 
@@ -167,15 +171,25 @@ def publish(out: Path, state: dict[str, Any], networks: dict[str, dict[str, torc
         if best["epoch"] == state["epoch"]:
             save(shared, out / f"{role}_best.pth")
     if state["best"]["epoch"] == state["epoch"]:
-        with open(out / "last.pt", "rb") as whole:
-            write_atomically(out / "best.pt", lambda file: shutil.copyfileobj(whole, file))
+        keep_as_best(out)
+    write_tables(out, log, state["config"], result_of(state))
+
+
+def keep_as_best(out: Path) -> None:
+    """Copy last.pt to best.pt."""
+    with open(out / "last.pt", "rb") as whole:
+        write_atomically(out / "best.pt", lambda file: shutil.copyfileobj(whole, file))
+
+
+def write_tables(out: Path, log: list[dict], config: dict, result: dict) -> None:
+    """Write log.csv, config.yaml and result.json; rows of the log all have the same keys."""
     table = io.StringIO()
-    writer = csv.DictWriter(table, log[0])
+    writer = csv.DictWriter(table, log[0] if log else [])
     writer.writeheader()
     writer.writerows(log)
     _write_text(out / "log.csv", table.getvalue())
-    _write_text(out / "config.yaml", yaml.safe_dump(state["config"], sort_keys=False))
-    _write_text(out / "result.json", json.dumps(result_of(state), indent=2) + "\n")
+    _write_text(out / "config.yaml", yaml.safe_dump(config, sort_keys=False))
+    _write_text(out / "result.json", json.dumps(result, indent=2) + "\n")
 
 
 def result_of(state: dict[str, Any]) -> dict[str, Any]:
