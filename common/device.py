@@ -21,8 +21,12 @@ def check_device(name: str) -> None:
         raise UserError(f"there is no device {name!r} here: try --device cpu") from error
 
 
-def open_device(name: str) -> torch.device:
-    """The device "cpu", "cuda", "cuda:N" or "mps"; lets cuDNN look for its fastest algorithms.
+def open_device(name: str, one_size: bool = True) -> torch.device:
+    """The device "cpu", "cuda", "cuda:N" or "mps".
+
+    Args:
+        one_size: whether batches all have one size, but for the last of an epoch. Then cuDNN looks for its fastest
+            algorithms, which it would do anew for each size.
 
     Raises:
         UserError: it is not there.
@@ -33,7 +37,7 @@ def open_device(name: str) -> torch.device:
         torch.zeros(1, device=device)
     except (RuntimeError, AssertionError) as error:
         raise UserError(f"there is no device {name!r} here: try --device cpu") from error
-    torch.backends.cudnn.benchmark = True  # batches have one size, but for the last of an epoch
+    torch.backends.cudnn.benchmark = one_size
     return device
 
 

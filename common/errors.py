@@ -29,7 +29,12 @@ class Terminated(KeyboardInterrupt):
     """SIGTERM or SIGHUP, the number it holds, came, as from a cluster whose time is up: to be met like Ctrl-C."""
 
 
-def exit_code(script: Callable[[], None], interrupted: str = AFTER_INTERRUPT, rank: int = 0) -> int:
+def exit_code(
+    script: Callable[[], None],
+    interrupted: str = AFTER_INTERRUPT,
+    rank: int = 0,
+    smaller: str = "fewer mixed paths (--num-paths)",
+) -> int:
     """Run a script and return its exit code, having printed a line on what went wrong.
 
     0: done, or stopped by --max-minutes; 1: the loss stopped being finite, or another process of the job is gone; 2:
@@ -39,6 +44,7 @@ def exit_code(script: Callable[[], None], interrupted: str = AFTER_INTERRUPT, ra
     Args:
         interrupted: what to say of an interrupt.
         rank: the number of this process among several (common/distributed.py).
+        smaller: what takes less memory, beside a smaller batch.
     """
 
     def say(text: str) -> None:
@@ -77,7 +83,7 @@ def exit_code(script: Callable[[], None], interrupted: str = AFTER_INTERRUPT, ra
         say(f"error: {error}")
         return 2
     except LossNotFiniteError as error:
-        say(f"error: the loss stopped being finite {error}; epochs before that are kept")
+        say(f"error: the loss stopped being finite {error}; what was saved before that is kept")
         return 1
     except KeyboardInterrupt as interrupt:
         if rank == 0:
@@ -96,7 +102,7 @@ def exit_code(script: Callable[[], None], interrupted: str = AFTER_INTERRUPT, ra
     except (RuntimeError, MemoryError) as error:
         text = str(error)
         if isinstance(error, MemoryError) or any(w in text.lower() for w in ("out of memory", "allocate memory")):
-            say("error: out of memory: try a smaller --batch-size, or fewer mixed paths (--num-paths)")
+            say(f"error: out of memory: try a smaller --batch-size, or {smaller}")
             return 2
         if "DataLoader worker (pid" in text:
             say("error: a process that reads images died, perhaps for want of (shared) memory: try fewer --workers")

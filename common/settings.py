@@ -10,6 +10,7 @@ from .device import AMP
 from .errors import UserError
 
 ALL_SETTINGS: dict[str, Any] = yaml.safe_load(Path(__file__).with_name("settings.yaml").read_text())  # by script
+COUNTS = ("epochs", "teacher_epochs", "batch_size", "iterations", "save_every", "eval_every", "rois", "visualize")
 LARGEST = 10**9  # beyond any setting's sense, within what every computation with it can take
 
 
@@ -32,15 +33,15 @@ class Parser(argparse.ArgumentParser):
         add("--subset", type=int, metavar="N", help="train on N images, spread evenly over the classes")
         add("--test-subset", type=int, metavar="N", help="test on N images, spread evenly over the classes")
 
-    def add_run_options(self) -> None:
-        """Where and how long a run goes, and where it writes."""
+    def add_run_options(self, unit: str = "epoch") -> None:
+        """Where and how long a run goes, and where it writes; it can be stopped after each `unit`."""
         add = self.add_argument
         add("--seed", type=int, help="default: 1")
         add("--device", help="cpu, cuda, cuda:N or mps (default: cuda if there is one, else cpu)")
         add("--amp", choices=AMP, help="default: fp16 on CUDA, else off")
         add("--out", metavar="DIR", help="default: a folder under runs/ named after the settings")
         add("--resume", action="store_true", help="go on from --out; settings that are not given are the run's")
-        add("--max-minutes", type=float, metavar="M", help="stop after the epoch in which they have passed")
+        add("--max-minutes", type=float, metavar="M", help=f"stop after the {unit} in which they have passed")
 
     def given(self, argv: list[str] | None) -> dict:
         """The options that were given, by name, and no others."""
@@ -73,10 +74,12 @@ def check_ranges(c: argparse.Namespace) -> None:
         option = f"--{key.replace('_', '-')} {value}"
         if value is None:
             continue
-        if key in ("epochs", "teacher_epochs", "batch_size") and not 1 <= value <= LARGEST:
+        if key in COUNTS and not 1 <= value <= LARGEST:
             raise UserError(f"{option}: it must lie between 1 and {LARGEST}")
         if key == "image_size" and not 32 <= value <= 4096:
             raise UserError(f"{option}: it must lie between 32 and 4096 pixels")
+        if key == "min_size" and not all(96 <= size <= 4096 for size in value):
+            raise UserError(f"--min-size {' '.join(map(str, value))}: it must lie between 96 and 4096 pixels")
         if key == "workers" and not 0 <= value <= 1000:
             raise UserError(f"{option}: it must lie between 0 and 1000")
         if key == "seed" and not 0 <= value <= LARGEST:
