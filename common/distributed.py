@@ -75,11 +75,28 @@ def from_rank_0(value: Any, device: torch.device) -> Any:
     return box[0]
 
 
+def all_of_ranks(value: Any) -> list[Any]:
+    """What each rank has for `value`, on every rank."""
+    if not dist.is_initialized():
+        return [value]
+    box = [None] * world()
+    dist.all_gather_object(box, value)
+    return box
+
+
 def over_ranks(values: Tensor, largest: bool = False) -> Tensor:
     """The sum of a tensor over all ranks, or its largest values, on every rank."""
     if dist.is_initialized():
         dist.all_reduce(values, dist.ReduceOp.MAX if largest else dist.ReduceOp.SUM)
     return values
+
+
+def mean_over_ranks(values: dict[str, float], device: torch.device) -> dict[str, float]:
+    """The mean of each number over all ranks, on every rank."""
+    if not dist.is_initialized():
+        return values
+    total = over_ranks(torch.tensor(list(values.values()), dtype=torch.float64, device=device))
+    return dict(zip(values, (total / world()).tolist(), strict=True))
 
 
 def share_buffers(nets: Iterable[nn.Module]) -> None:

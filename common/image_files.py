@@ -11,6 +11,7 @@ import warnings
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -167,17 +168,22 @@ class DeviceBatches:
                 if len(steps_before) > 1:
                     steps_before.pop(0).synchronize()
             began = time.monotonic()
-            batch = self._next(batches)
+            batch = next_batch(batches)
             self.waited += time.monotonic() - began
             if batch is None:
                 return
             images, labels = (part.to(self.device, non_blocking=True) for part in batch)
             yield normalise(images, channels_last=True, mean=MEAN, std=STD), labels
 
-    @staticmethod
-    def _next(batches: Iterator) -> list[Tensor] | None:
-        try:
-            return next(batches, None)
-        except UserError as error:  # from a worker it comes with that one's traceback before it
-            line = str(error).strip().splitlines()[-1]
-            raise UserError(line.removeprefix(f"{UserError.__module__}.UserError: ")) from None
+
+def next_batch(batches: Iterator) -> Any:
+    """The next batch of a DataLoader's iterator, None at its end.
+
+    Raises:
+        UserError: reading an image ended in one.
+    """
+    try:
+        return next(batches, None)
+    except UserError as error:  # from a worker it comes with that one's traceback before it
+        line = str(error).strip().splitlines()[-1]
+        raise UserError(line.removeprefix(f"{UserError.__module__}.UserError: ")) from None
