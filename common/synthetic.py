@@ -50,12 +50,12 @@ def _draw(labels: np.ndarray, rng: np.random.Generator) -> np.ndarray:
         shape, texture = rng.integers(0, len(SHAPES), n), rng.integers(0, len(TEXTURES), n)
         angle = rng.uniform(0, 2 * np.pi, n)
         centre = _column(15 * np.cos(angle)), _column(15 * np.sin(angle))
-        _paste(image, x - centre[0], y - centre[1], shape, texture, rng.uniform(2.5, 5, n), rng)
+        paste(image, x - centre[0], y - centre[1], shape, texture, rng.uniform(2.5, 5, n), rng)
 
     # The object, then a bar over part of it.
     shape, texture = labels % len(SHAPES), labels // len(SHAPES)
     centre = _column(rng.uniform(-3, 3, n)), _column(rng.uniform(-3, 3, n))
-    _paste(image, x - centre[0], y - centre[1], shape, texture, rng.uniform(9, 13, n), rng)
+    paste(image, x - centre[0], y - centre[1], shape, texture, rng.uniform(9, 13, n), rng)
     angle, offset = _column(rng.uniform(0, np.pi, n)), _column(rng.uniform(-12, 12, n))
     bar = np.clip(1.5 - np.abs(x * np.cos(angle) + y * np.sin(angle) - offset), 0, 1)[..., None]
     image += bar * (_colour(n, rng) - image)
@@ -64,8 +64,26 @@ def _draw(labels: np.ndarray, rng: np.random.Generator) -> np.ndarray:
     return (np.clip(image, 0, 1) * 255).astype(np.uint8)
 
 
-def _paste(image, x, y, shape, texture, radius, rng) -> None:
-    """Paint one textured shape per image around (x, y) = 0, at a random angle and stretch, in place."""
+def paste(
+    image: np.ndarray,
+    x: np.ndarray,
+    y: np.ndarray,
+    shape: np.ndarray,
+    texture: np.ndarray,
+    radius: np.ndarray,
+    rng: np.random.Generator,
+) -> np.ndarray:
+    """Paint one textured shape per image around (x, y) = 0, at a random angle and stretch, in place.
+
+    Args:
+        image: float32 [n, H, W, 3] in 0..1.
+        x, y: the pixels' places, [H, W] or [n, H, W].
+        shape, texture: [n], numbers in SHAPES and TEXTURES.
+        radius: [n], in the units of x and y.
+
+    Returns:
+        How far the shape covers each pixel, float32 [n, H, W, 1] in 0..1.
+    """
     n = len(image)
     turn, stretch = _column(rng.uniform(0, 2 * np.pi, n)), _column(rng.uniform(0.85, 1.18, n))
     u = (x * np.cos(turn) + y * np.sin(turn)) * stretch
@@ -81,10 +99,11 @@ def _paste(image, x, y, shape, texture, radius, rng) -> None:
     colour_a = _colour(n, rng)
     colour_b = np.mod(colour_a + 0.35 + 0.3 * _colour(n, rng), 1)  # never near to the first
     image += inside * (colour_a + mix * (colour_b - colour_a) - image)
+    return inside
 
 
 def _signed_distance(u: np.ndarray, v: np.ndarray, shape: np.ndarray, radius: np.ndarray) -> np.ndarray:
-    """Roughly the distance in pixels to the outline of each image's shape, positive inside: [n, 32, 32]."""
+    """Roughly the distance in pixels to the outline of each image's shape, positive inside: [n, H, W]."""
     r, theta = np.hypot(u, v), np.arctan2(v, u)
 
     def polygon(sides):
