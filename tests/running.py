@@ -2,6 +2,7 @@
 
 import contextlib
 import csv
+import os
 import signal
 import subprocess
 import sys
@@ -16,6 +17,7 @@ import cifar100
 
 SCRIPT = Path(cifar100.__file__)
 SMALL = ["--dataset", "synthetic", "--subset", "120", "--test-subset", "60", "--batch-size", "32", "--device", "cpu"]
+TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
 PAIR = ["--teacher", "resnet14", "--student", "resnet8", *SMALL]
 
 
@@ -46,6 +48,29 @@ def call(capsys, *args, code=0, module=cifar100):
     assert module.main([str(a) for a in args]) == code
     output = capsys.readouterr()
     return output.out if code == 0 else output.err
+
+
+@contextlib.contextmanager
+def torchrun_started(*words):
+    """A job of two ranks in the background, one thread a rank."""
+    command = [*TORCHRUN, *map(str, words)]
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONUNBUFFERED": "1"}
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
+    with subprocess.Popen(command, env=environment, start_new_session=True, **pipes) as process:
+        try:
+            yield process
+        finally:
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(process.pid, signal.SIGKILL)
+
+
+def torchrun(*words, code=0):
+    """The same to its end; its output."""
+    with torchrun_started(*words) as process:
+        output = process.communicate(timeout=240)[0]
+    assert (process.returncode == 0) == (code == 0), output
+    assert code == 0 or f"exitcode  : {code} " in output
+    return output
 
 
 def tensors(value, path=""):

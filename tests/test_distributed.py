@@ -1,44 +1,19 @@
 """imagenet.py on two ranks, by torchrun and gloo."""
 
-import contextlib
 import json
 import os
 import signal
 import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 import ranks
 import torch
-from running import call, image_files, read_log, script
+from running import TORCHRUN, call, image_files, read_log, script, torchrun, torchrun_started
 
 import imagenet
 
-TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
 SMALL = ["--image-size", 32, "--workers", 0, "--device", "cpu", "--lr", 0.01]
-
-
-@contextlib.contextmanager
-def started(*words):
-    """torchrun in the background, one thread a rank."""
-    command = [*TORCHRUN, *map(str, words)]
-    environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONUNBUFFERED": "1"}
-    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
-    with subprocess.Popen(command, env=environment, start_new_session=True, **pipes) as process:
-        try:
-            yield process
-        finally:
-            with contextlib.suppress(ProcessLookupError):
-                os.killpg(process.pid, signal.SIGKILL)
-
-
-def torchrun(*words, code=0):
-    with started(*words) as process:
-        output = process.communicate(timeout=240)[0]
-    assert (process.returncode == 0) == (code == 0), output
-    assert code == 0 or f"exitcode  : {code} " in output
-    return output
 
 
 @pytest.fixture(scope="module")
@@ -176,7 +151,7 @@ def test_bad_input_is_said_once(tmp_path, options):
 
 
 def test_a_killed_rank_ends_the_other(tmp_path, options):
-    with started(imagenet.__file__, *options, "--epochs", 10**6, "--out", tmp_path / "run") as process:
+    with torchrun_started(imagenet.__file__, *options, "--epochs", 10**6, "--out", tmp_path / "run") as process:
         assert any(line.startswith("epoch   1/") for line in process.stdout)
         children = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
         ranks = [int(child) for child in children if "imagenet.py" in Path(f"/proc/{child}/cmdline").read_text()]
