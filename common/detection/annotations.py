@@ -1,0 +1,144 @@
+"""One file of annotations in COCO's format (instances_*.json), read, checked and packed into arrays."""
+
+import json
+import os
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from ..errors import UserError
+
+LARGEST = 10**9  # pixels, beyond any box
+
+
+@dataclass
+class Annotations:
+    """What a file says of n images and m boxes, crowds and useless boxes included."""
+
+    file: Path
+    categories: dict[int, str]  # id -> name, by rising id
+    names: list[str]  # [n], the images' files, below `folder`
+    sizes: np.ndarray  # [n, 2], width and height in pixels
+    image: np.ndarray  # [m], index of the image
+    label: np.ndarray  # [m], 1..K: the category's place among `categories`
+    box: np.ndarray  # [m, 4], float64: x, y, width, height in pixels
+    area: np.ndarray  # [m], float64, of what is in the box, in pixels
+    crowd: np.ndarray  # [m], bool: it is of many objects
+
+    @property
+    def folder(self) -> Path:
+        """Where the images lie: DIR/train2017 for DIR/annotations/instances_train2017.json."""
+        return self.file.parent.parent / self.file.stem.removeprefix("instances_")
+
+    @cached_property
+    def edges(self) -> np.ndarray:
+        """[m, 4], float64: x1, y1, x2, y2 in pixels."""
+        return np.concatenate([self.box[:, :2], self.box[:, :2] + self.box[:, 2:]], 1)
+
+    @cached_property
+    def clipped(self) -> np.ndarray:
+        """[m, 4], float32: x1, y1, x2, y2 of the part inside the image."""
+        return np.clip(self.edges, 0, np.tile(self.sizes[self.image], 2)).astype(np.float32)
+
+    @cached_property
+    def usable(self) -> np.ndarray:
+        """[m], bool: the box has an area inside the image."""
+        return (self.clipped[:, 2:] > self.clipped[:, :2]).all(1)
+
+    @property
+    def reaching_out(self) -> np.ndarray:
+        """[m], bool: a part of the box is outside the image, by more than rounding."""
+        return self.usable & (np.abs(self.edges - self.clipped) > 0.5).any(1)
+
+
+def read_annotations(file: Path) -> Annotations:
+    """Read a file and look whether its images are there.
+
+    Raises:
+        UserError: it cannot be read, or is not in COCO's format, or an image is missing; it says what and where.
+    """
+    try:
+        content = json.loads(file.read_bytes())
+    except OSError as error:
+        raise UserError(f"cannot read {file} ({error}): check its permissions") from error
+    except (ValueError, RecursionError) as error:
+        raise UserError(f"{file} is no JSON, or is cut short ({error}): use another copy") from error
+    try:
+        rows = [_objects(content, key) for key in ("categories", "images", "annotations")]
+        categories = _categories(rows[0])
+        index, names, sizes = _images(rows[1])
+        annotations = Annotations(file, categories, names, sizes, *_boxes(rows[2], index, list(categories)))
+    except ValueError as error:
+        raise UserError(f"{file} is not in COCO's format: {error}") from error
+    _check_files(annotations)
+    return annotations
+
+
+def _objects(content: Any, key: str) -> list[dict[str, Any]]:
+    rows = content.get(key) if isinstance(content, dict) else None
+    if not isinstance(rows, list) or not all(isinstance(row, dict) for row in rows):
+        raise ValueError(f"it has no list {key!r} of objects")
+    if not rows and key != "annotations":
+        raise ValueError(f"its {key!r} are empty")
+    return rows
+
+
+def _categories(rows: list[dict[str, Any]]) -> dict[int, str]:
+    categories = {}
+    for i, row in enumerate(rows):
+        key, name = row.get("id"), row.get("name")
+        if type(key) is not int or not isinstance(name, str) or key in categories:
+            raise ValueError(f"'categories' [{i}] lacks an id of its own, or a name")
+        categories[key] = name
+    return dict(sorted(categories.items()))
+
+
+def _images(rows: list[dict[str, Any]]) -> tuple[dict[Any, int], list[str], np.ndarray]:
+    index, names, sizes = {}, [], []
+    for i, row in enumerate(rows):
+        try:
+            key, name, size = row["id"], row["file_name"], (int(row["width"]), int(row["height"]))
+            if key in index or not isinstance(name, str) or not 1 <= min(size) <= max(size) < LARGEST:
+                raise ValueError
+        except (KeyError, TypeError, ValueError, OverflowError):
+            raise ValueError(f"'images' [{i}] lacks an id of its own, a file_name, a width or a height") from None
+        index[key] = i
+        names.append(name)
+        sizes.append(size)
+    return index, names, np.array(sizes)
+
+
+def _boxes(rows: list[dict[str, Any]], index: dict[Any, int], ids: list[int]) -> tuple[np.ndarray, ...]:
+    """The fields of Annotations from `image` on."""
+    labels = {key: label for label, key in enumerate(ids, 1)}
+    table = np.empty((len(rows), 8))
+    for i, row in enumerate(rows):
+        try:
+            x, y, width, height = map(float, row["bbox"])
+            if not all(abs(value) < LARGEST for value in (x, y, width, height)):  # nor is NaN
+                raise ValueError
+            area = row.get("area")
+            if not isinstance(area, int | float) or not 0 <= area < LARGEST**2:
+                area = width * height
+            key = index[row["image_id"]], labels[row["category_id"]]
+            table[i] = (*key, row.get("iscrowd") == 1, area, x, y, width, height)
+        except (KeyError, TypeError, ValueError, OverflowError):
+            raise ValueError(
+                f"'annotations' [{i}] lacks an image_id or a category_id that is there, or a bbox of four numbers"
+            ) from None
+    return table[:, 0].astype(int), table[:, 1].astype(int), table[:, 4:], table[:, 3], table[:, 2] > 0
+
+
+def _check_files(annotations: Annotations) -> None:
+    folder = annotations.folder
+    try:
+        there = set(os.listdir(folder))
+    except OSError as error:
+        raise UserError(f"cannot read the folder of images {folder} ({error}): put them there") from error
+    for name in annotations.names:
+        if name not in there and not (folder / name).is_file():  # it may lie in a folder below
+            path = str(folder / name).replace("\n", "\\n")
+            raise UserError(f"the image {path} of {annotations.file} is missing: put it there")

@@ -1,0 +1,148 @@
+"""torchvision's Faster R-CNN with FPN on four backbones, and the weights they start from."""
+
+from collections.abc import Callable, Iterable
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+from torchvision import models
+from torchvision.models.detection import FasterRCNN, FasterRCNN_ResNet50_FPN_Weights
+from torchvision.models.detection.backbone_utils import BackboneWithFPN, resnet_fpn_backbone
+from torchvision.ops import FrozenBatchNorm2d
+
+from ..checkpoint import load_weights, read_weights, torchvision_weights
+from ..errors import OtherNetworkError, UserError
+
+LEVELS = ("0", "1", "2", "3", "pool")  # of the FPN, as torchvision names them: strides 4, 8, 16, 32 and 64
+ROI_LEVELS = LEVELS[:4]  # those that ROI heads read
+CHANNELS = 256  # of each level
+MAX_SIZE = 1333  # pixels, the most that the longer side of an image may have after resizing
+PREDICTOR = [f"roi_heads.box_predictor.{name}" for name in ("cls_score.weight", "cls_score.bias")]
+PREDICTOR += [f"roi_heads.box_predictor.{name}" for name in ("bbox_pred.weight", "bbox_pred.bias")]
+HEADS = ("backbone.fpn.", "rpn.", "roi_heads.")  # what a student can inherit
+
+
+def _resnet(name: str) -> Callable[[type[nn.Module], bool], BackboneWithFPN]:
+    def build(norm: type[nn.Module], frozen: bool) -> BackboneWithFPN:
+        trainable = 3 if frozen else 5  # of stem and layer1..4, counted from the end
+        return resnet_fpn_backbone(backbone_name=name, weights=None, norm_layer=norm, trainable_layers=trainable)
+
+    return build
+
+
+def _mobilenet_v2(norm: type[nn.Module], frozen: bool) -> BackboneWithFPN:
+    """Width 1, with the FPN on the ends of its last blocks at each size: 24, 32, 96 and 320 channels."""
+    features = models.mobilenet_v2(weights=None, norm_layer=norm).features
+    ends = {"3": "0", "6": "1", "13": "2", "17": "3"}
+    return BackboneWithFPN(features, ends, [24, 32, 96, 320], CHANNELS)
+
+
+DETECTORS = {**{name: _resnet(name) for name in ("resnet18", "resnet50", "resnet101")}, "mobilenet_v2": _mobilenet_v2}
+
+
+def build_detector(
+    name: str, num_classes: int, min_sizes: list[int], rois: int = 512, scratch: bool = False
+) -> FasterRCNN:
+    """A detector with fresh weights from PyTorch's global generator, under torchvision's parameter names.
+
+    Args:
+        name: a backbone of DETECTORS. It has FrozenBatchNorm, and in a ResNet stem and layer1 are frozen.
+        num_classes: K, without the background.
+        min_sizes: to one of them, drawn for each image, its shorter side is resized in training; to the largest in
+            evaluation. Pixels.
+        rois: how many proposals an image training samples for the ROI heads.
+        scratch: ordinary BatchNorm, and nothing frozen.
+    """
+    return FasterRCNN(
+        DETECTORS[name](nn.BatchNorm2d if scratch else FrozenBatchNorm2d, not scratch),
+        num_classes + 1,
+        min_size=sorted(min_sizes),  # torchvision evaluates at the last one
+        max_size=MAX_SIZE,
+        rpn_post_nms_top_n_train=1000,
+        box_batch_size_per_image=rois,
+    )
+
+
+def load_backbone(net: FasterRCNN, name: str, file: str | Path | None) -> None:
+    """Load weights of the classification network `name`, but for its classifier; None: torchvision's IMAGENET1K_V1.
+
+    Raises:
+        UserError: what is wrong with the file or the download.
+    """
+    path = file or torchvision_weights(name, "IMAGENET1K_V1", option="--backbone-ckpt")
+    weights = {key.removeprefix("features."): value for key, value in read_weights(path).items()}
+    # What lies behind the last level: the classifier, and in MobileNetV2 the last convolution.
+    weights = {key: value for key, value in weights.items() if not key.startswith(("fc.", "classifier.", "18."))}
+    load_weights(net.backbone.body, weights, path, name)
+
+
+def load_detector(net: FasterRCNN, file: str | Path, name: str, category_ids: list[int]) -> None:
+    """Load a detector strictly, one of this project or of torchvision, whether its BatchNorm was frozen or not.
+
+    torchvision's own training takes COCO's category ids, which have gaps, for labels. Of a file with an output for each
+    number up to the largest id those of `category_ids` are taken.
+
+    Raises:
+        UserError: what is wrong with the file.
+        OtherNetworkError: it is another detector, or one of another number of classes.
+    """
+    load_weights(net, _of_classes(read_weights(file), file, name, category_ids), file, name)
+
+
+def _of_classes(weights: dict[str, Tensor], file: str | Path, name: str, category_ids: list[int]) -> dict[str, Tensor]:
+    if missing := [key for key in PREDICTOR if not weights.get(key, torch.tensor(0)).ndim]:
+        raise OtherNetworkError(f"{file} is no detector {name}: it lacks {missing[0]}")
+    there, wanted = len(weights[PREDICTOR[0]]) - 1, len(category_ids)
+    if there == wanted or any(len(weights[key]) % (there + 1) for key in PREDICTOR):
+        return weights  # whatever else is wrong is found when they are loaded
+    if there != max(category_ids) or min(category_ids) < 1:
+        raise OtherNetworkError(
+            f"{file} is a detector of {there} classes and the data has {wanted}: the two must be the same"
+        )
+    return _take_classes(weights, category_ids)
+
+
+def _take_classes(weights: dict[str, Tensor], ids: Iterable[int]) -> dict[str, Tensor]:
+    """The detector that has, after the background, only the classes `ids` of its own, in this order."""
+    rows = torch.tensor([0, *ids])
+    there = len(weights[PREDICTOR[0]])  # the last layers have one row a class, or four
+    return weights | {key: weights[key].unflatten(0, (there, -1))[rows].flatten(0, 1) for key in PREDICTOR}
+
+
+def load_coco_v1(net: FasterRCNN, categories: dict[int, str]) -> Path:
+    """Load torchvision's COCO_V1 into a resnet50 detector of these categories (id -> name); gives the file.
+
+    Raises:
+        UserError: it cannot be downloaded, or is damaged.
+        OtherNetworkError: the categories are not COCO's.
+    """
+    version = FasterRCNN_ResNet50_FPN_Weights.COCO_V1
+    names = version.meta["categories"]  # by id
+    if odd := [name for i, name in categories.items() if not 0 < i < len(names) or names[i] != name]:
+        raise OtherNetworkError(f"torchvision's weights are of COCO's categories and do not know {odd[0]!r}")
+    path = torchvision_weights("fasterrcnn_resnet50_fpn", version.name)
+    weights = _take_classes(read_weights(path), categories)
+    # They were made with an epsilon of 0 in FrozenBatchNorm. Its scale, stretched, means the same beside ours.
+    eps = net.backbone.body.bn1.eps
+    for key in [key.removesuffix("running_var") for key in weights if key.endswith("running_var")]:
+        variance = weights[f"{key}running_var"]
+        weights[f"{key}weight"] = weights[f"{key}weight"] * ((variance + eps) / variance).sqrt()
+    load_weights(net, weights, path, "resnet50")
+    return path
+
+
+def inherit(student: FasterRCNN, teacher: FasterRCNN) -> None:
+    """Start the student from the teacher's FPN, RPN and ROI head (App. E).
+
+    Raises:
+        UserError: a shape differs; the first one is named.
+    """
+    theirs = {key: value for key, value in teacher.state_dict().items() if key.startswith(HEADS)}
+    own = student.state_dict()
+    for key, value in theirs.items():
+        if own[key].shape != value.shape:
+            raise UserError(
+                f"--inherit: {key} is {list(value.shape)} in the teacher and {list(own[key].shape)} in the student: "
+                "leave it out, or choose networks whose FPNs are alike, as resnet101 and resnet50"
+            )
+    student.load_state_dict(theirs, strict=False)

@@ -1,0 +1,113 @@
+"""A made set in COCO's format, for try-outs and tests: python -m common.detection.drawn DIR
+
+Cluttered ground of 96 to 256 pixels with up to six objects of four classes, which overlap and differ in size, pose,
+texture and colour. Among the clutter are small shapes of other outlines, which are not to be found. Some images are
+empty, and some have a crowd: many small objects of a class in one box. Figures on it say nothing about photos.
+"""
+
+import argparse
+import json
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+from PIL import Image
+
+from ..errors import UserError, exit_code
+from ..synthetic import SHAPES, TEXTURES, paste
+
+CLASSES = ("star", "cross", "ring", "triangle")
+OTHERS = ("disc", "hexagon", "trefoil", "square")  # of the clutter
+SPLITS = {"train": 600, "val": 150}  # images
+
+
+def draw(split: str, number: int) -> tuple[Image.Image, list[dict]]:
+    """An image of split "train" or "val" and its annotations: category_id 1..4, bbox, area, iscrowd.
+
+    Boxes and areas are of what is visible of an object; later ones cover a part of some.
+    """
+    rng = np.random.default_rng([list(SPLITS).index(split), number])
+    width, height = rng.integers(96, 257, 2).tolist()
+    ground = Image.fromarray((255 * (0.25 + 0.5 * rng.random((5, 5, 3)))).astype(np.uint8))
+    image = np.array(ground.resize((width, height), Image.Resampling.BICUBIC), np.float32)[None] / 255
+    x, y = np.meshgrid(np.arange(width, dtype=np.float32), np.arange(height, dtype=np.float32))
+    owner = np.full((height, width), -1)  # whose a pixel is: an annotation's index
+
+    def put(name: str, centre: Sequence[float], radius: float, of: int = -1) -> None:
+        scale = np.float32(max(1.0, radius / 12))  # the textures are made for radii of about 12
+        u, v = (x - np.float32(centre[0])) / scale, (y - np.float32(centre[1])) / scale
+        shape, texture = np.array([SHAPES.index(name)]), rng.integers(0, len(TEXTURES), 1)
+        owner[paste(image, u, v, shape, texture, np.array([radius / scale]), rng)[0, ..., 0] > 0.5] = of
+
+    def anywhere(margin: float) -> np.ndarray:
+        sides = np.array([width, height])
+        return rng.uniform(np.minimum(margin, sides / 2), np.maximum(sides - margin, sides / 2))
+
+    for _ in range(rng.integers(6, 15)):
+        put(rng.choice(OTHERS), anywhere(0), rng.uniform(3, 9))
+    kind = rng.choice(["objects", "crowd", "empty"], p=[0.88, 0.07, 0.05])
+    annotations, placed = [], []  # placed: (centre, radius) of what is not to be covered
+    if kind == "crowd":
+        name, middle = rng.choice(CLASSES), anywhere(30)
+        for _ in range(rng.integers(9, 15)):
+            put(name, middle + rng.uniform(-24, 24, 2), rng.uniform(5, 8), of=0)
+        annotations.append({"category_id": CLASSES.index(name) + 1, "iscrowd": 1})
+        placed.append((middle, 24))
+    largest = min(56, 0.42 * min(width, height))
+    for radius in sorted(np.exp(rng.uniform(np.log(9), np.log(largest), rng.integers(1, 7))), reverse=True):
+        for _ in range(20 if kind != "empty" else 0):
+            centre = anywhere(0.8 * radius)  # some reach out of the image
+            if all(np.hypot(*(centre - other)) > 0.75 * (radius + r) for other, r in placed):
+                break
+        else:
+            continue  # there is no room for it
+        name = rng.choice(CLASSES)
+        put(name, centre, radius, of=len(annotations))
+        annotations.append({"category_id": CLASSES.index(name) + 1, "iscrowd": 0})
+        placed.append((centre, radius))
+
+    for i, annotation in enumerate(annotations):
+        rows, columns = np.nonzero(owner == i)
+        left, top = columns.min().item(), rows.min().item()
+        annotation["bbox"] = [left, top, columns.max().item() + 1 - left, rows.max().item() + 1 - top]
+        annotation["area"] = len(rows)
+    image += 0.04 * rng.standard_normal(image.shape, np.float32)
+    return Image.fromarray((np.clip(image[0], 0, 1) * 255).astype(np.uint8)), annotations
+
+
+def write(directory: Path, images: dict[str, int]) -> None:
+    """Write so many images of each split as DIR/<split>/*.jpg and DIR/annotations/instances_<split>.json.
+
+    Raises:
+        UserError: the folder is there already, or cannot be written into.
+    """
+    if directory.exists():
+        raise UserError(f"{directory} is there already: name a new folder, or remove it")
+    for split, n in images.items():
+        content = {"images": [], "annotations": []}
+        content["categories"] = [{"id": i, "name": name} for i, name in enumerate(CLASSES, 1)]
+        (directory / split).mkdir(parents=True)
+        for i in range(n):
+            image, annotations = draw(split, i)
+            name = f"{i:012}.jpg"
+            image.save(directory / split / name, quality=92)
+            content["images"].append({"id": i, "file_name": name, "width": image.width, "height": image.height})
+            for annotation in annotations:
+                content["annotations"].append({"id": len(content["annotations"]) + 1, "image_id": i, **annotation})
+        (directory / "annotations").mkdir(exist_ok=True)
+        (directory / "annotations" / f"instances_{split}.json").write_text(json.dumps(content))
+    print(f"{directory}: {', '.join(f'{n} images in {split}' for split, n in images.items())}, of {', '.join(CLASSES)}")
+
+
+def main(argv: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(prog="python -m common.detection.drawn", description=__doc__)
+    parser.add_argument("directory", type=Path, metavar="DIR")
+    for split, n in SPLITS.items():
+        parser.add_argument(f"--{split}", type=int, metavar="N", default=n, help=f"images (default: {n})")
+    args = parser.parse_args(argv)
+    return exit_code(lambda: write(args.directory, {split: getattr(args, split) for split in SPLITS}))
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,79 @@
+"""Average precision as COCO defines it, by pycocotools."""
+
+import contextlib
+import io
+from collections.abc import Iterable
+from typing import Any
+
+import torch
+from torch import Tensor
+from torchvision.models.detection import FasterRCNN
+
+from ..distributed import all_of_ranks, from_rank_0, rank
+from ..errors import UserError
+from .images import Sample
+
+METRICS = ("AP", "AP50", "AP75", "APs", "APm", "APl")  # in the order of pycocotools' summary
+
+
+def require_pycocotools() -> None:
+    """Raise a UserError if it is missing: better before a training than after it."""
+    try:
+        import pycocotools.cocoeval  # noqa: F401
+    except ImportError as error:
+        raise UserError("evaluation needs pycocotools: pip install -r requirements-extra.txt") from error
+
+
+def evaluate(
+    net: FasterRCNN, batches: Iterable[list[Sample]], indices: list[int], truth: dict[str, list[dict[str, Any]]]
+) -> dict[str, float | None]:
+    """METRICS in percent, on every rank; None where the images have no such object. Leaves the net in evaluation mode.
+
+    Args:
+        batches: of this rank. Batches of one image make the figures independent of the others' sizes.
+        indices: the index of each of their images in `truth`.
+        truth: the whole test split (CocoData.truth).
+    """
+    device = next(net.parameters()).device
+    found = torch.cat(all_of_ranks(detect(net, batches, indices)))
+    return from_rank_0(average_precision(found, truth) if rank() == 0 else None, device)
+
+
+@torch.no_grad()
+def detect(net: FasterRCNN, batches: Iterable[list[Sample]], indices: Iterable[int]) -> Tensor:
+    """What the net finds: float64 [n, 7] on the CPU, rows of image index, x, y, width, height, score, label."""
+    net.eval()
+    rows, indices = [torch.zeros(0, 7, dtype=torch.float64)], iter(indices)
+    for batch in batches:
+        for found in net([image for image, _ in batch]):
+            boxes = found["boxes"].double().cpu()
+            columns = [torch.full((len(boxes), 1), next(indices)), boxes[:, :2], boxes[:, 2:] - boxes[:, :2]]
+            columns += [found[key].double().cpu()[:, None] for key in ("scores", "labels")]
+            rows.append(torch.cat(columns, 1))
+    return torch.cat(rows)
+
+
+def average_precision(found: Tensor, truth: dict[str, list[dict[str, Any]]]) -> dict[str, float | None]:
+    """METRICS in percent of detections as `detect` gives them, of all images of `truth`."""
+    from pycocotools.coco import COCO
+    from pycocotools.cocoeval import COCOeval
+
+    answers = truth | {"annotations": [_annotation(i, row) for i, row in enumerate(found.tolist(), 1)]}
+    sides = []
+    with contextlib.redirect_stdout(io.StringIO()):  # pycocotools tells of every step
+        for dataset in (truth, answers):  # not by its loadRes, which fails where nothing was found
+            sides.append(COCO())
+            sides[-1].dataset = dataset
+            sides[-1].createIndex()
+        evaluation = COCOeval(*sides, "bbox")
+        evaluation.evaluate()
+        evaluation.accumulate()
+        evaluation.summarize()
+    figures = dict(zip(METRICS, evaluation.stats.tolist(), strict=False))  # average recalls follow
+    return {name: 100 * value if value >= 0 else None for name, value in figures.items()}  # -1: there is no such object
+
+
+def _annotation(i: int, row: list[float]) -> dict[str, Any]:
+    image, *box, score, label = row
+    found = {"id": i, "image_id": int(image), "category_id": int(label), "bbox": box, "score": score}
+    return found | {"area": box[2] * box[3], "iscrowd": 0}

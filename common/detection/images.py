@@ -1,0 +1,100 @@
+"""The images of a set in COCO's format with their boxes, read by worker processes, in batches of like shape.
+
+The order is drawn from (seed, epoch) and the flips from (seed, iteration, place in the batch), so neither the number of
+workers nor a resume in the middle of an epoch changes anything: no image is skipped, and none comes twice in an epoch.
+"""
+
+import os
+import warnings
+from collections.abc import Iterable, Iterator
+from itertools import count, islice
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset
+
+from ..errors import UserError
+from ..image_files import next_batch
+from ..randomness import generator, seed_of
+from ..sources import open_rgb
+from .coco import Split
+
+Sample = tuple[Tensor, dict[str, Any]]  # an image [3, H, W], and its "boxes" [n, 4] and "labels" [n]
+Key = tuple[int, int, int]  # iteration, place in the batch of all ranks together, index of the image
+
+
+class BoxedImages(Dataset):
+    """Key -> a sample: the image uint8, as it is in its file, flipped by chance if `seed` is given."""
+
+    def __init__(self, split: Split, seed: int | None = None):
+        self.split, self.seed = split, seed
+
+    def __getitem__(self, key: Key) -> Sample:
+        iteration, place, i = key
+        path = os.fsdecode(self.split.files[i])
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # PIL's, on odd but readable files
+            image = torch.from_numpy(np.array(open_rgb(path))).permute(2, 0, 1)
+        width, height = self.split.sizes[i].tolist()
+        if image.shape[1:] != (height, width):
+            raise UserError(
+                f"the image {path} is of {image.shape[2]}x{image.shape[1]} pixels, and its annotation says "
+                f"{width}x{height}: mend one of them"
+            )
+        mine = slice(self.split.first[i], self.split.first[i + 1])
+        boxes, labels = self.split.boxes[mine], self.split.labels[mine]
+        if self.seed is not None and seed_of(self.seed, iteration, "flip", place) % 2:
+            image = image.flip(2)
+            boxes = np.stack([width - boxes[:, 2], boxes[:, 1], width - boxes[:, 0], boxes[:, 3]], 1)
+        # As arrays the boxes need no file descriptor each on their way from a worker.
+        return image, {"boxes": boxes, "labels": labels}
+
+
+def batches(
+    split: Split, batch_size: int, seed: int, first: int, last: int, rank: int = 0, world: int = 1
+) -> Iterator[list[Key]]:
+    """The part of one rank, of `world`, in the batches of iterations first..last - 1.
+
+    A batch is of images that are all high, or none of them: padded to one size, these waste little. Each epoch has its
+    own order. What does not fill a batch at the end of an epoch waits there for its like of the next one.
+
+    Args:
+        batch_size: of all ranks together.
+    """
+    high = split.sizes[:, 1] > split.sizes[:, 0]
+
+    def endless() -> Iterator[list[int]]:
+        waiting: dict[bool, list[int]] = {False: [], True: []}
+        for epoch in count():
+            for i in torch.randperm(len(split), generator=generator(seed, epoch, "data")).tolist():
+                group = waiting[bool(high[i])]
+                group.append(i)
+                if len(group) == batch_size:
+                    yield list(group)
+                    group.clear()
+
+    for iteration, batch in enumerate(islice(endless(), first, last), first):
+        yield [(iteration, place, i) for place, i in enumerate(batch)][rank::world]
+
+
+def load(
+    images: BoxedImages, batches: Iterable[list[Key]], workers: int, device: torch.device
+) -> Iterator[list[Sample]]:
+    """One pass over `batches`, on the device; the pixels become float32 in 0..1 there.
+
+    Raises:
+        UserError: an image cannot be read, or is of another size than its annotation says; it is named.
+    """
+    pinned = device.type == "cuda"
+    loader = DataLoader(images, batch_sampler=batches, num_workers=workers, pin_memory=pinned, collate_fn=list)
+    samples = iter(loader)
+    while (batch := next_batch(samples)) is not None:
+        yield [
+            (
+                image.to(device, non_blocking=True).float() / 255,
+                {key: torch.from_numpy(value).to(device) for key, value in target.items()},
+            )
+            for image, target in batch
+        ]
