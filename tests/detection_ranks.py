@@ -1,0 +1,66 @@
+"""What test_detection_ranks.py runs by `torchrun --nproc_per_node=2 tests/detection_ranks.py FOLDER WORD...`.
+
+gradients           DDP's gradients of one step, and those of each rank by itself
+train OPTION...     detection.py with these options; every rank leaves what it has at the end
+"""
+
+import copy
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from tiny_detectors import shrink
+
+import detection
+from common.detection.detectors import build_detector
+from common.detection.fcfd import TERMS
+from common.distributed import distribute, processes, rank
+
+
+def gradients(folder):
+    with processes("cpu"):
+        torch.manual_seed(rank())  # rank 1 starts elsewhere
+        c = detection.settle({"teacher": "resnet18", "student": "mobilenet_v2", "device": "cpu", "batch_size": 2}, {})
+        teacher = build_detector("resnet18", 3, [96], scratch=True).requires_grad_(False)
+        student = build_detector("mobilenet_v2", 3, [96], rois=16, scratch=True)
+        step = detection.Step(c, student, teacher).train()
+        distributed = distribute(step, some_unused=False)
+        alone = copy.deepcopy(step)
+        images = [torch.rand(3, 96, 120, generator=torch.Generator().manual_seed(rank()))]
+        targets = [{"boxes": torch.tensor([[5.0, 8.0, 60.0, 70.0]]), "labels": torch.tensor([1 + rank()])}]
+        for net in (distributed, alone):
+            for _ in range(2):  # the second time a parameter without gradient has had the chance to be waited for
+                net.zero_grad(set_to_none=True)
+                torch.manual_seed(10 + rank())
+                terms = net(images, targets)
+                sum(terms[term] for term in TERMS).backward()
+        results = {
+            name: {key: p.grad for key, p in net.named_parameters() if p.requires_grad}
+            for name, net in (("distributed", step), ("alone", alone))
+        }
+        torch.save(results, folder / f"gradients{rank()}.pt")
+
+
+def train(folder, *options):
+    steps, make = [], detection.Step
+
+    def make_and_keep(*args):
+        steps.append(make(*args))
+        return steps[-1]
+
+    detection.Step = make_and_keep
+    code = detection.main(list(options))
+    if steps:
+        torch.save(steps[0].state_dict(), folder / f"trained{rank()}.pt")
+    sys.exit(code)
+
+
+if __name__ == "__main__":
+    folder, what, *more = sys.argv[1:]
+    with pytest.MonkeyPatch.context() as patch:
+        shrink(patch)
+        {"gradients": gradients, "train": train}[what](Path(folder), *more)

@@ -1,0 +1,392 @@
+"""detection.py as a user runs it, with small ROI heads on a small made set; several ranks: test_detection_ranks.py."""
+
+import json
+import os
+import shutil
+from argparse import Namespace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import yaml
+from PIL import Image
+from running import assert_bit_for_bit, call, read_log, script
+from tiny_detectors import coco_set, shrink
+from torch import nn
+from torchvision import models
+
+import detection
+from common.detection import drawn
+from common.detection.boxes import COLOURS
+from common.detection.coco import load_coco
+from common.detection.detectors import build_detector
+from common.detection.evaluation import METRICS
+from common.detection.fcfd import TASK_LOSSES, TERMS, detection_terms, forward_detectors, level_bridges
+from common.detection.images import BoxedImages, batches, load
+from common.randomness import seed_of
+
+pytest.importorskip("pycocotools")
+
+SMALL = ["--min-size", 96, "--rois", 16, "--batch-size", 2, "--workers", 0, "--device", "cpu"]
+ALONE = ["--student", "mobilenet_v2", "--scratch", *SMALL]
+PAIR = ["--teacher", "resnet18", *ALONE]
+
+
+@pytest.fixture(autouse=True)
+def small(monkeypatch):
+    shrink(monkeypatch)
+
+
+def run(capsys, *args, code=0):
+    return call(capsys, *args, code=code, module=detection)
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("drawn") / "set"
+    drawn.write(folder, {"train": 9, "val": 3})
+    return folder
+
+
+@pytest.fixture(scope="module")
+def teacher(folder, tmp_path_factory):
+    """A resnet18 of these classes, made by the script."""
+    out = tmp_path_factory.mktemp("teacher") / "run"
+    options = ["--data-dir", folder, "--student", "resnet18", "--scratch", *SMALL, "--iterations", 2, "--out", out]
+    with pytest.MonkeyPatch.context() as patch:
+        shrink(patch)
+        assert detection.main([str(option) for option in options]) == 0
+    return out / "student.pth"
+
+
+@pytest.fixture
+def pair(folder, teacher):
+    return ["--data-dir", folder, *PAIR, "--teacher-ckpt", teacher]
+
+
+def test_a_detector_is_trained_and_then_distilled(tmp_path, capsys, monkeypatch, folder):
+    """By the commands of the README, each finding what the one before it left."""
+    monkeypatch.chdir(tmp_path)
+    options = ["--data-dir", folder, "--scratch", *SMALL, "--iterations", 6, "--save-every", 2, "--eval-every", 4]
+    printed = run(capsys, "--student", "resnet18", *options)
+    assert "resnet18 lies in runs/set-resnet18-alone-scratch-6it-seed1/student.pth" in printed
+    printed = run(capsys, "--teacher", "resnet18", "--student", "mobilenet_v2", *options, "--visualize", 2)
+    assert "teacher: runs/set-resnet18-alone-scratch-6it-seed1/student.pth" in printed
+
+    out = Path("runs/set-resnet18-mobilenet_v2-fcfd-scratch-6it-seed1")
+    files = "best.pt boxes config.yaml last.pt log.csv result.json student.pth student_best.pth"
+    assert sorted(path.name for path in out.iterdir()) == files.split()
+    rows, result = read_log(out), json.loads((out / "result.json").read_text())
+    assert [row["iteration"] for row in rows] == ["2", "4", "6"]
+    for row in rows:
+        terms = [float(row[term]) for term in TERMS]
+        assert all(term > 0 for term in terms)
+        assert float(row["loss"]) == pytest.approx(sum(terms), rel=1e-5)
+        assert terms[0] == pytest.approx(sum(float(row[name]) for name in TASK_LOSSES), rel=1e-5)
+        assert 0 <= float(row["waiting_percent"]) <= 100
+    assert [bool(row["AP"]) for row in rows] == [False, True, True]
+    config = yaml.safe_load((out / "config.yaml").read_text())
+    assert (config["min_size"], config["rois"], config["temperature"], config["script"]) == ([96], 16, 1, "detection")
+    assert (result["iteration"], result["iterations"], result["ranks"]) == (6, 6, 1)
+    assert result["last"] == {name: None if not rows[2][name] else float(rows[2][name]) for name in METRICS} | {
+        "iteration": 6
+    }
+    assert result["best"]["AP"] == max(float(row["AP"]) for row in rows if row["AP"])
+    assert set(result["teacher"]) == set(METRICS)
+    shared = torch.load(out / "student.pth", weights_only=True)
+    assert shared["classes"] == list(drawn.CLASSES)
+    assert list(shared["model"]) == list(build_detector("mobilenet_v2", 4, [96], scratch=True).state_dict())
+    assert len(list((out / "boxes").iterdir())) == 2
+
+    evaluate = ["--data-dir", folder, "--student", "mobilenet_v2", *SMALL, "--evaluate", out / "student.pth"]
+    printed = run(capsys, *evaluate)
+    figures = ", ".join(f"{name} {f'{float(rows[2][name]):.2f}' if rows[2][name] else '-'}" for name in METRICS)
+    assert printed == f"mobilenet_v2: {figures} on 3 test images\n"
+
+
+def test_the_script_itself_from_another_folder(tmp_path, folder):
+    """In a process of its own, with full-size ROI heads and a reader."""
+    options = ["--data-dir", folder, *ALONE[:3], "--min-size", 96, "--rois", 8, "--batch-size", 1, "--workers", 1]
+    options += ["--test-subset", 2, "--iterations", 1, "--device", "cpu", "--out", "run"]
+    assert "student.pth (last)" in script(tmp_path, *options, module=detection)
+    shutil.rmtree(tmp_path / "run")
+
+
+def test_resumed_in_the_middle_of_an_epoch_it_is_bit_for_bit_the_unbroken_run(tmp_path, capsys, pair):
+    options = [*pair, "--iterations", 6, "--save-every", 2, "--eval-every", 4]
+    run(capsys, *options, "--out", tmp_path / "whole")
+    out = tmp_path / "part"
+    assert "stopped after 1 of 6" in run(capsys, *options, "--out", out, "--max-minutes", 1e-9)
+    assert read_log(out) == []
+    resume = ["--student", "mobilenet_v2", "--resume", "--out", out, "--device", "cpu"]
+    assert "stopped after 2 of 6" in run(capsys, *resume, "--max-minutes", 1e-9)
+    run(capsys, *resume, "--workers", 2)
+    assert_bit_for_bit(tmp_path / "whole", out)
+    columns = ("iteration", "lr", "loss", *TERMS, *TASK_LOSSES, *METRICS)
+    whole, part = ([[row[c] for c in columns] for row in read_log(run)] for run in (tmp_path / "whole", out))
+    assert part == whole
+    results = [json.loads((run / "result.json").read_text()) for run in (tmp_path / "whole", out)]
+    assert [results[0][key] for key in ("best", "last", "teacher")] == [
+        results[1][key] for key in ("best", "last", "teacher")
+    ]
+
+
+def test_a_resume_takes_the_runs_settings(tmp_path, capsys, pair):
+    run(capsys, *pair, "--iterations", 2, "--out", tmp_path, "--max-minutes", 1e-9)
+    resume = ["--student", "mobilenet_v2", "--out", tmp_path, "--resume", "--device", "cpu"]
+    assert "--rois is 17 and was 16" in run(capsys, *resume, "--rois", 17, code=2)
+    assert "--min-size is [128] and was [96]" in run(capsys, *resume, "--min-size", 128, code=2)
+    assert "holds a run already" in run(capsys, *pair, "--iterations", 2, "--out", tmp_path, code=2)
+    assert "iteration      2/2" in run(capsys, *resume, "--temperature", 1, "--visualize", 1)
+    assert len(list((tmp_path / "boxes").iterdir())) == 1
+
+
+@pytest.mark.parametrize(
+    ("options", "terms"),
+    [
+        (["--method", "kd"], {"task", "kd"}),
+        (["--method", "app"], {"task", "kd", "app"}),
+        (["--w-func-prime", 0, "--w-app", 0], {"task", "kd", "func"}),
+        (["--amp", "bf16"], set(TERMS)),
+    ],
+)
+def test_settings(tmp_path, capsys, pair, teacher, options, terms):
+    run(capsys, *pair, *options, "--iterations", 1, "--out", tmp_path)
+    row = read_log(tmp_path)[0]
+    assert {term for term in TERMS if row[term]} == terms
+    state = torch.load(tmp_path / "last.pt", weights_only=True)
+    needed = {"app", "func", "func_prime"} & terms
+    assert {key.rpartition(".")[0].split(".")[0] for key in state["bridges"]} == (
+        ({"s2t"} if needed & {"app", "func"} else set()) | ({"t2s"} if "func_prime" in terms else set())
+    )
+    before = torch.load(teacher, weights_only=True)["model"]
+    for key, value in state["teacher"].items():  # a teacher never moves
+        assert torch.equal(value, before[key]), key
+
+
+def test_inherited_from_the_teacher(tmp_path, capsys, folder, teacher):
+    options = ["--data-dir", folder, "--teacher", "resnet18", "--student", "resnet18", "--scratch", *SMALL]
+    options += ["--teacher-ckpt", teacher, "--inherit", "--iterations", 1, "--lr", 1e-12, "--out", tmp_path]
+    run(capsys, *options)
+    before = torch.load(teacher, weights_only=True)["model"]
+    after = torch.load(tmp_path / "student.pth", weights_only=True)["model"]
+    for key, value in after.items():
+        if key.startswith(("rpn.", "roi_heads.", "backbone.fpn.")):
+            torch.testing.assert_close(value, before[key], rtol=1e-4, atol=1e-8)
+    assert not torch.allclose(after["backbone.body.conv1.weight"], before["backbone.body.conv1.weight"])
+
+
+def test_imagenet_weights_are_where_a_student_begins(tmp_path, capsys, folder):
+    torch.manual_seed(5)
+    published = models.resnet18()
+    torch.save(published.state_dict(), tmp_path / "resnet18.pth")
+    options = ["--data-dir", folder, "--student", "resnet18", *SMALL, "--iterations", 1, "--out", tmp_path / "run"]
+    run(capsys, *options, "--backbone-ckpt", tmp_path / "resnet18.pth")
+    after = torch.load(tmp_path / "run" / "student.pth", weights_only=True)["model"]
+    for name, value in published.state_dict().items():
+        if not name.startswith("fc.") and "num_batches" not in name:
+            fixed = "bn" in name or "downsample.1" in name or name.startswith(("conv1", "layer1"))
+            assert torch.equal(after[f"backbone.body.{name}"], value) == fixed, name
+
+
+def test_two_steps_written_out(tmp_path, capsys, folder, teacher, pair):
+    """The script's loop against one written from the paper: SGD by hand, every number given differently."""
+    weights = {"task": 0.9, "kd": 0.8, "app": 0.2, "func": 0.7, "func_prime": 0.6}
+    options = [word for term, w in weights.items() for word in (f"--w-{term.replace('_', '-')}", w)]
+    options += ["--iterations", 2, "--lr", 0.004, "--temperature", 3, "--seed", 5, "--min-size", 96, 128]
+    run(capsys, *pair, *options, "--out", tmp_path)
+
+    torch.manual_seed(5)
+    student = build_detector("mobilenet_v2", 4, [96, 128], rois=16, scratch=True)
+    net_t = build_detector("resnet18", 4, [96]).requires_grad_(False)
+    bridges = level_bridges()
+    net_t.load_state_dict(torch.load(teacher, weights_only=True)["model"])
+    start = {name: p.detach().clone() for name, p in student.named_parameters()}
+    norms = {
+        p for net in (student, bridges) for m in net.modules() if isinstance(m, nn.BatchNorm2d) for p in m.parameters()
+    }
+    for net in (student, net_t, bridges):
+        net.to(memory_format=torch.channels_last)
+    data = load_coco(folder)
+    samples = load(BoxedImages(data.train, 5), batches(data.train, 2, 5, 0, 2), 0, torch.device("cpu"))
+    velocity, losses = {}, []
+    for step, batch in enumerate(samples):
+        torch.manual_seed(seed_of(5, step, "step", 0))
+        images, targets = [image for image, _ in batch], [target for _, target in batch]
+        flow = forward_detectors(net_t.eval(), student.train(), bridges.train(), images, targets)
+        terms = detection_terms(flow, 3.0)
+        loss = sum(w * terms[name] for name, w in weights.items())
+        losses.append(loss.item())
+        # Two iterations: the warm-up is over after the first, and the rate has fallen from its two thirds on.
+        rate = 0.004 * [0.001, 0.1][step]
+        trained = [p for net in (student, bridges) for p in net.parameters()]
+        for p, g in zip(trained, torch.autograd.grad(loss, trained), strict=True):
+            g = g + (0 if p in norms else 1e-4) * p.detach()
+            velocity[p] = 0.9 * velocity.get(p, 0) + g
+            p.data -= rate * velocity[p]
+
+    assert float(read_log(tmp_path)[0]["loss"]) == pytest.approx(sum(losses) / 2, rel=1e-4)
+    state = torch.load(tmp_path / "last.pt", weights_only=True)
+    for name, p in student.named_parameters():
+        moved = (p.detach() - start[name]).norm()
+        assert (state["student"][name] - p.detach()).norm() < 0.01 * moved + 1e-6, name
+
+
+def test_batchnorms_parameters_do_not_decay(tmp_path, capsys, folder, monkeypatch):
+    """With a loss that has no gradient, weight decay is all that moves a parameter."""
+    terms = detection.detection_terms
+    monkeypatch.setattr(detection, "detection_terms", lambda *args: {k: 0 * v for k, v in terms(*args).items()})
+    run(capsys, "--data-dir", folder, *ALONE, "--iterations", 2, "--lr", 1, "--out", tmp_path)
+    after = torch.load(tmp_path / "student.pth", weights_only=True)["model"]
+    torch.manual_seed(1)
+    for name, layer in build_detector("mobilenet_v2", 4, [96], scratch=True).named_modules():
+        for key, value in layer.named_parameters(recurse=False):
+            same = torch.equal(after[f"{name}.{key}"], value)
+            assert same == (isinstance(layer, nn.BatchNorm2d) or not value.any()), (name, key)
+
+
+def test_the_1x_schedule():
+    c = Namespace(lr=0.01, iterations=180_000)
+    rate = [detection.learning_rate(c, i) for i in (0, 500, 999, 1000, 119_999, 120_000, 159_999, 160_000, 179_999)]
+    assert rate == pytest.approx([1e-5, 0.005005, 0.00999001, 0.01, 0.01, 1e-3, 1e-3, 1e-4, 1e-4])
+    c = Namespace(lr=0.01, iterations=1800)  # shorter in all its parts
+    rate = [detection.learning_rate(c, i) for i in (0, 5, 10, 1199, 1200, 1599, 1600)]
+    assert rate == pytest.approx([1e-5, 0.005005, 0.01, 0.01, 1e-3, 1e-3, 1e-4])
+    c = Namespace(lr=0.01, iterations=540_000)  # longer, but for the warm-up
+    rate = [detection.learning_rate(c, i) for i in (500, 1000, 359_999, 360_000, 480_000)]
+    assert rate == pytest.approx([0.005005, 0.01, 0.01, 1e-3, 1e-4])
+
+
+def test_published_settings():
+    c = detection.settle({"teacher": "resnet101", "student": "resnet18", "device": "cuda"}, {})
+    assert [getattr(c, f"w_{term}") for term in TERMS] == [1] * 5
+    assert (c.temperature, c.lr, c.iterations, c.batch_size, c.amp) == (1, 0.01, 180_000, 8, "fp16")
+    assert (c.min_size, c.rois, c.save_every, c.eval_every) == ([640, 672, 704, 736, 768, 800], 512, 1000, 5000)
+    assert (c.scratch, c.inherit) == (False, False)
+
+
+def test_pictures_show_boxes(tmp_path, capsys, folder, teacher):
+    """Three panels; in the first the left edges of the boxes have the colours of their classes."""
+    options = ["--data-dir", folder, "--student", "resnet18", "--teacher", "resnet18", "--teacher-ckpt", teacher]
+    run(capsys, *options, *SMALL, "--evaluate", teacher, "--visualize", 3, "--out", tmp_path)
+    data = load_coco(folder)
+    edges = 0
+    for i, (file, size) in enumerate(zip(data.test.files, data.test.sizes, strict=True)):
+        picture = np.asarray(Image.open(tmp_path / "boxes" / f"{Path(os.fsdecode(file)).stem}.png"))
+        width, height = np.floor(size * max(1, 320 / size[0])).astype(int)
+        assert picture.shape[:2] == (20 + height, 3 * width)
+        mine = slice(data.test.first[i], data.test.first[i + 1])
+        for box, label in zip(data.test.boxes[mine] * max(1, 320 / size[0]), data.test.labels[mine], strict=True):
+            colour = [int(COLOURS[label][k : k + 2], 16) for k in (1, 3, 5)]
+            edge = picture[20 + int(box[1] + box[3]) // 2, max(0, int(box[0]) - 2) : int(box[0]) + 3]
+            edges += (edge == colour).all(1).any()
+        assert not np.array_equal(picture[:, :width], picture[:, width : 2 * width])
+    assert edges >= 0.8 * len(data.test.boxes) > 0  # a later box may lie over one
+
+
+@pytest.mark.parametrize(
+    ("options", "expected"),
+    [
+        (["--student", "resnet20"], "did you mean resnet"),
+        (["--student", "resnet34"], "unknown network 'resnet34'"),
+        (["--student", "resnet18", "--teacher", "vgg13"], "unknown network 'vgg13'"),
+        (["--student", "resnet18", "--inherit"], "--inherit is about distillation: name the --teacher too"),
+        (["--student", "resnet18", "--scratch", "--method", "kd"], "--method is about distillation"),
+        (["--student", "resnet18", "--scratch", "--backbone-ckpt", "x.pth"], "leave out either"),
+        (
+            ["--student", "resnet18", "--scratch", "--data-dir", "missing"],
+            "there is no missing/annotations/instances_train",
+        ),
+        (["--student", "resnet18", "--scratch", "--batch-size", 10], "there are only 9 training images"),
+        (["--student", "resnet18", "--scratch", "--batch-size", 0], "--batch-size 0"),
+        (["--student", "resnet18", "--scratch", "--min-size", 64, 96], "--min-size 64 96: it must lie between 96"),
+        (["--student", "resnet18", "--scratch", "--rois", 0], "--rois 0"),
+        (["--student", "resnet18", "--scratch", "--iterations", 0], "--iterations 0"),
+        (["--student", "resnet18", "--scratch", "--eval-every", 0], "--eval-every 0"),
+        (["--student", "resnet18", "--scratch", "--visualize", -1], "--visualize -1"),
+        (["--student", "resnet18", "--scratch", "--subset", 10], "--subset 10"),
+        ([*PAIR[:4], "--scratch", "--method", "kd", "--w-task", 0, "--w-kd", 0], "no term is left"),
+        (["--student", "resnet18", "--scratch", "--resume"], "nothing to resume"),
+        (["--student", "resnet18", "--evaluate", "missing.pth"], "there is no checkpoint missing.pth"),
+        (["--student", "resnet18", "--backbone-ckpt", "missing.pth"], "there is no checkpoint missing.pth"),
+        (["--teacher", "resnet101", "--student", "resnet18", "--scratch"], "there is no trained resnet101 in runs"),
+        (
+            ["--teacher", "resnet50", "--student", "resnet18", "--scratch"],
+            "of COCO's categories and do not know 'star'",
+        ),
+        (["--teacher", "resnet18", "--student", "resnet18", "--scratch", "--device", "cuda:99"], "cuda:99"),
+    ],
+)
+def test_bad_input_ends_in_one_line_and_exit_code_2(tmp_path, capsys, monkeypatch, folder, options, expected):
+    monkeypatch.chdir(tmp_path)
+    standard = [*SMALL, "--data-dir", folder]
+    defaults = [w for pair in zip(standard[::2], standard[1::2], strict=True) if pair[0] not in options for w in pair]
+    message = run(capsys, *defaults, *options, code=2)
+    assert message.startswith("error: ")
+    assert expected in message
+    assert message.count("\n") == 1
+    assert not os.listdir(tmp_path)
+
+
+def test_a_teacher_of_other_classes_is_told_how_to_train_one(tmp_path, capsys, folder, teacher):
+    other = coco_set(
+        tmp_path / "other", [(1, "a.png", 96, 96)] * 1, [(1, 1, [9, 9, 40, 40]), (1, 2, [9, 9, 20, 20])]
+    ).parents[1]
+    coco_set(other, [(1, "a.png", 96, 96)], [(1, 1, [9, 9, 40, 40])], split="val")
+    options = ["--data-dir", other, *PAIR[:4], "--scratch", *SMALL, "--teacher-ckpt", teacher, "--batch-size", 1]
+    message = run(capsys, *options, "--out", tmp_path / "run", code=2)
+    assert message == (
+        f"error: {teacher} is a detector of 4 classes and the data has 2: the two must be the same; give a "
+        "--teacher-ckpt of these classes, or train one on these images by: "
+        f"python detection.py --data-dir {other} --student resnet18\n"
+    )
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_missing_and_a_damaged_image_are_named(tmp_path, capsys, folder):
+    images = tmp_path / "set"
+    shutil.copytree(folder, images)
+    bad = images / "val" / f"{1:012}.jpg"
+    bad.write_bytes(b"\xff\xd8\xff")
+    options = ["--data-dir", images, *ALONE, "--iterations", 1, "--out", tmp_path / "run"]
+    message = run(capsys, *options, "--workers", 1, code=2)
+    assert message.startswith(f"error: cannot read the image {bad} (")
+    assert message.count("\n") == 1
+    bad.unlink()
+    assert f"the image {bad} of" in run(capsys, *options, code=2)
+    assert not (tmp_path / "run").exists()
+
+
+def test_boxes_that_are_dropped_are_said_once(tmp_path, capsys, folder):
+    images = tmp_path / "set"
+    shutil.copytree(folder, images)
+    file = images / "annotations" / "instances_train.json"
+    content = json.loads(file.read_text())
+    content["annotations"].append({"id": 999, "image_id": 0, "category_id": 1, "bbox": [1, 1, 0, 5]})
+    file.write_text(json.dumps(content))
+    printed = run(capsys, "--data-dir", images, *ALONE, "--iterations", 1, "--out", tmp_path / "run")
+    assert printed.count("instances_train.json: of the boxes 1 of no area or outside their image are left out\n") == 1
+
+
+def test_a_diverging_run_ends_with_code_1_and_keeps_what_was_saved(tmp_path, capsys, monkeypatch, folder):
+    options = ["--data-dir", folder, *ALONE, "--iterations", 3, "--out", tmp_path / "run"]
+    run(capsys, *options, "--max-minutes", 1e-9)
+    monkeypatch.setattr(detection, "learning_rate", lambda c, iteration: 1e30)
+    message = run(capsys, *options, "--resume", code=1)
+    assert "the loss stopped being finite in iteration 3" in message or "in iteration 2" in message
+    assert torch.load(tmp_path / "run" / "last.pt", weights_only=True)["iteration"] == 1
+
+
+def test_a_run_of_another_script_is_not_resumed(tmp_path, capsys, folder):
+    torch.save({"config": {"script": "imagenet"}, "epoch": 1}, tmp_path / "last.pt")
+    message = run(capsys, "--data-dir", folder, *ALONE, "--resume", "--out", tmp_path, code=2)
+    assert "holds a run of imagenet.py: resume it with that script" in message
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("options", [[], ["--amp", "bf16"], ["--amp", "off"]])
+def test_on_a_gpu(tmp_path, capsys, pair, options):
+    on_gpu = [word if word != "cpu" else "cuda" for word in pair]
+    run(capsys, *on_gpu, *options, "--iterations", 4, "--save-every", 2, "--out", tmp_path)
+    assert all(float(row["peak_memory_mb"]) > 0 for row in read_log(tmp_path))

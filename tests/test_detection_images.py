@@ -1,0 +1,137 @@
+"""The order of the images, their flips, and reading them."""
+
+from collections import Counter
+from itertools import chain, pairwise
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from tiny_detectors import coco_set
+
+from common.detection.coco import Split, load_coco
+from common.detection.images import BoxedImages, batches, load
+from common.errors import UserError
+
+CPU = torch.device("cpu")
+
+
+def split_of(wide, high):
+    """Images without files: `wide` of them lie, `high` stand, in turn where both are left."""
+    sizes = [(20, 10)] * wide + [(10, 20)] * high
+    order = np.random.default_rng(0).permutation(len(sizes))
+    n = len(sizes)
+    return Split(np.array([b""] * n), np.array(sizes)[order], np.zeros(n + 1, int), np.zeros((0, 4)), np.zeros(0, int))
+
+
+def indices(batches):
+    return [[i for _, _, i in batch] for batch in batches]
+
+
+def test_each_image_comes_once_an_epoch_in_batches_of_its_like():
+    split = split_of(13, 6)
+    stream = indices(batches(split, 4, seed=3, first=0, last=190))  # 40 epochs
+    high = split.sizes[:, 1] > split.sizes[:, 0]
+    assert all(len(batch) == 4 and len(set(high[batch].tolist())) == 1 for batch in stream)
+    # Some images wait for their like, so the streams of wide and high ones are looked at by themselves.
+    for kind, n in ((False, 13), (True, 6)):
+        of_kind = [i for i in chain(*stream) if high[i] == kind]
+        epochs = [of_kind[i : i + n] for i in range(0, len(of_kind) - n + 1, n)]
+        assert len(epochs) >= 38
+        assert all(len(set(epoch)) == n for epoch in epochs)
+        assert all(a != b for a, b in pairwise(epochs))  # each has its own order
+    counts = Counter(chain(*stream)).values()
+    assert max(counts) - min(counts) <= 1
+    assert indices(batches(split, 4, seed=4, first=0, last=9)) != stream[:9]
+
+
+def test_square_images_go_with_wide_ones():
+    split = split_of(2, 2)
+    split.sizes[:] = [(10, 10), (10, 20), (20, 10), (10, 11)]
+    assert {frozenset(batch) for batch in indices(batches(split, 2, 1, 0, 6))} == {frozenset({0, 2}), frozenset({1, 3})}
+
+
+@pytest.mark.parametrize("first", [1, 5, 7])
+def test_resumed_in_the_middle_of_an_epoch_nothing_is_repeated_or_skipped(first):
+    split = split_of(13, 6)
+    whole = list(batches(split, 4, seed=3, first=0, last=30))
+    assert list(batches(split, 4, seed=3, first=first, last=30)) == whole[first:]
+    assert [batch[0][0] for batch in whole] == list(range(30))
+
+
+def test_ranks_share_out_each_batch():
+    split = split_of(13, 6)
+    whole = list(batches(split, 6, 3, 0, 20))
+    parts = [list(batches(split, 6, 3, 0, 20, rank, 3)) for rank in range(3)]
+    for batch, *shares in zip(whole, *parts, strict=True):
+        assert all(len(share) == 2 for share in shares)
+        assert sorted(chain(*shares)) == sorted(batch)
+        assert [place for _, place, _ in batch] == list(range(6))
+
+
+@pytest.fixture
+def data(tmp_path):
+    images = [(1, "a.png", 20, 12), (2, "b.png", 12, 20)]
+    coco_set(tmp_path, images, [(1, 1, [2, 3, 5, 4]), (1, 2, [10, 0, 10, 12]), (2, 1, [0, 0, 6, 20])])
+    coco_set(tmp_path, images[:1], [(1, 1, [2, 3, 5, 4])], split="val")
+    return load_coco(tmp_path)
+
+
+def test_a_flip_takes_the_boxes_along(data):
+    plain, flipping = BoxedImages(data.train), BoxedImages(data.train, seed=1)
+    image, target = plain[0, 0, 0]
+    assert (image.shape, image.dtype) == ((3, 12, 20), torch.uint8)
+    pixels = np.asarray(Image.open(data.train.files[0].decode()))
+    assert torch.equal(image, torch.from_numpy(pixels.copy()).permute(2, 0, 1))
+    assert target["boxes"].tolist() == [[2, 3, 7, 7], [10, 0, 20, 12]]
+    assert target["labels"].tolist() == [1, 2]
+    flips = 0
+    for place in range(40):
+        seen, found = flipping[5, place, 0]
+        if torch.equal(seen, image.flip(2)):
+            flips += 1
+            assert found["boxes"].tolist() == [[13, 3, 18, 7], [0, 0, 10, 12]]
+            for a, b in zip(found["boxes"].astype(int), target["boxes"].astype(int), strict=True):
+                inside = seen[:, a[1] : a[3], a[0] : a[2]]
+                assert torch.equal(inside, image[:, b[1] : b[3], b[0] : b[2]].flip(2))
+        else:
+            assert torch.equal(seen, image)
+            assert found["boxes"].tolist() == target["boxes"].tolist()
+        assert found["labels"].tolist() == [1, 2]
+    assert 8 < flips < 32
+
+
+def test_flips_are_drawn_for_each_iteration_place_and_seed(data):
+    def flips(seed, iteration):
+        pictures = [BoxedImages(data.train, seed)[iteration, place, 0][0] for place in range(30)]
+        return [torch.equal(picture, pictures[0]) for picture in pictures]
+
+    assert flips(1, 5) == flips(1, 5)
+    assert flips(1, 5) != flips(1, 6)
+    assert flips(1, 5) != flips(2, 5)
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_batches_come_as_floats_on_the_device_whatever_the_workers(data, workers):
+    order = list(batches(data.train, 1, 1, 0, 5))
+    loaded = list(load(BoxedImages(data.train, 1), order, workers, CPU))
+    assert len(loaded) == 5
+    for [key], [(image, target)] in zip(order, loaded, strict=True):
+        pixels, expected = BoxedImages(data.train, 1)[key]
+        assert torch.equal(image, pixels.float() / 255)
+        assert target["boxes"].dtype == torch.float32
+        assert target["labels"].dtype == torch.int64
+        assert target["boxes"].tolist() == expected["boxes"].tolist()
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_an_image_of_another_size_or_damaged_is_named(data, workers):
+    path = data.train.files[0].decode()
+    Image.new("RGB", (12, 20)).save(path)  # turned, as some tools do
+    with pytest.raises(UserError) as error:
+        list(load(BoxedImages(data.train), [[(0, 0, 0)]], workers, CPU))
+    assert str(error.value) == (f"the image {path} is of 12x20 pixels, and its annotation says 20x12: mend one of them")
+    with open(path, "wb") as file:
+        file.write(b"\x89PNG")
+    with pytest.raises(UserError, match=f"^cannot read the image {path}"):
+        list(load(BoxedImages(data.train), [[(0, 0, 0)]], workers, CPU))

@@ -1,0 +1,101 @@
+"""detection.py on two ranks, by torchrun and gloo."""
+
+import json
+import os
+import signal
+from pathlib import Path
+
+import detection_ranks
+import pytest
+import torch
+from running import call, read_log, torchrun, torchrun_started
+from tiny_detectors import shrink
+
+import detection
+from common.detection import drawn
+from common.detection.evaluation import METRICS
+
+pytest.importorskip("pycocotools")
+
+SMALL = ["--scratch", "--min-size", 96, "--rois", 16, "--batch-size", 4, "--workers", 0, "--device", "cpu"]
+
+
+@pytest.fixture(scope="module")
+def options(tmp_path_factory):
+    """Nine training images, whose order mixes epochs in a batch of four, and five test images."""
+    folder = tmp_path_factory.mktemp("drawn") / "set"
+    drawn.write(folder, {"train": 9, "val": 5})
+    return ["--data-dir", folder, "--student", "mobilenet_v2", *SMALL]
+
+
+def test_gradients_are_the_mean_over_the_ranks(tmp_path):
+    torchrun(detection_ranks.__file__, tmp_path, "gradients")
+    one, two = (torch.load(tmp_path / f"gradients{r}.pt", weights_only=True) for r in (0, 1))
+    assert len(one["alone"]) > 150
+    largest = max(gradient.abs().max() for gradient in one["alone"].values())
+    for name, gradient in one["distributed"].items():
+        assert torch.equal(gradient, two["distributed"][name]), name
+        mean = (one["alone"][name] + two["alone"][name]) / 2
+        assert (gradient - mean).abs().max() <= 1e-4 * mean.abs().max() + 1e-6 * largest, name
+    assert any(not torch.allclose(one["alone"][name], two["alone"][name]) for name in one["alone"])
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory, options):
+    """An FCFD run on two ranks from a teacher made on one: its folder, output, and what each rank has at the end."""
+    folder = tmp_path_factory.mktemp("trained")
+    teacher = ["--student", "resnet18", *options[:2], *SMALL, "--iterations", 2, "--out", folder / "teacher"]
+    with pytest.MonkeyPatch.context() as patch:
+        shrink(patch)
+        assert detection.main(list(map(str, teacher))) == 0
+    more = ["--teacher", "resnet18", "--teacher-ckpt", folder / "teacher" / "student.pth", "--iterations", 4]
+    words = [*options, *more, "--save-every", 2, "--max-minutes", 1e-9, "--out", folder / "run"]
+    output = torchrun(detection_ranks.__file__, folder, "train", *words)
+    output += torchrun(detection_ranks.__file__, folder, "train", *words[:-4], "--resume", "--out", folder / "run")
+    return folder / "run", output, [torch.load(folder / f"trained{r}.pt", weights_only=True) for r in (0, 1)]
+
+
+def test_ranks_are_equal_at_the_end(trained):
+    out, output, (one, two) = trained
+    assert one.keys() == two.keys()
+    assert not [key for key, value in one.items() if not torch.equal(value, two[key])]
+    saved = torch.load(out / "last.pt", weights_only=True)
+    assert saved["iteration"] == 4
+    assert all(torch.equal(saved["student"][key], one[f"student.{key}"]) for key in saved["student"])
+    assert [row["iteration"] for row in read_log(out)] == ["2", "4"]
+    assert output.count("iteration      4/4") == 1
+    assert output.count("stopped after 1 of 4") == 1
+    assert "2 ranks, 2 images each" in output
+
+
+def test_evaluation_is_that_of_one_process(trained, options, capsys, monkeypatch):
+    shrink(monkeypatch)
+    out, *_ = trained
+    last = json.loads((out / "result.json").read_text())["last"]
+    printed = call(capsys, *options, "--evaluate", out / "student.pth", module=detection)
+    expected = ", ".join(f"{name} {'-' if last[name] is None else f'{last[name]:.2f}'}" for name in METRICS)
+    assert printed == f"mobilenet_v2: {expected} on 5 test images\n"
+
+
+def test_bad_input_is_said_once(tmp_path, options):
+    words = [*options, "--out", tmp_path / "run"]
+    words[words.index("--batch-size") + 1] = 3
+    output = torchrun(detection.__file__, *words, code=2)
+    errors = [line for line in output.splitlines() if "error: " in line]
+    assert errors == ["error: --batch-size 3: it must be a multiple of the 2 ranks"]
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_killed_rank_ends_the_other(tmp_path, options):
+    words = [*options, "--iterations", 10**6, "--save-every", 1, "--out", tmp_path / "run"]
+    with torchrun_started(detection_ranks.__file__, tmp_path, "train", *words) as process:
+        assert any(line.startswith("iteration      1/") for line in process.stdout)
+        children = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
+        ranks = [int(child) for child in children if "detection" in Path(f"/proc/{child}/cmdline").read_text()]
+        assert len(ranks) == 2
+        os.kill(ranks[1], signal.SIGKILL)
+        output = process.communicate(timeout=60)[0]
+        assert process.returncode != 0
+        assert "Traceback" not in output.split("torch/distributed/elastic")[0]
+        assert not any(Path(f"/proc/{rank}").exists() for rank in ranks)
+    assert torch.load(tmp_path / "run" / "last.pt", weights_only=True)["iteration"] >= 1

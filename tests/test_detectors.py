@@ -1,0 +1,242 @@
+"""The detectors and the weights they start from: torchvision's own, other people's, a teacher's."""
+
+import pytest
+import torch
+from tiny_detectors import shrink
+from torch import nn
+from torchvision import models
+from torchvision.models.detection import FasterRCNN, FasterRCNN_ResNet50_FPN_Weights, fasterrcnn_resnet50_fpn
+from torchvision.models.detection._utils import overwrite_eps
+from torchvision.models.detection.backbone_utils import resnet_fpn_backbone
+from torchvision.ops import FrozenBatchNorm2d
+
+from common.detection import detectors
+from common.detection.detectors import (
+    DETECTORS,
+    LEVELS,
+    build_detector,
+    inherit,
+    load_backbone,
+    load_coco_v1,
+    load_detector,
+)
+from common.errors import OtherNetworkError, UserError
+
+COCO = FasterRCNN_ResNet50_FPN_Weights.COCO_V1.meta["categories"]
+CATEGORIES = {i: name for i, name in enumerate(COCO) if i and name != "N/A"}  # COCO's 80, with their ids
+
+
+@pytest.fixture(autouse=True)
+def small(monkeypatch, request):
+    if "torchvision" not in request.node.name:  # those compare with torchvision's own, of full size
+        shrink(monkeypatch)
+
+
+def differ(a, b):
+    """Relatively, as a whole: layers of random weights make rounding large."""
+    return ((a - b).norm() / b.norm()).item()
+
+
+@pytest.mark.parametrize("name", DETECTORS)
+def test_five_levels_at_strides_4_to_64(name):
+    levels = build_detector(name, 3, [128], scratch=True).eval().backbone(torch.zeros(1, 3, 128, 192))
+    assert tuple(levels) == LEVELS
+    sides = [tuple(level.shape) for level in levels.values()]
+    assert sides == [(1, 256, 128 // stride, 192 // stride) for stride in (4, 8, 16, 32, 64)]
+
+
+@pytest.mark.parametrize(
+    ("name", "frozen"), [("resnet18", ("conv1", "layer1")), ("resnet50", ("conv1", "layer1")), ("mobilenet_v2", ())]
+)
+def test_what_is_frozen(name, frozen):
+    body = build_detector(name, 3, [128]).backbone.body
+    assert {key.split(".")[0] for key, p in body.named_parameters() if not p.requires_grad} == set(frozen)
+    assert not [layer for layer in body.modules() if isinstance(layer, nn.BatchNorm2d)]
+    scratch = build_detector(name, 3, [128], scratch=True)
+    assert all(p.requires_grad for p in scratch.parameters())
+    assert not [layer for layer in scratch.modules() if isinstance(layer, FrozenBatchNorm2d)]
+
+
+def test_mobilenet_v2s_levels_come_from_the_ends_of_24_32_96_and_320_channels():
+    net = build_detector("mobilenet_v2", 3, [128])
+    assert [conv[0].in_channels for conv in net.backbone.fpn.inner_blocks] == [24, 32, 96, 320]
+    published = models.mobilenet_v2().features
+    assert len(net.backbone.body) == 18  # without the last convolution
+    for ours, theirs in zip(net.backbone.body.values(), published, strict=False):
+        shapes = [{key: p.shape for key, p in block.named_parameters()} for block in (ours, theirs)]
+        assert shapes[0].items() <= shapes[1].items()
+    ends = (published[3], published[6], published[13], published[17])
+    assert [end.conv[-1].num_features for end in ends] == [24, 32, 96, 320]
+
+
+def test_a_detector_is_torchvisions():
+    """Its weights load strictly both ways, and it is set as the paper's are."""
+    net = build_detector("resnet50", 3, [640, 800])
+    theirs = fasterrcnn_resnet50_fpn(weights=None, weights_backbone=None, num_classes=4)
+    theirs.load_state_dict(net.state_dict())
+    net.load_state_dict(theirs.state_dict())
+    assert (net.transform.min_size, net.transform.max_size) == ([640, 800], 1333)
+    net.train()
+    assert (net.rpn.pre_nms_top_n(), net.rpn.post_nms_top_n()) == (2000, 1000)
+    assert net.roi_heads.fg_bg_sampler.batch_size_per_image == 512
+    assert net.transform.resize(torch.zeros(3, 800, 1000))[0].shape[1] in (640, 800)
+    net.eval()
+    assert net.transform.resize(torch.zeros(3, 400, 500))[0].shape == (3, 800, 1000)
+    assert net.transform.resize(torch.zeros(3, 100, 1000))[0].shape == (3, 133, 1333)
+
+
+@pytest.mark.parametrize("name", ["resnet18", "mobilenet_v2"])
+def test_a_classification_network_gives_the_backbone(tmp_path, name):
+    published = models.get_model(name, num_classes=7).eval()
+    for layer in published.modules():
+        if isinstance(layer, nn.BatchNorm2d):
+            nn.init.normal_(layer.running_mean)
+            nn.init.uniform_(layer.running_var, 0.5, 2)
+            nn.init.uniform_(layer.weight, 0.5, 2)
+    torch.save({"model": published.state_dict()}, tmp_path / "net.pth")
+    net = build_detector(name, 3, [128]).eval()
+    load_backbone(net, name, tmp_path / "net.pth")
+    images = torch.rand(1, 3, 64, 64)
+    with torch.no_grad():
+        if name == "resnet18":
+            x = published.maxpool(published.relu(published.bn1(published.conv1(images))))
+            expected = published.layer4(published.layer3(published.layer2(published.layer1(x))))
+        else:
+            expected = published.features[:18](images)
+        assert differ(net.backbone.body(images)["3"], expected) < 1e-4
+
+
+def test_a_wrong_backbone_is_refused(tmp_path):
+    torch.save(models.resnet18().state_dict(), tmp_path / "net.pth")
+    with pytest.raises(OtherNetworkError, match=r"net.pth is no mobilenet_v2"):
+        load_backbone(build_detector("mobilenet_v2", 3, [128]), "mobilenet_v2", tmp_path / "net.pth")
+
+
+def test_torchvisions_backbone_is_asked_for_by_default(tmp_path, monkeypatch):
+    asked = []
+
+    def download(url, path, digest):
+        asked.append(url)
+        raise OSError("no network")
+
+    monkeypatch.setattr(torch.hub, "get_dir", lambda: str(tmp_path))
+    monkeypatch.setattr(torch.hub, "download_url_to_file", download)
+    with pytest.raises(UserError, match=r"torchvision's resnet50 .*--backbone-ckpt"):
+        load_backbone(build_detector("resnet50", 3, [128]), "resnet50", None)
+    with pytest.raises(UserError, match=r"torchvision's fasterrcnn_resnet50_fpn .*--teacher-ckpt"):
+        load_coco_v1(build_detector("resnet50", 80, [128]), CATEGORIES)
+    assert asked == [models.ResNet50_Weights.IMAGENET1K_V1.url, FasterRCNN_ResNet50_FPN_Weights.COCO_V1.url]
+
+
+@pytest.fixture
+def published(tmp_path, monkeypatch):
+    """A detector as torchvision's COCO_V1 is: 91 outputs, and an epsilon of 0; its file lies where it is looked for."""
+    torch.manual_seed(0)
+    net = FasterRCNN(resnet_fpn_backbone(backbone_name="resnet50", weights=None), 91).eval()
+    overwrite_eps(net, 0.0)
+    for layer in net.modules():
+        if isinstance(layer, FrozenBatchNorm2d):
+            nn.init.uniform_(layer.running_var, 1e-6, 1e-4)  # small enough that an epsilon would be seen
+            layer.weight *= 0.005
+    monkeypatch.setattr(torch.hub, "get_dir", lambda: str(tmp_path))
+    file = tmp_path / "checkpoints" / FasterRCNN_ResNet50_FPN_Weights.COCO_V1.url.rpartition("/")[2]
+    file.parent.mkdir()
+    torch.save(net.state_dict(), file)
+    return net, file
+
+
+def rows_of(net, images):
+    """Class logits [.., K + 1] and offsets [.., K + 1, 4] of a fixed proposal."""
+    with torch.no_grad():
+        levels = net.backbone(images)
+        heads = net.roi_heads
+        pooled = heads.box_roi_pool(levels, [torch.tensor([[4.0, 6.0, 50.0, 40.0]])], [(64, 64)])
+        logits, offsets = heads.box_predictor(heads.box_head(pooled))
+    return logits, offsets.unflatten(1, (-1, 4))
+
+
+def test_torchvisions_coco_weights_answer_as_in_torchvision(published):
+    net = build_detector("resnet50", 80, [128]).eval()
+    assert load_coco_v1(net, CATEGORIES) == published[1]
+    images = torch.rand(1, 3, 64, 64)
+    with torch.no_grad():
+        for level in LEVELS:
+            assert differ(*(each.backbone(images)[level] for each in (net, published[0]))) < 1e-2
+    ids = [0, *CATEGORIES]
+    for ours, theirs in zip(rows_of(net, images), rows_of(published[0], images), strict=True):
+        assert differ(ours, theirs[:, ids]) < 1e-2
+        assert differ(ours, theirs[:, :81]) > 0.1  # of the labels 1..80
+    # Some of COCO's categories in another set are known too, under their ids.
+    few = build_detector("resnet50", 2, [128]).eval()
+    load_coco_v1(few, {17: "cat", 18: "dog"})
+    torch.testing.assert_close(rows_of(few, images)[0], rows_of(net, images)[0][:, [0, 16, 17]])
+    with pytest.raises(UserError, match="do not know 'horse'"):
+        load_coco_v1(build_detector("resnet50", 2, [128]), {17: "cat", 18: "horse"})
+
+
+@pytest.mark.parametrize(("outputs", "fits"), [(4, True), (10, True), (5, False), (91, False)])
+def test_a_detector_of_other_classes_is_refused_unless_its_outputs_are_category_ids(tmp_path, outputs, fits):
+    """Of three categories with the ids 2, 5 and 9."""
+    torch.manual_seed(0)
+    theirs, ours = build_detector("resnet18", outputs - 1, [128]).eval(), build_detector("resnet18", 3, [128]).eval()
+    file = tmp_path / "teacher.pth"
+    torch.save({"model": theirs.state_dict(), "classes": ["a"]}, file)
+    if not fits:
+        with pytest.raises(
+            OtherNetworkError, match=f"teacher.pth is a detector of {outputs - 1} classes and the data has 3"
+        ):
+            load_detector(ours, file, "resnet18", [2, 5, 9])
+        return
+    load_detector(ours, file, "resnet18", [2, 5, 9])
+    rows = [0, 1, 2, 3] if outputs == 4 else [0, 2, 5, 9]
+    images = torch.rand(1, 3, 64, 64)
+    for a, b in zip(rows_of(ours, images), rows_of(theirs, images), strict=True):
+        torch.testing.assert_close(a, b[:, rows])
+
+
+def test_other_files_are_refused(tmp_path):
+    net = build_detector("resnet18", 3, [128])
+    torch.save(models.resnet18().state_dict(), tmp_path / "classifier.pth")
+    with pytest.raises(OtherNetworkError, match=r"classifier.pth is no detector resnet18: it lacks roi_heads"):
+        load_detector(net, tmp_path / "classifier.pth", "resnet18", [1, 2, 3])
+    torch.save(build_detector("mobilenet_v2", 3, [128]).state_dict(), tmp_path / "other.pth")
+    with pytest.raises(OtherNetworkError, match=r"other.pth is no resnet18"):
+        load_detector(net, tmp_path / "other.pth", "resnet18", [1, 2, 3])
+    weights = build_detector("resnet18", 9, [128]).state_dict()
+    weights["roi_heads.box_predictor.bbox_pred.bias"] = torch.zeros(7)
+    torch.save(weights, tmp_path / "odd.pth")
+    with pytest.raises(OtherNetworkError, match=r"odd.pth"):
+        load_detector(net, tmp_path / "odd.pth", "resnet18", [2, 5, 9])
+
+
+def test_trained_from_scratch_or_not_a_detector_can_teach(tmp_path):
+    scratch, frozen = build_detector("resnet18", 3, [128], scratch=True).eval(), build_detector("resnet18", 3, [128])
+    nn.init.normal_(scratch.backbone.body.bn1.running_mean)
+    torch.save(scratch.state_dict(), tmp_path / "net.pth")
+    load_detector(frozen.eval(), tmp_path / "net.pth", "resnet18", [1, 2, 3])
+    images = torch.rand(1, 3, 64, 64)
+    torch.testing.assert_close(rows_of(frozen, images)[0], rows_of(scratch, images)[0])
+
+
+def test_inherited_is_all_but_the_backbones_body():
+    torch.manual_seed(0)
+    teacher, student = build_detector("resnet50", 3, [128], scratch=True), build_detector("resnet50", 3, [128])
+    body = {key: value.clone() for key, value in student.backbone.body.state_dict().items()}
+    inherit(student, teacher)
+    theirs = teacher.state_dict()
+    for key, value in student.state_dict().items():
+        if key.startswith("backbone.body."):
+            assert torch.equal(value, body[key.removeprefix("backbone.body.")])
+        else:
+            assert torch.equal(value, theirs[key])
+    assert not any(torch.equal(a, b) for a, b in zip(teacher.parameters(), body.values(), strict=False) if a.ndim > 1)
+
+
+def test_what_cannot_be_inherited_is_named():
+    with pytest.raises(UserError, match=r"backbone.fpn.inner_blocks.0.0.weight is \[256, 256, 1, 1\] in the teacher"):
+        inherit(build_detector("resnet18", 3, [128]), build_detector("resnet50", 3, [128]))
+
+
+def test_every_detector_can_be_built():
+    assert set(DETECTORS) == set(detectors.DETECTORS) == {"resnet18", "resnet50", "resnet101", "mobilenet_v2"}
+    assert len(build_detector("resnet101", 3, [128]).backbone.body.layer3) == 23
