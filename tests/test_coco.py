@@ -204,6 +204,10 @@ BROKEN = {
         lambda content: content | {"categories": [{"id": 3, "name": "cat"}, {"id": 7, "name": "fox"}]},
         "must have the same categories",
     ),
+    "a line for an image": (
+        lambda content: content | {"images": [content["images"][0] | {"width": 26661}, *content["images"][1:]]},
+        r"the image a\.jpg is too long for its other side",
+    ),
     "lines for boxes": (
         lambda content: content | {"annotations": [row | {"bbox": [1, 1, 1, 9]} for row in content["annotations"]]},
         "every box is a pixel wide or high",

@@ -3,15 +3,17 @@
 import json
 import os
 import shutil
+import signal
 from argparse import Namespace
 from pathlib import Path
 
+import detection_ranks
 import numpy as np
 import pytest
 import torch
 import yaml
 from PIL import Image
-from running import assert_bit_for_bit, call, read_log, script
+from running import assert_bit_for_bit, call, read_log, script, started
 from tiny_detectors import coco_set, shrink
 from torch import nn
 from torchvision import models
@@ -376,6 +378,18 @@ def test_a_diverging_run_ends_with_code_1_and_keeps_what_was_saved(tmp_path, cap
     message = run(capsys, *options, "--resume", code=1)
     assert "the loss stopped being finite in iteration 3" in message or "in iteration 2" in message
     assert torch.load(tmp_path / "run" / "last.pt", weights_only=True)["iteration"] == 1
+
+
+@pytest.mark.parametrize(("sent", "code"), [(signal.SIGKILL, -9), (signal.SIGTERM, 143)])
+def test_a_run_that_is_ended_keeps_what_was_saved(tmp_path, folder, sent, code):
+    words = [tmp_path, "train", "--data-dir", folder, *ALONE, "--iterations", 10**6, "--save-every", 1]
+    with started(*words, "--out", tmp_path / "run", module=detection_ranks, past="iteration      1/") as process:
+        os.killpg(process.pid, sent)
+        message = process.communicate(timeout=60)[1]
+        assert process.returncode == code
+    expected = "interrupted: what was saved is kept, go on with --resume (without it if nothing was)\n"
+    assert message == (expected if code > 0 else "")
+    assert torch.load(tmp_path / "run" / "last.pt", weights_only=True)["iteration"] >= 1
 
 
 def test_a_run_of_another_script_is_not_resumed(tmp_path, capsys, folder):

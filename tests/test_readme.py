@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 
 import cifar100
+import detection
 import imagenet
 import online_kd
 from ablations import compare
@@ -38,7 +39,8 @@ def test_the_worked_network_can_be_added_as_told(tmp_path):
 
 
 def test_files_and_functions_it_names_are_there():
-    named = r"((?:common|docs|ablations|results)/[\w/.-]+|(?:cifar100|imagenet|online_kd)\.py|requirements[\w-]*\.txt)"
+    scripts = "cifar100|imagenet|online_kd|detection"
+    named = rf"((?:common|docs|ablations|results)/[\w/.-]+|(?:{scripts})\.py|requirements[\w-]*\.txt)"
     for path in re.findall(rf"`{named}`|\]\({named}\)|python {named}", README + OF_ABLATIONS):
         name = "".join(path)
         assert (ROOT / name).exists() or name == "common/models/tiny.py", name  # that one is the reader's to write
@@ -50,7 +52,7 @@ def test_files_and_functions_it_names_are_there():
 
 
 def test_options_it_names_exist(capsys):
-    for script in (cifar100, imagenet, online_kd, *ABLATIONS):
+    for script in (cifar100, imagenet, online_kd, detection, *ABLATIONS):
         with pytest.raises(SystemExit):
             script.main(["--help"])
     known = capsys.readouterr().out + TORCHRUN
@@ -67,7 +69,7 @@ def test_commands_have_options_of_their_own_script(capsys):
         text = capsys.readouterr().out
         return text + (options_of(cifar100) if "Any other option is one of cifar100.py" in text else "")
 
-    modules = {Path(module.__file__).name: module for module in (cifar100, imagenet, online_kd, *ABLATIONS)}
+    modules = {Path(module.__file__).name: module for module in (cifar100, imagenet, online_kd, detection, *ABLATIONS)}
     helps = {name: options_of(module) for name, module in modules.items()}
     calls = re.findall(r"(?:ablations/|python |\d |`)(\w+\.py)((?: [^`#|\n]*)?)", README + OF_ABLATIONS)
     seen = set()
@@ -75,7 +77,15 @@ def test_commands_have_options_of_their_own_script(capsys):
         for option in re.findall(r"(?<![\w-])--[a-z][a-z0-9-]+", words):
             assert re.search(rf"{option}\b", helps[name]), (name, option)
             seen.add(name)
-    assert seen >= {"cifar100.py", "imagenet.py", "online_kd.py", "compare.py", "components.py", "complexity.py"}
+    assert seen >= {
+        "cifar100.py",
+        "imagenet.py",
+        "online_kd.py",
+        "detection.py",
+        "compare.py",
+        "components.py",
+        "complexity.py",
+    }
 
 
 def test_every_script_of_a_table_or_figure_is_named():

@@ -24,6 +24,7 @@ import numpy as np
 
 from ..errors import UserError
 from .annotations import Annotations, read_annotations
+from .detectors import MAX_SIZE
 
 
 @dataclass
@@ -77,6 +78,11 @@ def load_coco(directory: str | Path, subset: int | None = None, test_subset: int
     np.logical_or.at(worth, train.image, train.box[:, 2:].min(1) > 1)
     if not worth.any():
         raise UserError(f"{train.file}: every box is a pixel wide or high: there is nothing to train on")
+
+    for source in (train, test):
+        if (thin := 2 * source.sizes.max(1) > MAX_SIZE * source.sizes.min(1)).any():  # resized, under two pixels
+            name = source.names[thin.argmax()]
+            raise UserError(f"{source.file}: the image {name} is too long for its other side: remove or crop it")
 
     kept = _spread(np.flatnonzero(worth), subset, "subset")
     kept_test = _spread(np.arange(len(test.names)), test_subset, "test-subset")
