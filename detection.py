@@ -62,7 +62,7 @@ def parse_args(argv: list[str] | None) -> dict:
     add("--student", metavar="NAME", required=True, help=", ".join(DETECTORS))
     add("--method", choices=METHODS, help="fcfd (default), kd: L_task + L_kd, app: adds L_app")
     add("--teacher-ckpt", metavar="FILE", help="default: an earlier run's, else torchvision's for resnet50")
-    add("--backbone-ckpt", metavar="FILE", help="the student's, of classification (default: torchvision's)")
+    add("--backbone-ckpt", metavar="FILE", help="classifier that the student's backbone is of (default: torchvision's)")
     add("--inherit", action="store_true", help="start with the teacher's FPN, RPN and ROI head")
     add("--scratch", action="store_true", help="random weights, ordinary BatchNorm, nothing frozen")
     for term in TERMS:
@@ -70,7 +70,7 @@ def parse_args(argv: list[str] | None) -> dict:
     add("--temperature", type=float, metavar="T", help="of every KL (default: 1)")
     add("--subset", type=int, metavar="N", help="train on N images, spread evenly over the set")
     add("--test-subset", type=int, metavar="N", help="test on N images, spread evenly over the set")
-    add("--min-size", type=int, nargs="+", metavar="PIXELS", help="of shorter sides (default: 640 672 .. 800)")
+    add("--min-size", type=int, nargs="+", metavar="N", help="pixels of shorter sides; the largest serves the test")
     add("--rois", type=int, metavar="N", help="proposals an image that ROI heads are trained on (default: 512)")
     add("--workers", type=int, metavar="N", help="processes that read images, for each rank (default: its cores)")
     add("--iterations", type=int, metavar="N", help="default: 180000; the schedule scales with it")
@@ -80,7 +80,7 @@ def parse_args(argv: list[str] | None) -> dict:
     add("--eval-every", type=int, metavar="N", help="iterations (default: 5000); the last one always")
     parser.add_run_options(unit="iteration")
     add("--evaluate", metavar="CKPT", help="only test this checkpoint of --student")
-    add("--visualize", type=int, metavar="N", help="draw what is found in N test images")
+    add("--visualize", type=int, metavar="N", help="draw what is found in N test images, into boxes/")
     return parser.given(argv)
 
 
@@ -95,7 +95,9 @@ def settle(given: dict, stored: dict) -> Namespace:
         check_name(name, DETECTORS)
     if c.scratch and c.backbone_ckpt:
         raise UserError("--scratch starts from random weights: leave out either it or --backbone-ckpt")
-    if not c.teacher:
+    if c.teacher:
+        fill(c, {key: SETTINGS["defaults"][key] for key in ("method", "temperature")})
+    else:
         if misplaced := [key for key in DISTILLATION if key in given]:
             raise UserError(f"--{misplaced[0].replace('_', '-')} is about distillation: name the --teacher too")
         c.method, c.temperature = None, None
@@ -158,7 +160,6 @@ def load_teacher(teacher: FasterRCNN, c: Namespace, data: CocoData) -> None:
     Raises:
         UserError: what is wrong with the file or the download; there is none of these classes.
     """
-    command = f"python detection.py --data-dir {c.data_dir} --student {c.teacher}"
     beside = Path(c.out).parent
     file = c.teacher_ckpt or find_network(beside, c.teacher, data.fingerprint, c.iterations, "iteration", "AP")
     try:
@@ -169,8 +170,10 @@ def load_teacher(teacher: FasterRCNN, c: Namespace, data: CocoData) -> None:
         else:
             raise OtherNetworkError(f"there is no trained {c.teacher} in {beside}")
     except OtherNetworkError as error:
-        remedy = f"give a --teacher-ckpt of these classes, or train one on these images by: {command}"
-        raise UserError(f"{error}; {remedy}") from error
+        command = f"python detection.py --data-dir {c.data_dir} --student {c.teacher} --iterations {c.iterations}"
+        command += f" --subset {c.subset}" * bool(c.subset) + " --scratch" * c.scratch
+        command += f" --out {beside / c.teacher}" * (beside != Path("runs"))
+        raise UserError(f"{error}; give a --teacher-ckpt of these classes, or train one by: {command}") from error
     print(f"teacher: {file}")
 
 
@@ -197,7 +200,8 @@ class Step(nn.Module):
         """The terms before weighting, and the four losses that the task's consists of."""
         with torch.autocast(images[0].device.type, self.amp, enabled=self.amp is not None):
             flow = forward_detectors(self.teacher, self.student, self.bridges, images, targets, self.terms)
-        return detection_terms(flow, self.temperature, self.terms) | flow.task
+        parts = {name: loss.detach() for name, loss in flow.task.items()}
+        return detection_terms(flow, self.temperature, self.terms) | parts
 
 
 # --------------------------------------------------------------------------------------------------- training
@@ -206,9 +210,7 @@ class Step(nn.Module):
 def train(c: Namespace, step: Step, data: CocoData, state: dict | None, deadline: float) -> bool:
     """Train from `state` (None: from the start) to the last iteration; False if `deadline` passed before that."""
     device, out, cuda = next(step.parameters()).device, Path(c.out), c.device.startswith("cuda")
-    student, teacher = step.student, step.teacher
-    nets = {"student": student, "teacher": teacher, "bridges": step.bridges}
-    nets = {name: net for name, net in nets.items() if net is not None}
+    nets = dict(step.named_children())  # the student, and with a teacher this and the bridges
     optimizer = sgd(decay_all_but_norms(step), c.lr, momentum=0.9, weight_decay=1e-4, fused=cuda)
     scaler = torch.amp.GradScaler(device.type, enabled=c.amp == "fp16")
     if state:
@@ -221,9 +223,9 @@ def train(c: Namespace, step: Step, data: CocoData, state: dict | None, deadline
         state = {"config": vars(c), "iteration": 0, "log": [], "sums": {}, "best": {}, "teacher_accuracy": None}
         state["classes"] = list(data.categories.values())
     distributed = distribute(step, some_unused=not c.w_task)
-    if teacher:
+    if step.teacher:
         if not state["iteration"]:
-            state["teacher_accuracy"] = evaluate_by_all(teacher, c, data, device)
+            state["teacher_accuracy"] = evaluate_by_all(step.teacher, c, data, device)
         print(f"teacher: AP {state['teacher_accuracy']['AP']:.2f}", flush=True)
 
     if cuda:
@@ -260,7 +262,7 @@ def train(c: Namespace, step: Step, data: CocoData, state: dict | None, deadline
         state["sums"] = {name: state["sums"].get(name, 0.0) + number for name, number in numbers.items()}
 
         done = state["iteration"] = iteration + 1
-        stopped = from_rank_0(time.monotonic() > deadline, device) and done < last
+        stopped = done < last and math.isfinite(deadline) and from_rank_0(time.monotonic() > deadline, device)
         tested = done % c.eval_every == 0 or done == last
         logged = tested or done % c.save_every == 0
         if not (logged or stopped):
@@ -271,7 +273,7 @@ def train(c: Namespace, step: Step, data: CocoData, state: dict | None, deadline
             raise LossNotFiniteError(f"in iteration {done}")
         if logged:
             began = time.monotonic()
-            accuracy = evaluate_by_all(student, c, data, device) if tested else {}
+            accuracy = evaluate_by_all(step.student, c, data, device) if tested else {}
             if tested and accuracy["AP"] > state["best"].get("AP", -1):
                 state["best"] = {"iteration": done, **accuracy}
             sums = state["sums"]
@@ -342,7 +344,8 @@ def run(given: dict, resume: bool, deadline: float) -> bool:
             c.fingerprint = data.fingerprint
             run_folder.check_settings(stored, vars(c))  # now with the data's
 
-            task = f"{c.student} from {c.teacher} by {c.method}" if c.teacher else f"{c.student} alone"
+            weights = ", ".join(f"{term} {getattr(c, f'w_{term}'):g}" for term in TERMS)
+            task = f"{c.student} from {c.teacher} by {c.method} ({weights})" if c.teacher else f"{c.student} alone"
             size = f"{len(data.train)} training and {len(data.test)} test images in {len(data.categories)} classes"
             ranks = f"{world()} ranks, {c.batch_size // world()} images each" if world() > 1 else c.device
             print(f"{task}, {c.iterations} iterations on {c.data_dir}: {size}; {ranks}, amp {c.amp}; {c.out}")
@@ -350,8 +353,7 @@ def run(given: dict, resume: bool, deadline: float) -> bool:
             student, teacher = build_networks(c, data, with_weights=not state and rank() == 0)
             if state:
                 state["config"] = vars(c)
-            step = Step(c, student, teacher)
-            step.to(device, memory_format=torch.channels_last)
+            step = Step(c, student, teacher).to(device, memory_format=torch.channels_last)
             return train(c, step, data, state, deadline)
 
 

@@ -134,7 +134,7 @@ def check_settings(stored: dict, config: dict) -> None:
 
 
 def _same(key: str, a: Any, b: Any) -> bool:
-    if key == "teacher_ckpt" and a and b:
+    if key in ("teacher_ckpt", "backbone_ckpt") and a and b:
         return Path(a).resolve() == Path(b).resolve()
     return a == b
 

@@ -1,6 +1,6 @@
 """What test_detection_ranks.py runs by `torchrun --nproc_per_node=2 tests/detection_ranks.py FOLDER WORD...`.
 
-gradients           DDP's gradients of one step, and those of each rank by itself
+gradients TERM...   DDP's gradients of one step by these terms, and those of each rank by itself
 train OPTION...     detection.py with these options; every rank leaves what it has at the end
 """
 
@@ -21,14 +21,15 @@ from common.detection.fcfd import TERMS
 from common.distributed import distribute, processes, rank
 
 
-def gradients(folder):
+def gradients(folder, *terms):
     with processes("cpu"):
         torch.manual_seed(rank())  # rank 1 starts elsewhere
-        c = detection.settle({"teacher": "resnet18", "student": "mobilenet_v2", "device": "cpu", "batch_size": 2}, {})
+        given = {"teacher": "resnet18", "student": "mobilenet_v2", "device": "cpu", "batch_size": 2}
+        c = detection.settle(given | {f"w_{term}": term in terms for term in TERMS}, {})
         teacher = build_detector("resnet18", 3, [96], scratch=True).requires_grad_(False)
         student = build_detector("mobilenet_v2", 3, [96], rois=16, scratch=True)
         step = detection.Step(c, student, teacher).train()
-        distributed = distribute(step, some_unused=False)
+        distributed = distribute(step, some_unused="task" not in terms)
         alone = copy.deepcopy(step)
         images = [torch.rand(3, 96, 120, generator=torch.Generator().manual_seed(rank()))]
         targets = [{"boxes": torch.tensor([[5.0, 8.0, 60.0, 70.0]]), "labels": torch.tensor([1 + rank()])}]
@@ -36,8 +37,8 @@ def gradients(folder):
             for _ in range(2):  # the second time a parameter without gradient has had the chance to be waited for
                 net.zero_grad(set_to_none=True)
                 torch.manual_seed(10 + rank())
-                terms = net(images, targets)
-                sum(terms[term] for term in TERMS).backward()
+                values = net(images, targets)
+                sum(values[term] for term in terms).backward()
         results = {
             name: {key: p.grad for key, p in net.named_parameters() if p.requires_grad}
             for name, net in (("distributed", step), ("alone", alone))

@@ -210,7 +210,7 @@ BROKEN = {
     ),
     "lines for boxes": (
         lambda content: content | {"annotations": [row | {"bbox": [1, 1, 1, 9]} for row in content["annotations"]]},
-        "every box is a pixel wide or high",
+        "every box is at most a pixel wide or high",
     ),
 }
 

@@ -1,6 +1,7 @@
 """Average precision: against a form written from its definition, and on sets whose answer is known."""
 
 import builtins
+from importlib.util import find_spec
 
 import numpy as np
 import pytest
@@ -13,6 +14,7 @@ from common.detection.evaluation import METRICS, average_precision, detect, requ
 from common.detection.images import BoxedImages, load
 from common.errors import UserError
 
+needs_pycocotools = pytest.mark.skipif(not find_spec("pycocotools"), reason="needs requirements-extra.txt")
 THRESHOLDS = [0.5 + 0.05 * i for i in range(10)]
 
 
@@ -59,6 +61,7 @@ def naive_ap(truth, found, threshold):
 RECALLS = np.linspace(0, 1, 101)
 
 
+@needs_pycocotools
 def test_against_the_definition():
     rng = np.random.default_rng(0)
     boxes, rows = [], []
@@ -79,6 +82,7 @@ def test_against_the_definition():
     assert average_precision(found[torch.randperm(len(found))], truth) == pytest.approx(ours)
 
 
+@needs_pycocotools
 def test_sizes_crowds_and_what_is_not_there():
     """A small and a medium box, of which the medium one is found; and a crowd, in which something is found."""
     truth = truth_of([(0, 1, 0, 0, 20, 20), (1, 1, 0, 0, 50, 50), (1, 1, 100, 100, 80, 80, 1)], 3)
@@ -92,10 +96,12 @@ def test_sizes_crowds_and_what_is_not_there():
     assert average_precision(found, alone)["AP"] < half  # without the crowd that was a mistake
 
 
+@needs_pycocotools
 def test_where_nothing_is_found_it_is_zero():
     assert average_precision(found_of([]), truth_of([(0, 2, 0, 0, 20, 20)], 1))["AP"] == 0
 
 
+@needs_pycocotools
 def test_a_class_without_boxes_does_not_count():
     truth = truth_of([(0, 1, 0, 0, 20, 20)], 1)
     found = found_of([[0, 0, 0, 20, 20, 0.9, 1], [0, 0, 0, 20, 20, 0.9, 2]])
@@ -141,5 +147,5 @@ def test_pycocotools_missing_is_said(monkeypatch):
         return original(name, *args, **kwargs)
 
     monkeypatch.setattr(builtins, "__import__", missing)
-    with pytest.raises(UserError, match=r"^evaluation needs pycocotools: pip install -r requirements-extra"):
+    with pytest.raises(UserError, match=r"^detection.py needs pycocotools: pip install -r requirements-extra"):
         require_pycocotools()

@@ -94,3 +94,16 @@ def test_a_folder_that_is_there_is_left_alone(folder, capsys):
     assert drawn.main([str(folder)]) == 2
     assert capsys.readouterr().err == f"error: {folder} is there already: name a new folder, or remove it\n"
     assert sorted(folder.rglob("*")) == before
+
+
+@pytest.mark.parametrize(
+    ("options", "expected"), [([], "DIR"), (["set", "--val", "0"], "above 0"), (["set", "-x"], "-x")]
+)
+def test_bad_options_end_in_one_line(tmp_path, capsys, monkeypatch, options, expected):
+    monkeypatch.chdir(tmp_path)
+    assert drawn.main(options) == 2
+    message = capsys.readouterr().err
+    assert message.startswith("error: ")
+    assert expected in message
+    assert message.count("\n") == 1
+    assert not list(tmp_path.iterdir())

@@ -25,7 +25,7 @@ class Annotations:
     image: np.ndarray  # [m], index of the image
     label: np.ndarray  # [m], 1..K: the category's place among `categories`
     box: np.ndarray  # [m, 4], float64: x, y, width, height in pixels
-    area: np.ndarray  # [m], float64, of what is in the box, in pixels
+    area: np.ndarray  # [m], float64, square pixels: of the object's mask where the file tells it, else of the box
     crowd: np.ndarray  # [m], bool: it is of many objects
 
     @property

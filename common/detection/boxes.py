@@ -12,18 +12,18 @@ from torchvision.models.detection import FasterRCNN
 from torchvision.utils import draw_bounding_boxes
 
 from ..errors import UserError
-from .coco import Split
+from .coco import Split, evenly
 from .images import BoxedImages, load
 
 MIN_SCORE = 0.5  # of a box that is drawn
-WIDTH = 320  # pixels of a picture's narrowest panel
-# Told apart by the colour-blind too (Okabe and Ito); a class has the colour of its label, in turn.
+WIDTH = 320  # pixels: to this narrower images are enlarged
+# Told apart by the colour-blind too (Okabe and Ito); label k has the colour k % 7.
 COLOURS = ["#0072B2", "#E69F00", "#009E73", "#D55E00", "#CC79A7", "#56B4E9", "#F0E442"]
 
 
 @torch.no_grad()
 def draw_found(folder: Path, nets: dict[str, FasterRCNN], split: Split, classes: list[str], n: int) -> None:
-    """Write pictures of `n` images, spread evenly over the split, into `folder`, each named after its image.
+    """Write pictures of `n` images, spread evenly over the split, into `folder`, named by number and file of the image.
 
     The boxes that a detector is less than half sure of are left out. Leaves the nets in evaluation mode.
 
@@ -34,7 +34,7 @@ def draw_found(folder: Path, nets: dict[str, FasterRCNN], split: Split, classes:
     Raises:
         UserError: a picture cannot be written.
     """
-    chosen = torch.linspace(0, len(split) - 1, min(n, len(split))).long().tolist()
+    chosen = evenly(len(split), min(n, len(split))).tolist()
     device = next(next(iter(nets.values())).parameters()).device
     batches = load(BoxedImages(split), [[(0, 0, i)] for i in chosen], 0, device)
     for i, [(image, target)] in zip(chosen, batches, strict=True):
@@ -43,7 +43,7 @@ def draw_found(folder: Path, nets: dict[str, FasterRCNN], split: Split, classes:
             found = net.eval()([image])[0]
             panels[title] = {key: value[found["scores"] >= MIN_SCORE] for key, value in found.items()}
         parts = [_panel(image, boxes, title, classes) for title, boxes in panels.items()]
-        path = folder / f"{Path(os.fsdecode(split.files[i])).stem}.png"
+        path = folder / f"{i}-{Path(os.fsdecode(split.files[i])).stem}.png"
         try:
             folder.mkdir(parents=True, exist_ok=True)
             Image.fromarray(torch.cat(parts, 2).permute(1, 2, 0).numpy()).save(path)
@@ -52,7 +52,7 @@ def draw_found(folder: Path, nets: dict[str, FasterRCNN], split: Split, classes:
 
 
 def _panel(image: Tensor, found: dict[str, Tensor], title: str, classes: list[str]) -> Tensor:
-    """The image enlarged to WIDTH, with its boxes and a title above: uint8 [3, H, W] on the CPU."""
+    """The image, at least WIDTH wide, with its boxes and a title above: uint8 [3, H, W] on the CPU."""
     scale = max(1.0, WIDTH / image.shape[2])
     canvas = torch.nn.functional.interpolate(image[None].cpu(), scale_factor=scale, mode="bilinear")[0]
     labels = found["labels"].tolist()

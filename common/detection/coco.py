@@ -9,8 +9,8 @@ Any folder works that has an instances_train*.json and an instances_val*.json, w
 named after what follows "instances_". Its categories, in the order of their ids, are the classes 1..K.
 
 What torchvision's reference training does with COCO is done here too: training leaves out crowd boxes, images without
-annotation, and those whose boxes are all a pixel wide or high; an image of crowds alone stays, without boxes. The test
-takes every image; a crowd need not be found, and nothing that is found in it is wrong.
+annotation, and those whose boxes are all at most a pixel wide or high; an image of crowds alone stays, without boxes.
+The test takes every image; a crowd need not be found, and nothing that is found in it is wrong.
 """
 
 import hashlib
@@ -46,8 +46,8 @@ class CocoData:
     """A set: its splits, its categories (id -> name, in the order of the labels 1..K), a hash of what is trained on.
 
     Attributes:
-        truth: the test split as pycocotools takes it, crowds included, with boxes as they are in the file; an image's
-            id is its index in `test`, a category's id its label.
+        truth: the test split as pycocotools takes it, crowds included, with boxes as they are in the file, but those
+            of no area or outside their image; an image's id is its index in `test`, a category's id its label.
         notes: a line on each split in which boxes were dropped or clipped.
     """
 
@@ -74,17 +74,16 @@ def load_coco(directory: str | Path, subset: int | None = None, test_subset: int
             f"{train.file}: the category {missing[0]!r} has no box to train on: give it some, or remove it from "
             "'categories' in both files"
         )
-    worth = np.zeros(len(train.names), bool)
-    np.logical_or.at(worth, train.image, train.box[:, 2:].min(1) > 1)
-    if not worth.any():
-        raise UserError(f"{train.file}: every box is a pixel wide or high: there is nothing to train on")
-
+    with_boxes = np.unique(train.image[(train.box[:, 2:] > 1).all(1)])
+    if not len(with_boxes):
+        raise UserError(f"{train.file}: every box is at most a pixel wide or high: there is nothing to train on")
     for source in (train, test):
-        if (thin := 2 * source.sizes.max(1) > MAX_SIZE * source.sizes.min(1)).any():  # resized, under two pixels
-            name = source.names[thin.argmax()]
+        too_long = source.sizes.max(1) / source.sizes.min(1) > MAX_SIZE / 2  # resized, it would be a pixel wide or high
+        if too_long.any():
+            name = source.names[too_long.argmax()]
             raise UserError(f"{source.file}: the image {name} is too long for its other side: remove or crop it")
 
-    kept = _spread(np.flatnonzero(worth), subset, "subset")
+    kept = _spread(with_boxes, subset, "subset")
     kept_test = _spread(np.arange(len(test.names)), test_subset, "test-subset")
     trained, tested = _pack(train, kept), _pack(test, kept_test)
     if not len(tested.boxes):
@@ -117,7 +116,12 @@ def _spread(indices: np.ndarray, count: int | None, option: str) -> np.ndarray:
         return indices
     if not 1 <= count <= len(indices):
         raise UserError(f"--{option} {count}: it must lie between 1 and {len(indices)} (the images)")
-    return indices[np.linspace(0, len(indices) - 1, count).astype(int)]
+    return indices[evenly(len(indices), count)]
+
+
+def evenly(n: int, count: int) -> np.ndarray:
+    """`count` of the numbers 0..n - 1, spread evenly."""
+    return np.linspace(0, n - 1, count).astype(int)
 
 
 def _of_images(source: Annotations, kept: np.ndarray, wanted: np.ndarray) -> tuple[np.ndarray, np.ndarray]:

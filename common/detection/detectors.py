@@ -16,9 +16,11 @@ from ..errors import OtherNetworkError, UserError
 LEVELS = ("0", "1", "2", "3", "pool")  # of the FPN, as torchvision names them: strides 4, 8, 16, 32 and 64
 ROI_LEVELS = LEVELS[:4]  # those that ROI heads read
 CHANNELS = 256  # of each level
+EPSILON = 1e-5  # of FrozenBatchNorm
 MAX_SIZE = 1333  # pixels, the most that the longer side of an image may have after resizing
-PREDICTOR = [f"roi_heads.box_predictor.{name}" for name in ("cls_score.weight", "cls_score.bias")]
-PREDICTOR += [f"roi_heads.box_predictor.{name}" for name in ("bbox_pred.weight", "bbox_pred.bias")]
+LAST_LAYERS = ("cls_score.weight", "cls_score.bias", "bbox_pred.weight", "bbox_pred.bias")
+PREDICTOR = [f"roi_heads.box_predictor.{name}" for name in LAST_LAYERS]
+COCO_V1 = FasterRCNN_ResNet50_FPN_Weights.COCO_V1
 HEADS = ("backbone.fpn.", "rpn.", "roi_heads.")  # what a student can inherit
 
 
@@ -86,7 +88,17 @@ def load_detector(net: FasterRCNN, file: str | Path, name: str, category_ids: li
         UserError: what is wrong with the file.
         OtherNetworkError: it is another detector, or one of another number of classes.
     """
-    load_weights(net, _of_classes(read_weights(file), file, name, category_ids), file, name)
+    load_weights(net, _of_classes(_read(file), file, name, category_ids), file, name)
+
+
+def _read(file: str | Path) -> dict[str, Tensor]:
+    weights = read_weights(file)
+    if Path(file).name == COCO_V1.url.rpartition("/")[2]:
+        # torchvision runs these with an epsilon of 0 in FrozenBatchNorm. Here it is 1e-5, which this makes up for.
+        for key in [key.removesuffix("running_var") for key in weights if key.endswith("running_var")]:
+            variance = weights[f"{key}running_var"]
+            weights[f"{key}weight"] = weights[f"{key}weight"] * ((variance + EPSILON) / variance).sqrt()
+    return weights
 
 
 def _of_classes(weights: dict[str, Tensor], file: str | Path, name: str, category_ids: list[int]) -> dict[str, Tensor]:
@@ -116,18 +128,11 @@ def load_coco_v1(net: FasterRCNN, categories: dict[int, str]) -> Path:
         UserError: it cannot be downloaded, or is damaged.
         OtherNetworkError: the categories are not COCO's.
     """
-    version = FasterRCNN_ResNet50_FPN_Weights.COCO_V1
-    names = version.meta["categories"]  # by id
+    names = COCO_V1.meta["categories"]  # by id
     if odd := [name for i, name in categories.items() if not 0 < i < len(names) or names[i] != name]:
         raise OtherNetworkError(f"torchvision's weights are of COCO's categories and do not know {odd[0]!r}")
-    path = torchvision_weights("fasterrcnn_resnet50_fpn", version.name)
-    weights = _take_classes(read_weights(path), categories)
-    # They were made with an epsilon of 0 in FrozenBatchNorm. Its scale, stretched, means the same beside ours.
-    eps = net.backbone.body.bn1.eps
-    for key in [key.removesuffix("running_var") for key in weights if key.endswith("running_var")]:
-        variance = weights[f"{key}running_var"]
-        weights[f"{key}weight"] = weights[f"{key}weight"] * ((variance + eps) / variance).sqrt()
-    load_weights(net, weights, path, "resnet50")
+    path = torchvision_weights("fasterrcnn_resnet50_fpn", COCO_V1.name)
+    load_weights(net, _take_classes(_read(path), categories), path, "resnet50")
     return path
 
 

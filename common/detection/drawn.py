@@ -5,7 +5,6 @@ texture and colour. Among the clutter are small shapes of other outlines, which 
 empty, and some have a crowd: many small objects of a class in one box. Figures on it say nothing about photos.
 """
 
-import argparse
 import json
 import sys
 from collections.abc import Sequence
@@ -15,6 +14,7 @@ import numpy as np
 from PIL import Image
 
 from ..errors import UserError, exit_code
+from ..settings import Parser
 from ..synthetic import SHAPES, TEXTURES, paste
 
 CLASSES = ("star", "cross", "ring", "triangle")
@@ -80,8 +80,10 @@ def write(directory: Path, images: dict[str, int]) -> None:
     """Write so many images of each split as DIR/<split>/*.jpg and DIR/annotations/instances_<split>.json.
 
     Raises:
-        UserError: the folder is there already, or cannot be written into.
+        UserError: the folder is there already, or a number is not above 0.
     """
+    if min(images.values()) < 1:
+        raise UserError(f"--train {images['train']} --val {images['val']}: both must be above 0")
     if directory.exists():
         raise UserError(f"{directory} is there already: name a new folder, or remove it")
     for split, n in images.items():
@@ -101,12 +103,18 @@ def write(directory: Path, images: dict[str, int]) -> None:
 
 
 def main(argv: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(prog="python -m common.detection.drawn", description=__doc__)
-    parser.add_argument("directory", type=Path, metavar="DIR")
-    for split, n in SPLITS.items():
-        parser.add_argument(f"--{split}", type=int, metavar="N", default=n, help=f"images (default: {n})")
-    args = parser.parse_args(argv)
-    return exit_code(lambda: write(args.directory, {split: getattr(args, split) for split in SPLITS}))
+    """Write the set; the exit code is that of `exit_code`."""
+
+    def script() -> None:
+        parser = Parser(__doc__)
+        parser.prog = "python -m common.detection.drawn"
+        parser.add_argument("directory", type=Path, metavar="DIR")
+        for split, n in SPLITS.items():
+            parser.add_argument(f"--{split}", type=int, metavar="N", help=f"images (default: {n})")
+        given = parser.given(argv)
+        write(given["directory"], {split: given.get(split, n) for split, n in SPLITS.items()})
+
+    return exit_code(script, interrupted="the folder is not complete, remove it")
 
 
 if __name__ == "__main__":

@@ -21,7 +21,7 @@ def require_pycocotools() -> None:
     try:
         import pycocotools.cocoeval  # noqa: F401
     except ImportError as error:
-        raise UserError("evaluation needs pycocotools: pip install -r requirements-extra.txt") from error
+        raise UserError("detection.py needs pycocotools: pip install -r requirements-extra.txt") from error
 
 
 def evaluate(
@@ -46,9 +46,9 @@ def detect(net: FasterRCNN, batches: Iterable[list[Sample]], indices: Iterable[i
     rows, indices = [torch.zeros(0, 7, dtype=torch.float64)], iter(indices)
     for batch in batches:
         for found in net([image for image, _ in batch]):
-            boxes = found["boxes"].double().cpu()
+            boxes = found["boxes"].cpu().double()
             columns = [torch.full((len(boxes), 1), next(indices)), boxes[:, :2], boxes[:, 2:] - boxes[:, :2]]
-            columns += [found[key].double().cpu()[:, None] for key in ("scores", "labels")]
+            columns += [found[key].cpu().double()[:, None] for key in ("scores", "labels")]
             rows.append(torch.cat(columns, 1))
     return torch.cat(rows)
 

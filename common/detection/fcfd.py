@@ -3,15 +3,16 @@
 A detector is a backbone with a feature pyramid (FPN), which makes five levels of features; an RPN, which proposes boxes
 on them; and a ROI head, which reads four of the levels inside each proposal and answers with class logits and box
 offsets. So the levels take the place of the stages' features, and the ROI head that of the later stages and the
-classifier. In a step, on the same proposals R, those that the student's own training samples,
+classifier. In a step, on the same proposals R (which also stands for their number), those that are sampled for the
+student's own training,
 
     two pure answers    teacher's levels -> teacher's ROI head      student's levels -> student's ROI head
     two mixed ones      student's levels -> bridges s2t -> teacher's ROI head
                         teacher's levels -> bridges t2s -> student's ROI head
 
-All of them are computed in every step: nothing is sampled, for there is one position alone to change networks at. ROI
-heads have no BatchNorm, so no statistics per path are needed. In every term but the task's the teacher's side is the
-target and is detached (in common/losses.py).
+All of them are computed in every step: no paths are sampled, for there is one place alone to change networks at. ROI
+heads have no BatchNorm, so no statistics per path are needed. In every term but the task's the target is the teacher's
+own levels or own answer, detached (in common/losses.py).
 """
 
 from collections.abc import Iterable
@@ -33,10 +34,10 @@ Levels = dict[str, Tensor]  # level -> [B, 256, H, W]
 
 
 class Answer(NamedTuple):
-    """What a ROI head says of all R proposals of a batch; class 0 is the background."""
+    """What a ROI head says of the R proposals of a batch; class 0 is the background."""
 
     logits: Tensor  # [R, K + 1]
-    offsets: Tensor  # [R, 4 (K + 1)], four for each class
+    offsets: Tensor  # [R, 4 (K + 1)]: for each class dx, dy, dw, dh in units of torchvision's box coder, not pixels
 
 
 @dataclass
@@ -74,29 +75,30 @@ def forward_detectors(
     targets: list[dict[str, Tensor]],
     terms: Iterable[str] = TERMS,
 ) -> Flow:
-    """Run a batch through both detectors and the mixed ways that `terms` need.
-
-    The teacher gets no gradient into its parameters if these are frozen; through its ROI head it reaches the bridges.
+    """Run a batch through both detectors and the mixed paths that `terms` need; what they do not need stays empty.
 
     Args:
-        teacher: None for a detector that is trained alone, and then `terms` is ("task",) and `bridges` None.
+        teacher: frozen, and in evaluation mode; L_func's gradient passes through its ROI head to the bridges. None for
+            a detector that is trained alone: then `bridges` is None and `terms` is ("task",).
         student: in training mode. Its transform resizes and normalises the images for both.
         bridges: as `level_bridges` makes them for these terms.
         images: float32 [3, H, W] in 0..1, of any sizes.
-        targets: of each image "boxes" [n, 4] as (x1, y1, x2, y2) in pixels and "labels" [n] in 1..K; n may be 0.
+        targets: for each image "boxes" [n, 4] as (x1, y1, x2, y2) in pixels and "labels" [n] in 1..K; n may be 0.
     """
     batch, targets = student.transform(images, targets)
     levels = student.backbone(batch.tensors)
     proposals, task = student.rpn(batch, levels, targets)
     # R: for each image a mix of good and bad proposals, with what the task wants the ROI head to say of them.
-    proposals, _, labels, offsets = student.roi_heads.select_training_samples(proposals, targets)
+    proposals, _, true_labels, true_offsets = student.roi_heads.select_training_samples(proposals, targets)
 
-    def answer(detector: FasterRCNN, levels: Levels) -> Answer:
+    def answer(detector: FasterRCNN, pyramid: Levels) -> Answer:
         heads = detector.roi_heads
-        return Answer(*heads.box_predictor(heads.box_head(heads.box_roi_pool(levels, proposals, batch.image_sizes))))
+        return Answer(*heads.box_predictor(heads.box_head(heads.box_roi_pool(pyramid, proposals, batch.image_sizes))))
 
     flow = Flow(task, levels, answer(student, levels))
-    flow.task["loss_classifier"], flow.task["loss_box_reg"] = fastrcnn_loss(*flow.student_answer, labels, offsets)
+    flow.task["loss_classifier"], flow.task["loss_box_reg"] = fastrcnn_loss(
+        *flow.student_answer, true_labels, true_offsets
+    )
     if teacher is None:
         return flow
 

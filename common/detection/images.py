@@ -21,8 +21,10 @@ from ..randomness import generator, seed_of
 from ..sources import open_rgb
 from .coco import Split
 
-Sample = tuple[Tensor, dict[str, Any]]  # an image [3, H, W], and its "boxes" [n, 4] and "labels" [n]
-Key = tuple[int, int, int]  # iteration, place in the batch of all ranks together, index of the image
+# An image [3, H, W]; its "boxes" [n, 4], x1, y1, x2, y2 in pixels, and "labels" [n]: arrays, and tensors after `load`.
+Sample = tuple[Tensor, dict[str, Any]]
+# Iteration, place in the batch of all ranks together (from these two the flip is drawn), and the image's index.
+Key = tuple[int, int, int]
 
 
 class BoxedImages(Dataset):
@@ -57,8 +59,8 @@ def batches(
 ) -> Iterator[list[Key]]:
     """The part of one rank, of `world`, in the batches of iterations first..last - 1.
 
-    A batch is of images that are all high, or none of them: padded to one size, these waste little. Each epoch has its
-    own order. What does not fill a batch at the end of an epoch waits there for its like of the next one.
+    A batch is of images that are all higher than wide, or none of them: padded to one size, these waste little. Each
+    epoch has its own order. What does not fill a batch at the end of an epoch waits there for its like of the next one.
 
     Args:
         batch_size: of all ranks together.

@@ -22,10 +22,11 @@ def publish(out: Path, state: dict[str, Any]) -> None:
             before the first test), "teacher_accuracy", "student" (a state dict), "classes" and "made_with".
     """
     last, best = last_tested(state), state["best"]
+    tested_now = last.get("iteration") == state["iteration"]
     shared = {
         "model": state["student"],
         "iteration": state["iteration"],
-        "accuracy": last.get("AP"),
+        "accuracy": last["AP"] if tested_now else None,
         "best_acc": best.get("AP"),
         "classes": state["classes"],
     }
