@@ -11,7 +11,7 @@ import numpy as np
 
 from ..errors import UserError
 
-LARGEST = 10**9  # pixels, beyond any box
+LARGEST = 10**5  # pixels: pycocotools counts areas of up to its square
 
 
 @dataclass
@@ -118,11 +118,11 @@ def _boxes(rows: list[dict[str, Any]], index: dict[Any, int], ids: list[int]) ->
     for i, row in enumerate(rows):
         try:
             x, y, width, height = map(float, row["bbox"])
-            if not all(abs(value) < LARGEST for value in (x, y, width, height)):  # nor is NaN
+            if not all(abs(value) < 1e9 for value in (x, y, width, height)):  # nor is NaN
                 raise ValueError
             area = row.get("area")
-            if not isinstance(area, int | float) or not 0 <= area < LARGEST**2:
-                area = width * height
+            if not isinstance(area, int | float) or not 0 <= area <= LARGEST**2:
+                area = min(width * height, LARGEST**2)
             key = index[row["image_id"]], labels[row["category_id"]]
             table[i] = (*key, row.get("iscrowd") == 1, area, x, y, width, height)
         except (KeyError, TypeError, ValueError, OverflowError):
