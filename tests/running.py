@@ -73,6 +73,18 @@ def torchrun(*words, code=0):
     return output
 
 
+def kill_a_rank(process, name):
+    """Kill one of the two ranks of a started job, whose command line holds `name`; the job must end, and say so."""
+    children = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
+    ranks = [int(child) for child in children if name in Path(f"/proc/{child}/cmdline").read_text()]
+    assert len(ranks) == 2
+    os.kill(ranks[1], signal.SIGKILL)
+    output = process.communicate(timeout=60)[0]
+    assert process.returncode != 0
+    assert "Traceback" not in output.split("torch/distributed/elastic")[0]
+    assert not any(Path(f"/proc/{rank}").exists() for rank in ranks)
+
+
 def tensors(value, path=""):
     """Every tensor in a nested state, by its place."""
     if torch.is_tensor(value):

@@ -1,14 +1,11 @@
 """detection.py on two ranks, by torchrun and gloo."""
 
 import json
-import os
-import signal
-from pathlib import Path
 
 import detection_ranks
 import pytest
 import torch
-from running import call, read_log, torchrun, torchrun_started
+from running import call, kill_a_rank, read_log, torchrun, torchrun_started
 from tiny_detectors import shrink
 
 import detection
@@ -97,12 +94,5 @@ def test_a_killed_rank_ends_the_other(tmp_path, options):
     words = [*options, "--iterations", 10**6, "--save-every", 1, "--out", tmp_path / "run"]
     with torchrun_started(detection_ranks.__file__, tmp_path, "train", *words) as process:
         assert any(line.startswith("iteration      1/") for line in process.stdout)
-        children = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
-        ranks = [int(child) for child in children if "detection" in Path(f"/proc/{child}/cmdline").read_text()]
-        assert len(ranks) == 2
-        os.kill(ranks[1], signal.SIGKILL)
-        output = process.communicate(timeout=60)[0]
-        assert process.returncode != 0
-        assert "Traceback" not in output.split("torch/distributed/elastic")[0]
-        assert not any(Path(f"/proc/{rank}").exists() for rank in ranks)
+        kill_a_rank(process, "detection")
     assert torch.load(tmp_path / "run" / "last.pt", weights_only=True)["iteration"] >= 1

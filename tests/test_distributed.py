@@ -1,15 +1,12 @@
 """imagenet.py on two ranks, by torchrun and gloo."""
 
 import json
-import os
-import signal
 import subprocess
-from pathlib import Path
 
 import pytest
 import ranks
 import torch
-from running import TORCHRUN, call, image_files, read_log, script, torchrun, torchrun_started
+from running import TORCHRUN, call, image_files, kill_a_rank, read_log, script, torchrun, torchrun_started
 
 import imagenet
 
@@ -153,14 +150,7 @@ def test_bad_input_is_said_once(tmp_path, options):
 def test_a_killed_rank_ends_the_other(tmp_path, options):
     with torchrun_started(imagenet.__file__, *options, "--epochs", 10**6, "--out", tmp_path / "run") as process:
         assert any(line.startswith("epoch   1/") for line in process.stdout)
-        children = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
-        ranks = [int(child) for child in children if "imagenet.py" in Path(f"/proc/{child}/cmdline").read_text()]
-        assert len(ranks) == 2
-        os.kill(ranks[1], signal.SIGKILL)
-        output = process.communicate(timeout=60)[0]
-        assert process.returncode != 0
-        assert "Traceback" not in output.split("torch/distributed/elastic")[0]
-        assert not any(Path(f"/proc/{rank}").exists() for rank in ranks)
+        kill_a_rank(process, "imagenet.py")
     assert torch.load(tmp_path / "run" / "last.pt", weights_only=True)["epoch"] >= 1
 
 
