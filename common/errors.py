@@ -10,6 +10,7 @@ from collections.abc import Callable
 
 import torch.distributed as dist
 
+TOO_MANY_FILES = "error: too many files are open: try fewer --workers, or a higher ulimit -n"
 AFTER_INTERRUPT = "epochs that were finished are kept, go on with --resume (without it if none was)"
 
 
@@ -26,7 +27,16 @@ class LossNotFiniteError(ArithmeticError):
 
 
 class Terminated(KeyboardInterrupt):
-    """SIGTERM or SIGHUP, the number it holds, came, as from a cluster whose time is up: to be met like Ctrl-C."""
+    """A signal, the number it holds, came: Ctrl-C, or SIGTERM or SIGHUP, as from a cluster whose time is up."""
+
+
+received: list[int] = []  # the signals that came
+
+
+def heed_signals() -> None:
+    """Raise Terminated if a signal came whose exception was lost, ignored by Python in a hook while a worker forks."""
+    if received:
+        raise Terminated(received[0])
 
 
 def exit_code(
@@ -48,6 +58,7 @@ def exit_code(
     """
 
     def say(text: str) -> None:
+        text = text.replace("\n", "\\n")  # as in a file's name
         if rank:
             # What all ranks find is said by rank 0, with which torchrun ends this one, silently, while it sleeps. What
             # this one found alone it says afterwards.
@@ -57,6 +68,7 @@ def exit_code(
 
     def terminate(number, _):
         forget_workers()
+        received.append(number)
         raise Terminated(number)
 
     def forget_workers() -> None:
@@ -66,10 +78,11 @@ def exit_code(
 
     before = {}
     if threading.current_thread() is threading.main_thread():  # the only one that may set handlers
-        for number in (signal.SIGTERM, getattr(signal, "SIGHUP", signal.SIGTERM)):
+        for number in (signal.SIGINT, signal.SIGTERM, getattr(signal, "SIGHUP", signal.SIGTERM)):
             if signal.getsignal(number) != signal.SIG_IGN:  # as nohup has it
                 before[number] = signal.signal(number, terminate)
-    sys.stderr = sys.stderr or open(os.devnull, "w")  # noqa: SIM115  closed by whoever started the script
+    sys.stdout = sys.stdout or open(os.devnull, "w")  # noqa: SIM115  closed by whoever started the script
+    sys.stderr = sys.stderr or open(os.devnull, "w")  # noqa: SIM115
     for stream in filter(None, (sys.stdout, sys.stderr)):
         if hasattr(stream, "reconfigure"):
             stream.reconfigure(errors="backslashreplace")  # a terminal that lacks a letter is no reason to stop
@@ -95,7 +108,7 @@ def exit_code(
         return 141
     except OSError as error:
         if error.errno == errno.EMFILE:
-            say("error: too many files are open: try fewer --workers, or a higher ulimit -n")
+            say(TOO_MANY_FILES)
             return 2
         say(f"error: {error}: check the path, its permissions and the space that is left")
         return 2
@@ -103,6 +116,9 @@ def exit_code(
         text = str(error)
         if isinstance(error, MemoryError) or any(w in text.lower() for w in ("out of memory", "allocate memory")):
             say(f"error: out of memory: try a smaller --batch-size, or {smaller}")
+            return 2
+        if "Too many open files" in text:
+            say(TOO_MANY_FILES)
             return 2
         if "DataLoader worker (pid" in text:
             say("error: a process that reads images died, perhaps for want of (shared) memory: try fewer --workers")
@@ -112,6 +128,7 @@ def exit_code(
             return 1
         raise
     finally:
+        received.clear()
         for number, handler in before.items():
             signal.signal(number, handler)
     return 0

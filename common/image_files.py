@@ -20,7 +20,7 @@ from torch.utils.data import DataLoader, Dataset
 from torchvision import transforms
 
 from .data import normalise
-from .errors import UserError
+from .errors import UserError, heed_signals
 from .randomness import generator, seed_of
 from .sources import image_folder, open_rgb, spread
 
@@ -181,7 +181,9 @@ def next_batch(batches: Iterator) -> Any:
 
     Raises:
         UserError: reading an image ended in one.
+        Terminated: a signal came while the readers were being started.
     """
+    heed_signals()
     try:
         return next(batches, None)
     except UserError as error:  # from a worker it comes with that one's traceback before it

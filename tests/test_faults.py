@@ -3,6 +3,8 @@
 import os
 import resource
 import signal
+import sys
+import warnings
 
 import pytest
 import torch
@@ -10,6 +12,7 @@ from running import PAIR, SMALL, assert_bit_for_bit, call, read_log, script, sta
 
 from common import checkpoint
 from common.errors import Terminated, UserError, exit_code
+from common.image_files import next_batch
 from common.run_folder import open_run, publish, save_run
 
 CODES = {signal.SIGKILL: -9, signal.SIGINT: 130, signal.SIGTERM: 143}
@@ -179,6 +182,7 @@ def test_a_folder_is_opened_once_at_a_time(tmp_path):
         (KeyboardInterrupt(), 130, "interrupted"),
         (PermissionError(13, "Permission denied", "some/file"), 2, "some/file"),
         (OSError(24, "Too many open files"), 2, "--workers"),
+        (RuntimeError("Too many open files. Communication with the workers is no longer possible."), 2, "--workers"),
         (RuntimeError("DataLoader worker (pid 7) is killed by signal: Bus error."), 2, "--workers"),
         (MemoryError(), 2, "--batch-size"),
     ],
@@ -191,6 +195,41 @@ def test_exit_codes(capsys, error, code, word):
     message = capsys.readouterr().err
     assert word in message
     assert message.count("\n") == 1
+
+
+@pytest.mark.parametrize(("sent", "code"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
+def test_a_signal_whose_exception_is_lost_is_heeded_at_the_next_batch(capsys, sent, code):
+    class Forking:
+        def __del__(self):  # Python ignores what is raised here, as in a hook at a fork
+            signal.raise_signal(sent)
+
+    def script():
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            Forking()
+        next_batch(iter([1]))
+        raise AssertionError
+
+    sys.unraisablehook, hook = lambda _: None, sys.unraisablehook
+    try:
+        assert exit_code(script) == code
+    finally:
+        sys.unraisablehook = hook
+    assert capsys.readouterr().err.startswith("interrupted: ")
+    assert next_batch(iter([1])) == 1  # and forgotten
+
+
+def test_an_error_is_one_line_whatever_is_in_a_files_name(capsys):
+    def script():
+        raise UserError("there is no a\nb.jpg")
+
+    assert exit_code(script) == 2
+    assert capsys.readouterr().err == "error: there is no a\\nb.jpg\n"
+
+
+def test_output_that_was_closed_before_the_start(monkeypatch):
+    monkeypatch.setattr(sys, "stdout", None)
+    assert exit_code(lambda: sys.stdout.write("x")) == 0
 
 
 def test_faults_of_our_own_are_not_hidden():
