@@ -78,8 +78,8 @@ def check_ranges(c: argparse.Namespace) -> None:
             raise UserError(f"{option}: it must lie between 1 and {LARGEST}")
         if key == "image_size" and not 32 <= value <= 4096:
             raise UserError(f"{option}: it must lie between 32 and 4096 pixels")
-        if key == "min_size" and not all(96 <= size <= 4096 for size in value):
-            raise UserError(f"--min-size {' '.join(map(str, value))}: it must lie between 96 and 4096 pixels")
+        if key == "min_size" and not all(96 <= size <= 1333 for size in value):
+            raise UserError(f"--min-size {' '.join(map(str, value))}: it must lie between 96 and 1333 pixels")
         if key == "workers" and not 0 <= value <= 1000:
             raise UserError(f"{option}: it must lie between 0 and 1000")
         if key == "seed" and not 0 <= value <= LARGEST:

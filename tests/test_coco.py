@@ -61,6 +61,7 @@ def test_the_truth_is_the_file_with_crowds_and_empty_images(tmp_path):
     )
     content = json.loads(file.read_text())
     content["annotations"][0]["area"] = 5.5
+    content["annotations"][1]["area"] = 1e11  # more than pycocotools counts
     file.write_text(json.dumps(content))
     data = load_coco(tmp_path)
     assert names(data.test) == ["x.jpg", "y.jpg"]
@@ -84,6 +85,8 @@ def test_boxes_of_no_use_are_dropped_or_clipped_counted_and_said_once(tmp_path):
         (2, 3, [3, 3, 20, 0.5]),
         (3, 3, [3, 3, 1, 20]),
         (3, 3, [3, 3, 2, 20]),
+        (1, 7, [20, 20, 0.009, 20]),
+        (1, 3, [-5, 20, 5.005, 20]),  # a sliver of it is inside
         (4, 3, [3, 50, 20, 20]),  # an image whose only box is outside stays, as one of a crowd does
     ]
     data = load_coco(make(tmp_path, images, annotations))
@@ -92,7 +95,7 @@ def test_boxes_of_no_use_are_dropped_or_clipped_counted_and_said_once(tmp_path):
     assert boxes(data.train, 1) == ([1, 1], [[3, 3, 4, 23], [3, 3, 5, 23]])
     assert boxes(data.train, 2) == ([], [])
     assert data.notes == [
-        "instances_train.json: of the boxes 4 of no area or outside their image are left out",
+        "instances_train.json: of the boxes 6 of no area or outside their image are left out",
         "instances_train.json: of the boxes 2 that reach out of their image are clipped",
     ]
 
@@ -182,6 +185,14 @@ BROKEN = {
     "three numbers": (lambda content: changed(content, bbox=[1, 2, 3]), r"'annotations' \[0\]"),
     "no number": (lambda content: changed(content, bbox=[1, 2, 3, "x"]), r"'annotations' \[0\]"),
     "NaN": (lambda content: changed(content, bbox=[1, 2, 3, float("nan")]), r"'annotations' \[0\]"),
+    "text for numbers": (lambda content: changed(content, bbox="1234"), r"'annotations' \[0\]"),
+    "text for a number": (lambda content: changed(content, bbox=[1, 2, 3, "4"]), r"'annotations' \[0\]"),
+    "truth for numbers": (lambda content: changed(content, bbox=[True] * 4), r"'annotations' \[0\]"),
+    "text for iscrowd": (lambda content: changed(content, iscrowd="1"), r"'annotations' \[0\] lacks .* an iscrowd"),
+    "half a pixel": (
+        lambda content: content | {"images": [{"id": 1, "file_name": "a.jpg", "width": 1.5, "height": 4}]},
+        r"'images' \[0\]",
+    ),
     "no box": (lambda content: changed(content, bbox=None), r"'annotations' \[0\]"),
     "a list for an id": (lambda content: changed(content, image_id=[1]), r"'annotations' \[0\]"),
     "an image too many": (

@@ -304,10 +304,11 @@ def test_pictures_show_boxes(tmp_path, capsys, folder, teacher):
     edges = 0
     for i, (file, size) in enumerate(zip(data.test.files, data.test.sizes, strict=True)):
         picture = np.asarray(Image.open(tmp_path / "boxes" / f"{i}-{Path(os.fsdecode(file)).stem}.png"))
-        width, height = np.floor(size * max(1, 320 / size[0])).astype(int)
+        scale = 320 / max(size)
+        width, height = np.floor(size * scale + 1e-9).astype(int)
         assert picture.shape[:2] == (20 + height, 3 * width)
         mine = slice(data.test.first[i], data.test.first[i + 1])
-        for box, label in zip(data.test.boxes[mine] * max(1, 320 / size[0]), data.test.labels[mine], strict=True):
+        for box, label in zip(data.test.boxes[mine] * scale, data.test.labels[mine], strict=True):
             colour = [int(COLOURS[label][k : k + 2], 16) for k in (1, 3, 5)]
             edge = picture[20 + int(box[1] + box[3]) // 2, max(0, int(box[0]) - 2) : int(box[0]) + 3]
             edges += (edge == colour).all(1).any()

@@ -132,7 +132,7 @@ def test_what_a_detector_finds_is_in_the_images_own_pixels(tmp_path, monkeypatch
         assert (x + w).max() > 0.6 * width
         assert ((score > 0.05) & (score <= 1)).all()
         assert set(label.tolist()) <= {1, 2}
-        pixels = BoxedImages(data.test)[0, 0, i][0].float() / 255
+        pixels = torch.from_numpy(BoxedImages(data.test)[0, 0, i][0]).permute(2, 0, 1).float() / 255
         with torch.no_grad():
             theirs = net([pixels])[0]
         torch.testing.assert_close(rows[:, 1:3].float(), theirs["boxes"][:, :2])
@@ -147,5 +147,5 @@ def test_pycocotools_missing_is_said(monkeypatch):
         return original(name, *args, **kwargs)
 
     monkeypatch.setattr(builtins, "__import__", missing)
-    with pytest.raises(UserError, match=r"^detection.py needs pycocotools: pip install -r requirements-extra"):
+    with pytest.raises(UserError, match=r"^detection.py needs pycocotools \(.*\): pip install -r requirements-extra"):
         require_pycocotools()

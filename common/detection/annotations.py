@@ -45,8 +45,8 @@ class Annotations:
 
     @cached_property
     def usable(self) -> np.ndarray:
-        """[m], bool: the box has an area inside the image."""
-        return (self.clipped[:, 2:] > self.clipped[:, :2]).all(1)
+        """[m], bool: the box has an area inside the image; less than a hundredth of a pixel is none."""
+        return (self.clipped[:, 2:] - self.clipped[:, :2] > 0.01).all(1)
 
     @property
     def reaching_out(self) -> np.ndarray:
@@ -100,15 +100,15 @@ def _images(rows: list[dict[str, Any]]) -> tuple[dict[Any, int], list[str], np.n
     index, names, sizes = {}, [], []
     for i, row in enumerate(rows):
         try:
-            key, name, size = row["id"], row["file_name"], (int(row["width"]), int(row["height"]))
-            if key in index or not isinstance(name, str) or not 1 <= min(size) <= max(size) < LARGEST:
+            key, name, size = row["id"], row["file_name"], (row["width"], row["height"])
+            if key in index or not isinstance(name, str) or not all(1 <= s < LARGEST and s == int(s) for s in size):
                 raise ValueError
         except (KeyError, TypeError, ValueError, OverflowError):
             raise ValueError(f"'images' [{i}] lacks an id of its own, a file_name, a width or a height") from None
         index[key] = i
         names.append(name)
         sizes.append(size)
-    return index, names, np.array(sizes)
+    return index, names, np.array(sizes).astype(int)
 
 
 def _boxes(rows: list[dict[str, Any]], index: dict[Any, int], ids: list[int]) -> tuple[np.ndarray, ...]:
@@ -117,17 +117,20 @@ def _boxes(rows: list[dict[str, Any]], index: dict[Any, int], ids: list[int]) ->
     table = np.empty((len(rows), 8))
     for i, row in enumerate(rows):
         try:
-            x, y, width, height = map(float, row["bbox"])
-            if not all(abs(value) < 1e9 for value in (x, y, width, height)):  # nor is NaN
+            _, _, width, height = box = row["bbox"]
+            if not all(type(value) in (int, float) and abs(value) < 1e9 for value in box):  # nor is NaN
                 raise ValueError
             area = row.get("area")
             if not isinstance(area, int | float) or not 0 <= area <= LARGEST**2:
                 area = min(width * height, LARGEST**2)
+            if row.get("iscrowd") not in (0, 1, None):
+                raise ValueError
             key = index[row["image_id"]], labels[row["category_id"]]
-            table[i] = (*key, row.get("iscrowd") == 1, area, x, y, width, height)
+            table[i] = (*key, row.get("iscrowd") == 1, area, *box)
         except (KeyError, TypeError, ValueError, OverflowError):
             raise ValueError(
-                f"'annotations' [{i}] lacks an image_id or a category_id that is there, or a bbox of four numbers"
+                f"'annotations' [{i}] lacks an image_id or a category_id that is there, a bbox of four numbers, or an "
+                "iscrowd of 0 or 1"
             ) from None
     return table[:, 0].astype(int), table[:, 1].astype(int), table[:, 4:], table[:, 3], table[:, 2] > 0
 

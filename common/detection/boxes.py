@@ -16,7 +16,7 @@ from .coco import Split, evenly
 from .images import BoxedImages, load
 
 MIN_SCORE = 0.5  # of a box that is drawn
-WIDTH = 320  # pixels: to this narrower images are enlarged
+SIDE = 320  # pixels: to this longer side smaller images are enlarged
 # Told apart by the colour-blind too (Okabe and Ito); label k has the colour k % 7.
 COLOURS = ["#0072B2", "#E69F00", "#009E73", "#D55E00", "#CC79A7", "#56B4E9", "#F0E442"]
 
@@ -52,8 +52,8 @@ def draw_found(folder: Path, nets: dict[str, FasterRCNN], split: Split, classes:
 
 
 def _panel(image: Tensor, found: dict[str, Tensor], title: str, classes: list[str]) -> Tensor:
-    """The image, at least WIDTH wide, with its boxes and a title above: uint8 [3, H, W] on the CPU."""
-    scale = max(1.0, WIDTH / image.shape[2])
+    """The image, its longer side at least SIDE, with its boxes and a title above: uint8 [3, H, W] on the CPU."""
+    scale = max(1.0, SIDE / max(image.shape))
     canvas = torch.nn.functional.interpolate(image[None].cpu(), scale_factor=scale, mode="bilinear")[0]
     labels = found["labels"].tolist()
     scores = [f" {score:.2f}" for score in found["scores"].tolist()] if "scores" in found else [""] * len(labels)

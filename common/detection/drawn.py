@@ -5,6 +5,7 @@ texture and colour. Among the clutter are small shapes of other outlines, which 
 empty, and some have a crowd: many small objects of a class in one box. Figures on it say nothing about photos.
 """
 
+import io
 import json
 import sys
 from collections.abc import Sequence
@@ -93,7 +94,8 @@ def write(directory: Path, images: dict[str, int]) -> None:
         for i in range(n):
             image, annotations = draw(split, i)
             name = f"{i:012}.jpg"
-            image.save(directory / split / name, quality=92)
+            image.save(jpeg := io.BytesIO(), "JPEG", quality=92)  # into a file PIL would not notice a full disk
+            (directory / split / name).write_bytes(jpeg.getvalue())
             content["images"].append({"id": i, "file_name": name, "width": image.width, "height": image.height})
             for annotation in annotations:
                 content["annotations"].append({"id": len(content["annotations"]) + 1, "image_id": i, **annotation})

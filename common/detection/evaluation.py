@@ -20,8 +20,8 @@ def require_pycocotools() -> None:
     """Raise a UserError if it is missing: better before a training than after it."""
     try:
         import pycocotools.cocoeval  # noqa: F401
-    except ImportError as error:
-        raise UserError("detection.py needs pycocotools: pip install -r requirements-extra.txt") from error
+    except Exception as error:  # one that does not fit NumPy fails in other ways
+        raise UserError(f"detection.py needs pycocotools ({error}): pip install -r requirements-extra.txt") from error
 
 
 def evaluate(

@@ -12,7 +12,6 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 from ..errors import UserError
@@ -21,14 +20,18 @@ from ..randomness import generator, seed_of
 from ..sources import open_rgb
 from .coco import Split
 
-# An image [3, H, W]; its "boxes" [n, 4], x1, y1, x2, y2 in pixels, and "labels" [n]: arrays, and tensors after `load`.
-Sample = tuple[Tensor, dict[str, Any]]
+# An image, its "boxes" [n, 4] (x1, y1, x2, y2 in pixels) and "labels" [n] (1..K). Read, these are arrays, the image
+# uint8 [H, W, 3]; loaded, they are tensors, the image float32 [3, H, W] in 0..1.
+Sample = tuple[Any, dict[str, Any]]
 # Iteration, place in the batch of all ranks together (from these two the flip is drawn), and the image's index.
 Key = tuple[int, int, int]
 
 
 class BoxedImages(Dataset):
-    """Key -> a sample: the image uint8, as it is in its file, flipped by chance if `seed` is given."""
+    """Key -> a sample of arrays, the image uint8 as it is in its file, flipped by chance if `seed` is given.
+
+    Arrays, since a tensor on its way from a worker needs a file descriptor, and these are soon too many.
+    """
 
     def __init__(self, split: Split, seed: int | None = None):
         self.split, self.seed = split, seed
@@ -38,20 +41,19 @@ class BoxedImages(Dataset):
         path = os.fsdecode(self.split.files[i])
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # PIL's, on odd but readable files
-            image = torch.from_numpy(np.array(open_rgb(path))).permute(2, 0, 1)
+            image = np.array(open_rgb(path))
         width, height = self.split.sizes[i].tolist()
-        if image.shape[1:] != (height, width):
+        if image.shape[:2] != (height, width):
+            name, there = path.replace("\n", "\\n"), f"{image.shape[1]}x{image.shape[0]}"
             raise UserError(
-                f"the image {path} is of {image.shape[2]}x{image.shape[1]} pixels, and its annotation says "
-                f"{width}x{height}: mend one of them"
+                f"the image {name} is of {there} pixels, and its annotation says {width}x{height}: mend one of them"
             )
         mine = slice(self.split.first[i], self.split.first[i + 1])
         boxes, labels = self.split.boxes[mine], self.split.labels[mine]
         if self.seed is not None and seed_of(self.seed, iteration, "flip", place) % 2:
-            image = image.flip(2)
+            image = image[:, ::-1]
             boxes = np.stack([width - boxes[:, 2], boxes[:, 1], width - boxes[:, 0], boxes[:, 3]], 1)
-        # As arrays the boxes need no file descriptor each on their way from a worker.
-        return image, {"boxes": boxes, "labels": labels}
+        return np.ascontiguousarray(image), {"boxes": boxes, "labels": labels}
 
 
 def batches(
@@ -84,18 +86,16 @@ def batches(
 def load(
     images: BoxedImages, batches: Iterable[list[Key]], workers: int, device: torch.device
 ) -> Iterator[list[Sample]]:
-    """One pass over `batches`, on the device; the pixels become float32 in 0..1 there.
+    """One pass over `batches`, on the device, where pixels become float32 in 0..1.
 
     Raises:
         UserError: an image cannot be read, or is of another size than its annotation says; it is named.
     """
-    pinned = device.type == "cuda"
-    loader = DataLoader(images, batch_sampler=batches, num_workers=workers, pin_memory=pinned, collate_fn=list)
-    samples = iter(loader)
+    samples = iter(DataLoader(images, batch_sampler=batches, num_workers=workers, collate_fn=list))
     while (batch := next_batch(samples)) is not None:
         yield [
             (
-                image.to(device, non_blocking=True).float() / 255,
+                torch.from_numpy(image).to(device).permute(2, 0, 1).float() / 255,
                 {key: torch.from_numpy(value).to(device) for key, value in target.items()},
             )
             for image, target in batch
