@@ -30,7 +30,15 @@ from common.bridges import Bridges
 from common.checkpoint import save
 from common.detection.boxes import draw_found
 from common.detection.coco import CocoData, load_coco
-from common.detection.detectors import DETECTORS, build_detector, inherit, load_backbone, load_coco_v1, load_detector
+from common.detection.detectors import (
+    DETECTORS,
+    build_detector,
+    inherit,
+    load_backbone,
+    load_coco_v1,
+    load_detector,
+    trained_size,
+)
 from common.detection.evaluation import METRICS, evaluate, require_pycocotools
 from common.detection.fcfd import TASK_LOSSES, TERMS, detection_terms, forward_detectors, level_bridges
 from common.detection.images import BoxedImages, batches, load
@@ -164,7 +172,7 @@ def load_teacher(teacher: FasterRCNN, c: Namespace, data: CocoData) -> None:
     file = c.teacher_ckpt or find_network(beside, c.teacher, data.fingerprint, c.iterations, "iteration", "AP")
     try:
         if file:
-            load_detector(teacher, file, c.teacher, list(data.categories))
+            load_detector(teacher, file, c.teacher, data.categories)
         elif c.teacher == "resnet50":
             file = load_coco_v1(teacher, data.categories)
         else:
@@ -361,19 +369,17 @@ def evaluate_checkpoint(given: dict) -> None:
     """--evaluate: print the average precision of a checkpoint on the test images; with --visualize draw some."""
     if world() > 1:
         raise UserError("--evaluate takes one process: start it without torchrun")
-    c = settle(given, {})
+    c = settle(given, {"min_size": size} if (size := trained_size(given["evaluate"])) else {})
     data, device = load_coco(c.data_dir, None, c.test_subset), open_device(c.device, one_size=False)
-    net = build_detector(c.student, len(data.categories), c.min_size)
-    load_detector(net, given["evaluate"], c.student, list(data.categories))
-    net.to(device, memory_format=torch.channels_last)
-    tested = evaluate_by_all(net, c, data, device)
-    print(f"{c.student}: {in_words(tested)} on {len(data.test)} test images")
+    nets = {"student": build_detector(c.student, len(data.categories), c.min_size)}
+    load_detector(nets["student"], given["evaluate"], c.student, data.categories)
+    if c.teacher and c.visualize:
+        nets = {"teacher": build_detector(c.teacher, len(data.categories), c.min_size), **nets}
+        load_teacher(nets["teacher"], c, data)
+    nets = {role: net.to(device, memory_format=torch.channels_last) for role, net in nets.items()}
+    tested = evaluate_by_all(nets["student"], c, data, device)
+    print(f"{c.student}: {in_words(tested)} on {len(data.test)} test images of {c.min_size[-1]} pixels")
     if c.visualize:
-        nets = {"student": net}
-        if c.teacher:
-            teacher = build_detector(c.teacher, len(data.categories), c.min_size)
-            load_teacher(teacher, c, data)
-            nets = {"teacher": teacher.to(device), **nets}
         folder = Path(given.get("out", Path(given["evaluate"]).parent)) / "boxes"
         draw_found(folder, nets, data.test, list(data.categories.values()), c.visualize)
 

@@ -122,9 +122,17 @@ def read_weights(path: str | Path) -> dict[str, torch.Tensor]:
     """The state dict in a file of the shared format, a bare one, or either of them saved from DataParallel.
 
     Raises:
-        UserError: as `load`; no state dict; non-finite weights.
+        UserError: as `load` and `weights_of`.
     """
-    content = load(path)
+    return weights_of(load(path), path)
+
+
+def weights_of(content: Any, path: str | Path) -> dict[str, torch.Tensor]:
+    """The same of what `load` gave for the file `path`.
+
+    Raises:
+        UserError: no state dict; non-finite weights.
+    """
     for key in ("model", "state_dict"):
         if isinstance(content, dict) and isinstance(content.get(key), dict):
             content = content[key]
@@ -172,4 +180,5 @@ def _first_difference(net: nn.Module, weights: dict) -> str:
             return f"it lacks {key}"
         if weights[key].shape != value.shape:
             return f"{key} is {list(weights[key].shape)} there and {list(value.shape)} in the network"
-    return f"{next(key for key in weights if key not in own)} is unknown to the network"
+    unknown = [key for key in weights if key not in own and not key.endswith("num_batches_tracked")]
+    return f"{(unknown or list(weights))[0]} is unknown to the network"

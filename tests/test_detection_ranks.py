@@ -78,7 +78,7 @@ def test_evaluation_is_that_of_one_process(trained, options, capsys, monkeypatch
     last = json.loads((out / "result.json").read_text())["last"]
     printed = call(capsys, *options, "--evaluate", out / "student.pth", module=detection)
     expected = ", ".join(f"{name} {'-' if last[name] is None else f'{last[name]:.2f}'}" for name in METRICS)
-    assert printed == f"mobilenet_v2: {expected} on 5 test images\n"
+    assert printed == f"mobilenet_v2: {expected} on 5 test images of 96 pixels\n"
 
 
 def test_bad_input_is_said_once(tmp_path, options):

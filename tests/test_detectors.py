@@ -18,6 +18,7 @@ from common.detection.detectors import (
     load_backbone,
     load_coco_v1,
     load_detector,
+    trained_size,
 )
 from common.errors import OtherNetworkError, UserError
 
@@ -161,7 +162,7 @@ def test_torchvisions_coco_weights_answer_as_in_torchvision(published):
     net = build_detector("resnet50", 80, [128]).eval()
     assert load_coco_v1(net, CATEGORIES) == published[1]
     given = build_detector("resnet50", 80, [128])
-    load_detector(given, published[1], "resnet50", list(CATEGORIES))
+    load_detector(given, published[1], "resnet50", CATEGORIES)
     assert all(torch.equal(value, net.state_dict()[key]) for key, value in given.state_dict().items())
     images = torch.rand(1, 3, 64, 64)
     with torch.no_grad():
@@ -185,40 +186,71 @@ def test_a_detector_of_other_classes_is_refused_unless_its_outputs_are_category_
     torch.manual_seed(0)
     theirs, ours = build_detector("resnet18", outputs - 1, [128]).eval(), build_detector("resnet18", 3, [128]).eval()
     file = tmp_path / "teacher.pth"
-    torch.save({"model": theirs.state_dict(), "classes": ["a"]}, file)
+    torch.save({"model": theirs.state_dict()}, file)
     if not fits:
         with pytest.raises(
             OtherNetworkError, match=f"teacher.pth is a detector of {outputs - 1} classes and the data has 3"
         ):
-            load_detector(ours, file, "resnet18", [2, 5, 9])
+            load_detector(ours, file, "resnet18", {2: "a", 5: "b", 9: "c"})
         return
-    load_detector(ours, file, "resnet18", [2, 5, 9])
+    load_detector(ours, file, "resnet18", {2: "a", 5: "b", 9: "c"})
     rows = [0, 1, 2, 3] if outputs == 4 else [0, 2, 5, 9]
     images = torch.rand(1, 3, 64, 64)
     for a, b in zip(rows_of(ours, images), rows_of(theirs, images), strict=True):
         torch.testing.assert_close(a, b[:, rows])
 
 
+@pytest.mark.parametrize(
+    ("wanted", "rows"),
+    [({1: "a", 2: "b", 3: "c"}, [0, 1, 2, 3]), ({5: "c", 6: "a"}, [0, 3, 1]), ({1: "c", 2: "b", 3: "a"}, [0, 3, 2, 1])],
+)
+def test_classes_are_known_by_the_names_in_the_file(tmp_path, wanted, rows):
+    torch.manual_seed(0)
+    theirs = build_detector("resnet18", 3, [128]).eval()
+    torch.save({"model": theirs.state_dict(), "classes": ["a", "b", "c"]}, tmp_path / "net.pth")
+    ours = build_detector("resnet18", len(wanted), [128]).eval()
+    load_detector(ours, tmp_path / "net.pth", "resnet18", wanted)
+    images = torch.rand(1, 3, 64, 64)
+    for a, b in zip(rows_of(ours, images), rows_of(theirs, images), strict=True):
+        torch.testing.assert_close(a, b[:, rows])
+    with pytest.raises(OtherNetworkError, match=r"net.pth is a detector of other classes: it does not know 'd'"):
+        load_detector(build_detector("resnet18", 3, [128]), tmp_path / "net.pth", "resnet18", {1: "a", 2: "b", 3: "d"})
+
+
+@pytest.mark.parametrize(
+    ("saved", "size"), [({"min_size": [96, 128]}, [96, 128]), ({}, None), ({"min_size": "x"}, None), ([1], None)]
+)
+def test_the_size_that_a_detector_was_trained_at(tmp_path, saved, size):
+    torch.save(saved, tmp_path / "net.pth")
+    assert trained_size(tmp_path / "net.pth") == size
+
+
 def test_other_files_are_refused(tmp_path):
     net = build_detector("resnet18", 3, [128])
     torch.save(models.resnet18().state_dict(), tmp_path / "classifier.pth")
     with pytest.raises(OtherNetworkError, match=r"classifier.pth is no detector resnet18: it lacks roi_heads"):
-        load_detector(net, tmp_path / "classifier.pth", "resnet18", [1, 2, 3])
+        load_detector(net, tmp_path / "classifier.pth", "resnet18", {1: "a", 2: "b", 3: "c"})
     torch.save(build_detector("mobilenet_v2", 3, [128]).state_dict(), tmp_path / "other.pth")
     with pytest.raises(OtherNetworkError, match=r"other.pth is no resnet18"):
-        load_detector(net, tmp_path / "other.pth", "resnet18", [1, 2, 3])
+        load_detector(net, tmp_path / "other.pth", "resnet18", {1: "a", 2: "b", 3: "c"})
     weights = build_detector("resnet18", 9, [128]).state_dict()
     weights["roi_heads.box_predictor.bbox_pred.bias"] = torch.zeros(7)
     torch.save(weights, tmp_path / "odd.pth")
     with pytest.raises(OtherNetworkError, match=r"odd.pth"):
-        load_detector(net, tmp_path / "odd.pth", "resnet18", [2, 5, 9])
+        load_detector(net, tmp_path / "odd.pth", "resnet18", {2: "a", 5: "b", 9: "c"})
+    weights["roi_heads.box_predictor.cls_score.weight"] = torch.zeros(0, 16)
+    torch.save(weights, tmp_path / "odd.pth")
+    with pytest.raises(OtherNetworkError, match=r"odd.pth"):
+        load_detector(net, tmp_path / "odd.pth", "resnet18", {2: "a", 5: "b", 9: "c"})
+    with pytest.raises(UserError, match=r"odd.pth is a detector: --backbone-ckpt takes a classification network"):
+        load_backbone(net, "resnet18", tmp_path / "odd.pth")
 
 
 def test_trained_from_scratch_or_not_a_detector_can_teach(tmp_path):
     scratch, frozen = build_detector("resnet18", 3, [128], scratch=True).eval(), build_detector("resnet18", 3, [128])
     nn.init.normal_(scratch.backbone.body.bn1.running_mean)
     torch.save(scratch.state_dict(), tmp_path / "net.pth")
-    load_detector(frozen.eval(), tmp_path / "net.pth", "resnet18", [1, 2, 3])
+    load_detector(frozen.eval(), tmp_path / "net.pth", "resnet18", {1: "a", 2: "b", 3: "c"})
     images = torch.rand(1, 3, 64, 64)
     torch.testing.assert_close(rows_of(frozen, images)[0], rows_of(scratch, images)[0])
 

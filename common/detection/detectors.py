@@ -10,7 +10,7 @@ from torchvision.models.detection import FasterRCNN, FasterRCNN_ResNet50_FPN_Wei
 from torchvision.models.detection.backbone_utils import BackboneWithFPN, resnet_fpn_backbone
 from torchvision.ops import FrozenBatchNorm2d
 
-from ..checkpoint import load_weights, read_weights, torchvision_weights
+from ..checkpoint import load, load_weights, read_weights, torchvision_weights, weights_of
 from ..errors import OtherNetworkError, UserError
 
 LEVELS = ("0", "1", "2", "3", "pool")  # of the FPN, as torchvision names them: strides 4, 8, 16, 32 and 64
@@ -73,52 +73,74 @@ def load_backbone(net: FasterRCNN, name: str, file: str | Path | None) -> None:
     """
     path = file or torchvision_weights(name, "IMAGENET1K_V1", option="--backbone-ckpt")
     weights = {key.removeprefix("features."): value for key, value in read_weights(path).items()}
+    if any(key.startswith("backbone.") for key in weights):
+        raise UserError(f"{path} is a detector: --backbone-ckpt takes a classification network")
     # What lies behind the last level: the classifier, and in MobileNetV2 the last convolution.
     weights = {key: value for key, value in weights.items() if not key.startswith(("fc.", "classifier.", "18."))}
     load_weights(net.backbone.body, weights, path, name)
 
 
-def load_detector(net: FasterRCNN, file: str | Path, name: str, category_ids: list[int]) -> None:
+def load_detector(net: FasterRCNN, file: str | Path, name: str, categories: dict[int, str]) -> None:
     """Load a detector strictly, one of this project or of torchvision, whether its BatchNorm was frozen or not.
 
-    torchvision's own training takes COCO's category ids, which have gaps, for labels. Of a file with an output for each
-    number up to the largest id those of `category_ids` are taken.
+    Of the classes whose names stand in the file those of `categories` (id -> name, in the order of their labels) are
+    taken. Without names the classes are those of the data, or numbered by category id, as in torchvision's training,
+    and then those of `categories` are taken.
 
     Raises:
         UserError: what is wrong with the file.
-        OtherNetworkError: it is another detector, or one of another number of classes.
+        OtherNetworkError: it is another detector, or one of other classes.
     """
-    load_weights(net, _of_classes(_read(file), file, name, category_ids), file, name)
-
-
-def _read(file: str | Path) -> dict[str, Tensor]:
-    weights = read_weights(file)
+    content = load(file)
+    weights = weights_of(content, file)
     if Path(file).name == COCO_V1.url.rpartition("/")[2]:
-        # torchvision runs these with an epsilon of 0 in FrozenBatchNorm. Here it is 1e-5, which this makes up for.
-        for key in [key.removesuffix("running_var") for key in weights if key.endswith("running_var")]:
-            variance = weights[f"{key}running_var"]
-            weights[f"{key}weight"] = weights[f"{key}weight"] * ((variance + EPSILON) / variance).sqrt()
-    return weights
-
-
-def _of_classes(weights: dict[str, Tensor], file: str | Path, name: str, category_ids: list[int]) -> dict[str, Tensor]:
+        weights = _at_our_epsilon(weights)
     if missing := [key for key in PREDICTOR if not weights.get(key, torch.tensor(0)).ndim]:
         raise OtherNetworkError(f"{file} is no detector {name}: it lacks {missing[0]}")
-    there, wanted = len(weights[PREDICTOR[0]]) - 1, len(category_ids)
-    if there == wanted or any(len(weights[key]) % (there + 1) for key in PREDICTOR):
-        return weights  # whatever else is wrong is found when they are loaded
-    if there != max(category_ids) or min(category_ids) < 1:
-        raise OtherNetworkError(
-            f"{file} is a detector of {there} classes and the data has {wanted}: the two must be the same"
-        )
-    return _take_classes(weights, category_ids)
+    rows = len(weights[PREDICTOR[0]])  # a class each, the background first
+    if rows and not any(len(weights[key]) % rows for key in PREDICTOR):  # else what is wrong is found in loading
+        names = content.get("classes")
+        weights = _take_classes(weights, _labels(names if isinstance(names, list) else [], rows, file, categories))
+    load_weights(net, weights, file, name)
 
 
-def _take_classes(weights: dict[str, Tensor], ids: Iterable[int]) -> dict[str, Tensor]:
-    """The detector that has, after the background, only the classes `ids` of its own, in this order."""
-    rows = torch.tensor([0, *ids])
+def _labels(names: list[str], rows: int, file: str | Path, categories: dict[int, str]) -> list[int]:
+    """The numbers that the classes of the data have in a file with so many rows, and perhaps names."""
+    if len(names) == rows - 1 == len(set(map(str, names))):
+        if odd := [name for name in categories.values() if name not in names]:
+            raise OtherNetworkError(f"{file} is a detector of other classes: it does not know {odd[0]!r}")
+        return [1 + names.index(name) for name in categories.values()]
+    if rows - 1 == len(categories):
+        return list(range(1, rows))
+    if rows - 1 == max(categories) and min(categories) > 0:
+        return list(categories)
+    raise OtherNetworkError(
+        f"{file} is a detector of {rows - 1} classes and the data has {len(categories)}: the two must be the same"
+    )
+
+
+def _take_classes(weights: dict[str, Tensor], labels: Iterable[int]) -> dict[str, Tensor]:
+    """The detector that has, after the background, only the classes `labels` of its own, in this order."""
+    rows = torch.tensor([0, *labels])
     there = len(weights[PREDICTOR[0]])  # the last layers have one row a class, or four
     return weights | {key: weights[key].unflatten(0, (there, -1))[rows].flatten(0, 1) for key in PREDICTOR}
+
+
+def _at_our_epsilon(weights: dict[str, Tensor]) -> dict[str, Tensor]:
+    """COCO_V1 means the same at an epsilon of 0, at which torchvision runs it, as what is returned does at EPSILON."""
+    variances = {key.removesuffix("running_var"): v for key, v in weights.items() if key.endswith("running_var")}
+    return weights | {f"{k}weight": weights[f"{k}weight"] * ((v + EPSILON) / v).sqrt() for k, v in variances.items()}
+
+
+def trained_size(file: str | Path) -> list[int] | None:
+    """What the detector in `file` was trained and tested at (`min_sizes` of build_detector), where the file tells it.
+
+    Raises:
+        UserError: as `load`.
+    """
+    content = load(file)
+    sizes = content.get("min_size") if isinstance(content, dict) else None
+    return sizes if isinstance(sizes, list) and sizes and all(type(size) is int for size in sizes) else None
 
 
 def load_coco_v1(net: FasterRCNN, categories: dict[int, str]) -> Path:
@@ -132,7 +154,7 @@ def load_coco_v1(net: FasterRCNN, categories: dict[int, str]) -> Path:
     if odd := [name for i, name in categories.items() if not 0 < i < len(names) or names[i] != name]:
         raise OtherNetworkError(f"torchvision's weights are of COCO's categories and do not know {odd[0]!r}")
     path = torchvision_weights("fasterrcnn_resnet50_fpn", COCO_V1.name)
-    load_weights(net, _take_classes(_read(path), categories), path, "resnet50")
+    load_weights(net, _take_classes(_at_our_epsilon(read_weights(path)), categories), path, "resnet50")
     return path
 
 

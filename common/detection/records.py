@@ -29,6 +29,7 @@ def publish(out: Path, state: dict[str, Any]) -> None:
         "accuracy": last["AP"] if tested_now else None,
         "best_acc": best.get("AP"),
         "classes": state["classes"],
+        "min_size": state["config"]["min_size"],
     }
     save(shared, out / "student.pth")
     if best.get("iteration") == state["iteration"]:
