@@ -39,10 +39,10 @@ from common.detection.detectors import (
     load_detector,
     trained_size,
 )
-from common.detection.evaluation import METRICS, evaluate, require_pycocotools
-from common.detection.fcfd import TASK_LOSSES, TERMS, detection_terms, forward_detectors, level_bridges
+from common.detection.evaluation import evaluate, require_pycocotools
+from common.detection.fcfd import TERMS, detection_terms, forward_detectors, level_bridges
 from common.detection.images import BoxedImages, batches, load
-from common.detection.records import in_words, print_row, publish, report
+from common.detection.records import add_row, in_words, print_row, publish, report
 from common.device import AMP, cores, open_device
 from common.distributed import distribute, from_rank_0, mean_over_ranks, processes, rank, share_buffers, world
 from common.earlier_runs import find_network
@@ -229,12 +229,23 @@ def train(c: Namespace, step: Step, data: CocoData, state: dict | None, deadline
             publish(out, state)
     else:
         state = {"config": vars(c), "iteration": 0, "log": [], "sums": {}, "best": {}, "teacher_accuracy": None}
-        state["classes"] = list(data.categories.values())
+        state["classes"] = list(data.categories.values())  # and sums are over what has no row in the log yet
     distributed = distribute(step, some_unused=not c.w_task)
     if step.teacher:
         if not state["iteration"]:
             state["teacher_accuracy"] = evaluate_by_all(step.teacher, c, data, device)
         print(f"teacher: AP {state['teacher_accuracy']['AP']:.2f}", flush=True)
+
+    def keep() -> None:  # everything, from which the other files are written
+        share_buffers(nets.values())
+        state["sums"] = mean_over_ranks(state["sums"], device)
+        if not all(tensor.isfinite().all() for net in nets.values() for tensor in net.state_dict().values()):
+            raise LossNotFiniteError(f"in iteration {state['iteration']}")
+        if rank() == 0:
+            state.update({name: net.state_dict() for name, net in nets.items()})
+            state.update(optimizer=optimizer.state_dict(), scaler=scaler.state_dict())
+            state["made_with"] = run_folder.made_with(device) | {"ranks": world()}
+            save(state, out / "last.pt")
 
     if cuda:
         torch.cuda.reset_peak_memory_stats(device)
@@ -242,8 +253,21 @@ def train(c: Namespace, step: Step, data: CocoData, state: dict | None, deadline
     first, last = state["iteration"], c.iterations
     order = batches(data.train, c.batch_size, c.seed, first, last, rank(), world())
     samples = load(BoxedImages(data.train, c.seed), order, c.workers, device)
-    silent = None if rank() == 0 else True  # None: on a terminal alone
-    for iteration in tqdm(range(first, last), "training", last, initial=first, leave=False, disable=silent):
+    stopped, silent = False, None if rank() == 0 else True  # None: on a terminal alone
+    for iteration in tqdm(range(first, last + 1), "training", last, initial=first, leave=False, disable=silent):
+        # What the last iteration made due comes first: after it was saved, so a resume goes on with a test that failed.
+        tested = iteration % c.eval_every == 0 or iteration == last
+        if state["sums"] and (tested or iteration % c.save_every == 0):
+            began = time.monotonic()
+            accuracy = evaluate_by_all(step.student, c, data, device) if tested else {}
+            add_row(state, learning_rate(c, iteration - 1), accuracy, time.monotonic() - began)
+            keep()
+            if rank() == 0:
+                publish(out, state)
+                print_row(state)
+        if iteration == last or stopped:
+            break
+
         began = time.monotonic()
         images, targets = map(list, zip(*next(samples), strict=True))
         waited = time.monotonic() - began
@@ -268,52 +292,20 @@ def train(c: Namespace, step: Step, data: CocoData, state: dict | None, deadline
         numbers = dict(zip(values, numbers, strict=True))
         numbers |= {"steps": 1, "seconds": time.monotonic() - began, "waited": waited}
         state["sums"] = {name: state["sums"].get(name, 0.0) + number for name, number in numbers.items()}
-
         done = state["iteration"] = iteration + 1
         stopped = done < last and math.isfinite(deadline) and from_rank_0(time.monotonic() > deadline, device)
-        tested = done % c.eval_every == 0 or done == last
-        logged = tested or done % c.save_every == 0
-        if not (logged or stopped):
-            continue
-        share_buffers(nets.values())
-        state["sums"] = mean_over_ranks(state["sums"], device)
-        if not all(tensor.isfinite().all() for net in nets.values() for tensor in net.state_dict().values()):
-            raise LossNotFiniteError(f"in iteration {done}")
-        if logged:
-            began = time.monotonic()
-            accuracy = evaluate_by_all(step.student, c, data, device) if tested else {}
-            if tested and accuracy["AP"] > state["best"].get("AP", -1):
-                state["best"] = {"iteration": done, **accuracy}
-            sums = state["sums"]
-            row = {
-                "iteration": done,
-                "lr": learning_rate(c, iteration),
-                **{name: sums[name] / sums["steps"] if name in sums else "" for name in ("loss", *TERMS, *TASK_LOSSES)},
-                **{name: accuracy.get(name) for name in METRICS},
-                "seconds": sums["seconds"] + time.monotonic() - began,
-                "images_per_s": c.batch_size * sums["steps"] / sums["seconds"],
-                "waiting_percent": 100 * sums["waited"] / sums["seconds"],
-                "peak_memory_mb": torch.cuda.max_memory_allocated(device) / 2**20 if cuda else "",
-            }
-            state["log"].append(row)
-            state["sums"] = {}
+        if stopped or done % c.eval_every == 0 or done == last:
+            keep()
+
+    if stopped:
         if rank() == 0:
-            state |= {name: net.state_dict() for name, net in nets.items()}
-            state |= {"optimizer": optimizer.state_dict(), "scaler": scaler.state_dict()}
-            state["made_with"] = run_folder.made_with(device) | {"ranks": world()}
-            save(state, out / "last.pt")
             publish(out, state)
-            if logged:
-                print_row(state)
-        if stopped:
-            print(f"stopped after {done} of {last} iterations (--max-minutes): repeat the command with --resume")
-            return False
-    if rank() == 0:
+        print(f"stopped after {state['iteration']} of {last} iterations: repeat the command with --resume")
+    elif rank() == 0:
         report(state)
-        if c.visualize:
-            shown = {role: nets[role] for role in ("teacher", "student") if role in nets}
-            draw_found(out / "boxes", shown, data.test, state["classes"], c.visualize)
-    return True
+        shown = {role: nets[role] for role in ("teacher", "student") if role in nets}
+        draw_found(out / "boxes", shown, data.test, state["classes"], c.visualize or 0)
+    return not stopped
 
 
 def evaluate_by_all(net: FasterRCNN, c: Namespace, data: CocoData, device: torch.device) -> dict[str, float | None]:

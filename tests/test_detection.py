@@ -141,6 +141,26 @@ def test_a_detector_alone_is_not_resumed_with_a_teacher(tmp_path, capsys, folder
     assert "--teacher is resnet18 and was None" in run(capsys, *options, "--resume", "--teacher", "resnet18", code=2)
 
 
+def test_a_test_that_fails_costs_no_training(tmp_path, capsys, folder):
+    images = tmp_path / "set"
+    shutil.copytree(folder, images)
+    bad = images / "val" / f"{1:012}.jpg"
+    whole = bad.read_bytes()
+    bad.write_bytes(whole[:100])
+    options = ["--data-dir", images, *ALONE, "--iterations", 3, "--eval-every", 2, "--out"]
+    assert "cannot read the image" in run(capsys, *options, tmp_path / "part", code=2)
+    assert torch.load(tmp_path / "part" / "last.pt", weights_only=True)["iteration"] == 2
+    assert "cannot read the image" in run(capsys, *options, tmp_path / "part", "--resume", code=2)
+    bad.write_bytes(whole)
+    run(capsys, *options, tmp_path / "part", "--resume")
+    run(capsys, *options, tmp_path / "whole")
+    columns = ("iteration", "lr", "loss", *METRICS)
+    logs = [[[row[c] for c in columns] for row in read_log(tmp_path / name)] for name in ("part", "whole")]
+    assert logs[0] == logs[1]
+    assert [row[0] for row in logs[0]] == ["2", "3"]
+    assert_bit_for_bit(tmp_path / "part", tmp_path / "whole")
+
+
 def test_the_command_for_a_missing_teacher_makes_one_that_is_found(tmp_path, capsys, monkeypatch, folder):
     monkeypatch.chdir(tmp_path)
     options = ["--data-dir", folder, *PAIR, "--iterations", 1, "--subset", 5, "--out", "mine/run"]

@@ -7,11 +7,13 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import torch
 from tqdm import tqdm
 
 from .. import run_folder
 from ..checkpoint import save
 from .evaluation import METRICS
+from .fcfd import TASK_LOSSES, TERMS
 
 
 def publish(out: Path, state: dict[str, Any]) -> None:
@@ -45,6 +47,30 @@ def publish(out: Path, state: dict[str, Any]) -> None:
         **state["made_with"],
     }
     run_folder.write_tables(out, state["log"], state["config"], result)
+
+
+def add_row(state: dict[str, Any], lr: float, accuracy: dict[str, float | None], seconds: float) -> None:
+    """Make of the state's "sums" a row of its log, and of `accuracy`, METRICS or {}, its "best" if it is better.
+
+    Args:
+        lr: of the last iteration.
+        seconds: that the test took.
+    """
+    sums, done, device = state["sums"], state["iteration"], state["config"]["device"]
+    row = {
+        "iteration": done,
+        "lr": lr,
+        **{name: sums[name] / sums["steps"] if name in sums else "" for name in ("loss", *TERMS, *TASK_LOSSES)},
+        **{name: accuracy.get(name) for name in METRICS},
+        "seconds": sums["seconds"] + seconds,
+        "images_per_s": state["config"]["batch_size"] * sums["steps"] / sums["seconds"],
+        "waiting_percent": 100 * sums["waited"] / sums["seconds"],
+        "peak_memory_mb": torch.cuda.max_memory_allocated(device) / 2**20 if device.startswith("cuda") else "",
+    }
+    state["log"].append(row)
+    state["sums"] = {}
+    if accuracy and accuracy["AP"] > state["best"].get("AP", -1):
+        state["best"] = {"iteration": done, **accuracy}
 
 
 def last_tested(state: dict[str, Any]) -> dict[str, Any]:
