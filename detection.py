@@ -8,8 +8,8 @@
 
 COCO holds train2017/, val2017/ and annotations/. The detectors are torchvision's; the method itself is in
 common/detection/fcfd.py. Here, from top to bottom: the settings, the detectors, one step, the training loop, and what a
-call of the script does with them. With several processes (ranks) each reads its share of every
-batch, DistributedDataParallel averages the gradients, and rank 0 alone writes.
+call of the script does with them. With several processes (ranks) each reads its share of every batch,
+DistributedDataParallel averages the gradients, and rank 0 alone writes.
 """
 
 import math
