@@ -97,6 +97,14 @@ def test_sizes_crowds_and_what_is_not_there():
 
 
 @needs_pycocotools
+def test_a_mistake_counts_among_boxes_of_its_own_size():
+    truth = truth_of([(0, 1, 0, 0, 20, 20), (1, 1, 0, 0, 50, 50)], 2)
+    found = found_of([[0, 100, 0, 50, 50, 0.9, 1], [0, 0, 0, 20, 20, 0.8, 1], [1, 0, 0, 50, 50, 0.7, 1]])
+    ours = average_precision(found, truth)
+    assert (ours["APs"], ours["APm"]) == pytest.approx((100, 50))
+
+
+@needs_pycocotools
 def test_where_nothing_is_found_it_is_zero():
     assert average_precision(found_of([]), truth_of([(0, 2, 0, 0, 20, 20)], 1))["AP"] == 0
 

@@ -79,6 +79,8 @@ def test_a_detector_is_torchvisions():
     net.train()
     assert (net.rpn.pre_nms_top_n(), net.rpn.post_nms_top_n()) == (2000, 1000)
     assert net.roi_heads.fg_bg_sampler.batch_size_per_image == 512
+    small = build_detector("mobilenet_v2", 3, [96], rois=17, scratch=True)
+    assert small.roi_heads.fg_bg_sampler.batch_size_per_image == 17
     assert net.transform.resize(torch.zeros(3, 800, 1000))[0].shape[1] in (640, 800)
     net.eval()
     assert net.transform.resize(torch.zeros(3, 400, 500))[0].shape == (3, 800, 1000)
