@@ -41,7 +41,8 @@ def draw_found(folder: Path, nets: dict[str, FasterRCNN], split: Split, classes:
         panels = {"ground truth": target}
         for title, net in nets.items():
             found = net.eval()([image])[0]
-            panels[title] = {key: value[found["scores"] >= MIN_SCORE] for key, value in found.items()}
+            # The surest comes first, and is drawn last, over the others.
+            panels[title] = {key: value[found["scores"] >= MIN_SCORE].flip(0) for key, value in found.items()}
         parts = [_panel(image, boxes, title, classes) for title, boxes in panels.items()]
         path = folder / f"{i}-{Path(os.fsdecode(split.files[i])).stem}.png"
         try:
@@ -65,6 +66,8 @@ def _panel(image: Tensor, found: dict[str, Tensor], title: str, classes: list[st
             [classes[label - 1] + score for label, score in zip(labels, scores, strict=True)],
             [COLOURS[label % len(COLOURS)] for label in labels],
             width=2,
+            label_colors="black",
+            fill_labels=True,
         )
     head = Image.new("RGB", (canvas.shape[2], 20), "white")
     ImageDraw.Draw(head).text((6, 4), title, "black")
