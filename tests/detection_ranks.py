@@ -56,7 +56,7 @@ def train(folder, *options):
     detection.Step = make_and_keep
     code = detection.main(list(options))
     if steps:
-        torch.save(steps[0].state_dict(), folder / f"trained{rank()}.pt")
+        torch.save((steps[0].state_dict(), torch.initial_seed()), folder / f"trained{rank()}.pt")
     sys.exit(code)
 
 

@@ -297,6 +297,13 @@ def test_batchnorms_parameters_do_not_decay(tmp_path, capsys, folder, monkeypatc
             assert same == (isinstance(layer, nn.BatchNorm2d) or not value.any()), (name, key)
 
 
+def test_the_teacher_is_never_in_training_mode():
+    c = detection.settle({"teacher": "resnet18", "student": "mobilenet_v2", "device": "cpu"}, {})
+    step = detection.Step(c, *(build_detector(name, 2, [96], scratch=True) for name in (c.student, c.teacher))).train()
+    assert not any(layer.training for layer in step.teacher.modules())
+    assert all(layer.training for net in (step.student, step.bridges) for layer in net.modules())
+
+
 def test_the_1x_schedule():
     c = Namespace(lr=0.01, iterations=180_000)
     rate = [detection.learning_rate(c, i) for i in (0, 500, 999, 1000, 119_999, 120_000, 159_999, 160_000, 179_999)]

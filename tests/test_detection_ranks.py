@@ -60,7 +60,8 @@ def trained(tmp_path_factory, options):
 
 
 def test_ranks_are_equal_at_the_end(trained):
-    out, output, (one, two) = trained
+    out, output, ((one, seed_of_one), (two, seed_of_two)) = trained
+    assert seed_of_one != seed_of_two  # what each rank draws is its own
     assert one.keys() == two.keys()
     assert not [key for key, value in one.items() if not torch.equal(value, two[key])]
     saved = torch.load(out / "last.pt", weights_only=True)
