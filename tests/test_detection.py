@@ -26,6 +26,7 @@ from common.detection.detectors import build_detector
 from common.detection.evaluation import METRICS
 from common.detection.fcfd import TASK_LOSSES, TERMS, detection_terms, forward_detectors, level_bridges
 from common.detection.images import BoxedImages, batches, load
+from common.detection.records import add_row
 from common.randomness import seed_of
 
 pytest.importorskip("pycocotools")
@@ -302,6 +303,19 @@ def test_the_teacher_is_never_in_training_mode():
     step = detection.Step(c, *(build_detector(name, 2, [96], scratch=True) for name in (c.student, c.teacher))).train()
     assert not any(layer.training for layer in step.teacher.modules())
     assert all(layer.training for net in (step.student, step.bridges) for layer in net.modules())
+
+
+def test_a_row_is_of_the_iterations_since_the_last_and_the_best_test_stays_the_best():
+    state = {"config": {"device": "cpu", "batch_size": 4}, "log": [], "best": {}}
+    for done, ap in ((10, 20.0), (20, 30.0), (30, None), (40, 25.0)):
+        state |= {"iteration": done, "sums": {"steps": 2, "seconds": 5.0, "waited": 1.0, "loss": 6.0, "task": done}}
+        add_row(state, 0.1, dict.fromkeys(METRICS, ap) if ap else {}, 3.0)
+        assert state["sums"] == {}
+    assert (state["best"]["iteration"], state["best"]["AP"]) == (20, 30.0)
+    assert [(row["iteration"], row["task"], row["AP"]) for row in state["log"][1:3]] == [(20, 10, 30.0), (30, 15, None)]
+    row = {key: value for key, value in state["log"][0].items() if key not in (*METRICS, *TASK_LOSSES, *TERMS)}
+    figures = {"seconds": 8.0, "images_per_s": 1.6, "waiting_percent": 20.0, "peak_memory_mb": ""}
+    assert row == {"iteration": 10, "lr": 0.1, "loss": 3.0, **figures}
 
 
 def test_the_1x_schedule():
