@@ -260,6 +260,7 @@ def train(c: Namespace, step: Step, data: CocoData, state: dict | None, deadline
         if state["sums"] and (tested or iteration % c.save_every == 0):
             began = time.monotonic()
             accuracy = evaluate_by_all(step.student, c, data, device) if tested else {}
+            state["sums"] = mean_over_ranks(state["sums"], device)
             add_row(state, learning_rate(c, iteration - 1), accuracy, time.monotonic() - began)
             keep()
             if rank() == 0:

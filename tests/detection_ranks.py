@@ -47,16 +47,20 @@ def gradients(folder, *terms):
 
 
 def train(folder, *options):
-    steps, make = [], detection.Step
+    steps, make, rows, add_row = [], detection.Step, [], detection.add_row
 
     def make_and_keep(*args):
         steps.append(make(*args))
         return steps[-1]
 
-    detection.Step = make_and_keep
+    def add_and_keep(state, *args):
+        rows.append(state["sums"])
+        add_row(state, *args)
+
+    detection.Step, detection.add_row = make_and_keep, add_and_keep
     code = detection.main(list(options))
     if steps:
-        torch.save((steps[0].state_dict(), torch.initial_seed()), folder / f"trained{rank()}.pt")
+        torch.save((steps[0].state_dict(), torch.initial_seed(), rows), folder / f"trained{rank()}.pt")
     sys.exit(code)
 
 

@@ -60,8 +60,10 @@ def trained(tmp_path_factory, options):
 
 
 def test_ranks_are_equal_at_the_end(trained):
-    out, output, ((one, seed_of_one), (two, seed_of_two)) = trained
+    out, output, ((one, seed_of_one, rows), (two, seed_of_two, rows_of_two)) = trained
     assert seed_of_one != seed_of_two  # what each rank draws is its own
+    assert rows == rows_of_two  # and what is logged is of both
+    assert [row["steps"] for row in rows] == [2, 2]
     assert one.keys() == two.keys()
     assert not [key for key, value in one.items() if not torch.equal(value, two[key])]
     saved = torch.load(out / "last.pt", weights_only=True)
