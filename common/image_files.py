@@ -6,6 +6,7 @@ and a resume change nothing. With several ranks each reads its part of every glo
 
 import hashlib
 import os
+import signal
 import time
 import warnings
 from collections.abc import Iterable, Iterator
@@ -141,7 +142,12 @@ def _loader(
 ) -> DataLoader:
     pinned = device.type == "cuda"
     return DataLoader(
-        files, batch_sampler=batches, num_workers=workers, pin_memory=pinned, persistent_workers=workers > 0
+        files,
+        batch_sampler=batches,
+        num_workers=workers,
+        pin_memory=pinned,
+        persistent_workers=workers > 0,
+        worker_init_fn=ignore_interrupts,
     )
 
 
@@ -174,6 +180,16 @@ class DeviceBatches:
                 return
             images, labels = (part.to(self.device, non_blocking=True) for part in batch)
             yield normalise(images, channels_last=True, mean=MEAN, std=STD), labels
+
+
+def ignore_interrupts(_worker: int) -> None:
+    """A DataLoader's worker_init_fn. Ctrl-C reaches every process of a terminal; the main one ends its workers itself.
+
+    One that met it would wait until all that it has read was fetched, and PyTorch five seconds for each.
+    """
+    for name in ("SIGINT", "SIGHUP"):
+        if hasattr(signal, name):
+            signal.signal(getattr(signal, name), signal.SIG_IGN)
 
 
 def next_batch(batches: Iterator) -> Any:

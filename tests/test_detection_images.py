@@ -1,5 +1,6 @@
 """The order of the images, their flips, and reading them."""
 
+import signal
 from collections import Counter
 from itertools import chain, pairwise
 
@@ -134,3 +135,13 @@ def test_an_image_of_another_size_or_damaged_is_named(data, workers):
         file.write(b"\x89PNG")
     with pytest.raises(UserError, match=f"^cannot read the image {path}"):
         list(load(BoxedImages(data.train), [[(0, 0, 0)]], workers, CPU))
+
+
+def test_workers_leave_ctrl_c_to_the_process_that_fetches():
+    class Signals(BoxedImages):
+        def __getitem__(self, key):
+            ignored = [signal.getsignal(number) is signal.SIG_IGN for number in (signal.SIGINT, signal.SIGHUP)]
+            return np.full((1, 1, 3), 255 * all(ignored), np.uint8), {}
+
+    [[(image, _)]] = load(Signals(None), [[(0, 0, 0)]], 1, CPU)
+    assert image.all()

@@ -1,5 +1,7 @@
 """Images read from files: the same whatever the number of processes, each one once whatever the number of ranks."""
 
+import signal
+
 import numpy as np
 import pytest
 import torch
@@ -157,3 +159,13 @@ def test_subsets_and_both_names_of_the_test_split(tmp_path):
     (tmp_path / "test").rename(tmp_path / "other")
     with pytest.raises(UserError, match="val is no image folder"):
         list_files(tmp_path)
+
+
+def test_workers_leave_ctrl_c_to_the_process_that_fetches():
+    class Signals(ImageFiles):
+        def __getitem__(self, key):
+            ignored = [signal.getsignal(number) is signal.SIG_IGN for number in (signal.SIGINT, signal.SIGHUP)]
+            return torch.zeros(1, 1, 3, dtype=torch.uint8), int(all(ignored))
+
+    [(_, labels)] = eval_loader(Signals([("", 0)], 32), 1, CPU)
+    assert labels.tolist() == [1]

@@ -15,7 +15,7 @@ import torch
 from torch.utils.data import DataLoader, Dataset
 
 from ..errors import UserError
-from ..image_files import next_batch
+from ..image_files import ignore_interrupts, next_batch
 from ..randomness import generator, seed_of
 from ..sources import open_rgb
 from .coco import Split
@@ -91,7 +91,10 @@ def load(
     Raises:
         UserError: an image cannot be read, or is of another size than its annotation says; it is named.
     """
-    samples = iter(DataLoader(images, batch_sampler=batches, num_workers=workers, collate_fn=list))
+    loader = DataLoader(
+        images, batch_sampler=batches, num_workers=workers, collate_fn=list, worker_init_fn=ignore_interrupts
+    )
+    samples = iter(loader)
     while (batch := next_batch(samples)) is not None:
         yield [
             (
