@@ -170,6 +170,10 @@ BROKEN = {
         lambda content: content | {"images": 2 * content["images"]},
         r"'images' \[4\] lacks an id of its own",
     ),
+    "a name twice": (  # by which a detector's classes are known
+        lambda content: content | {"categories": [row | {"name": "cat"} for row in content["categories"]]},
+        r"'categories' \[1\] lacks an id of its own, or a name of its own",
+    ),
     "no width": (
         lambda content: content | {"images": [{"id": 1, "file_name": "a.jpg", "height": 4}]},
         r"'images' \[0\]",

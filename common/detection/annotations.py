@@ -90,8 +90,8 @@ def _categories(rows: list[dict[str, Any]]) -> dict[int, str]:
     categories = {}
     for i, row in enumerate(rows):
         key, name = row.get("id"), row.get("name")
-        if type(key) is not int or not isinstance(name, str) or key in categories:
-            raise ValueError(f"'categories' [{i}] lacks an id of its own, or a name")
+        if type(key) is not int or not isinstance(name, str) or key in categories or name in categories.values():
+            raise ValueError(f"'categories' [{i}] lacks an id of its own, or a name of its own")
         categories[key] = name
     return dict(sorted(categories.items()))
 
