@@ -44,7 +44,7 @@ def draw_found(folder: Path, nets: dict[str, FasterRCNN], split: Split, classes:
             # The surest comes first, and is drawn last, over the others.
             panels[title] = {key: value[found["scores"] >= MIN_SCORE].flip(0) for key, value in found.items()}
         parts = [_panel(image, boxes, title, classes) for title, boxes in panels.items()]
-        path = folder / f"{i}-{Path(os.fsdecode(split.files[i])).stem}.png"
+        path = folder / f"{i}-{Path(os.fsdecode(split.files[i])).stem[:50]}.png"
         try:
             folder.mkdir(parents=True, exist_ok=True)
             Image.fromarray(torch.cat(parts, 2).permute(1, 2, 0).numpy()).save(path)
@@ -66,7 +66,6 @@ def _panel(image: Tensor, found: dict[str, Tensor], title: str, classes: list[st
             [classes[label - 1] + score for label, score in zip(labels, scores, strict=True)],
             [COLOURS[label % len(COLOURS)] for label in labels],
             width=2,
-            label_colors="black",
             fill_labels=True,
         )
     head = Image.new("RGB", (canvas.shape[2], 20), "white")
