@@ -152,9 +152,9 @@ def main(argv: list[str] | None = None) -> int:
     """Do what is left of the runs and branches, draw and measure; the exit code is that of `exit_code`."""
 
     def script() -> None:
+        args, given, c = parse_args(argv, __doc__, "tsne")
         load_pyplot()
         tsne = load_tsne()
-        args, given, c = parse_args(argv, __doc__, "tsne")
         cells, rows, note, written = tables.grid(args, given, ROWS), [], "", []
         done = [cell for cell in cells.values() if cell.result()]
         check_files(done, teacher_follows=len(done) < len(cells))  # before anything is trained
