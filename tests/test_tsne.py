@@ -85,6 +85,7 @@ class Plane:
 
 
 def test_each_panel_has_the_teacher_and_its_student_in_the_colours_of_the_classes():
+    pytest.importorskip("matplotlib")
     teacher = {k: torch.rand(12, 4, dtype=torch.float64) for k in "23"}
     students = {name: {k: points + i for k, points in teacher.items()} for i, name in enumerate(("app", "fcfd"))}
     labels = torch.arange(12) % 10
@@ -112,6 +113,8 @@ def test_table():
 
 
 def test_smoke_uses_the_runs_and_branches_that_are_there(branch_runs, tmp_path, capsys):
+    pytest.importorskip("matplotlib")
+    pytest.importorskip("sklearn")
     state = branch_runs / "resnet14-branches-seed1" / "branches.pt"
     before = {file: file.read_bytes() for file in branch_runs.rglob("*.*") if file.is_file()}
     command = [*SMOKE, "--runs", branch_runs, "--out", tmp_path]
@@ -139,6 +142,7 @@ def test_smoke_uses_the_runs_and_branches_that_are_there(branch_runs, tmp_path, 
 
 @pytest.mark.parametrize(("module", "name"), [("sklearn.manifold", "scikit-learn"), ("matplotlib", "matplotlib")])
 def test_what_is_not_installed_is_said_before_anything_runs(tmp_path, capsys, monkeypatch, module, name):
+    pytest.importorskip("matplotlib")
     monkeypatch.setitem(sys.modules, module, None)
     message = call(capsys, *SMOKE, "--out", tmp_path / "out", module=tsne, code=2)
     assert name in message
