@@ -54,7 +54,7 @@ def draw_found(folder: Path, nets: dict[str, FasterRCNN], split: Split, classes:
 
 def _panel(image: Tensor, found: dict[str, Tensor], title: str, classes: list[str]) -> Tensor:
     """The image, its longer side at least SIDE, with its boxes and a title above: uint8 [3, H, W] on the CPU."""
-    scale = max(1.0, SIDE / max(image.shape))
+    scale = max(1.0, SIDE / max(image.shape[1:]))
     canvas = torch.nn.functional.interpolate(image[None].cpu(), scale_factor=scale, mode="bilinear")[0]
     labels = found["labels"].tolist()
     scores = [f" {score:.2f}" for score in found["scores"].tolist()] if "scores" in found else [""] * len(labels)
