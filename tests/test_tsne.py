@@ -144,6 +144,9 @@ def test_smoke_uses_the_runs_and_branches_that_are_there(branch_runs, tmp_path, 
 def test_what_is_not_installed_is_said_before_anything_runs(tmp_path, capsys, monkeypatch, module, name):
     pytest.importorskip("matplotlib")
     monkeypatch.setitem(sys.modules, module, None)
+    with pytest.raises(SystemExit):  # which needs neither
+        tsne.main(["--help"])
+    capsys.readouterr()
     message = call(capsys, *SMOKE, "--out", tmp_path / "out", module=tsne, code=2)
     assert name in message
     assert "pip install -r requirements-extra.txt" in message
