@@ -20,22 +20,23 @@ import torch
 import torch.nn.functional as F
 from tqdm import tqdm
 
-from common import earlier_runs, run_folder
 from common.bridges import Bridges, connect
-from common.checkpoint import load_network
-from common.data import SIZE, Data, eval_batches, train_batches
-from common.device import AMP, open_device
-from common.errors import LossNotFiniteError, UserError, exit_code
-from common.evaluation import evaluate
+from common.data.batches import SIZE, Data, eval_batches, train_batches
+from common.data.sources import load_data
 from common.fcfd import L2_TERMS, TERMS, VARIANTS, fcfd_terms, forward_paths
 from common.losses import dkd, kl
 from common.models import StagedNet, build, check_name
 from common.multipath_bn import plain_state_dict, track_paths
-from common.optimizer import sgd
 from common.paths import MixedPath, sample_paths
-from common.settings import ALL_SETTINGS, Parser, check_ranges, fill, term_weights
+from common.run import earlier_runs
+from common.run import folder as run_folder
+from common.run.checkpoint import load_network
+from common.run.device import AMP, open_device
+from common.run.errors import LossNotFiniteError, UserError, exit_code
+from common.run.evaluation import evaluate
+from common.run.optimizer import sgd
+from common.run.options import ALL_SETTINGS, Parser, check_ranges, fill, term_weights
 from common.simkd import build_simkd, cost_line
-from common.sources import load_data
 
 SETTINGS = ALL_SETTINGS["cifar100"]
 DEFAULTS = SETTINGS["defaults"]
@@ -73,7 +74,7 @@ def parse_args(argv: list[str] | None) -> dict:
     parser.add_image_set_options()
     add("--epochs", type=int, metavar="N", help="default: 240; the milestones scale with it")
     add("--batch-size", type=int, metavar="N", help="default: 64")
-    add("--lr", type=float, help="default: the pair's in common/settings.yaml")
+    add("--lr", type=float, help="default: the pair's in common/published.yaml")
     parser.add_run_options()
     add("--evaluate", metavar="CKPT", help="only test this checkpoint of --student (--simkd: and --teacher)")
     return parser.given(argv)

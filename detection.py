@@ -25,9 +25,7 @@ from torch import Tensor, nn
 from torchvision.models.detection import FasterRCNN
 from tqdm import tqdm
 
-from common import run_folder
 from common.bridges import Bridges
-from common.checkpoint import save
 from common.detection.boxes import draw_found
 from common.detection.coco import CocoData, load_coco
 from common.detection.detectors import (
@@ -43,14 +41,16 @@ from common.detection.evaluation import evaluate, require_pycocotools
 from common.detection.fcfd import TERMS, detection_terms, forward_detectors, level_bridges
 from common.detection.images import BoxedImages, batches, load
 from common.detection.records import add_row, in_words, print_row, publish, report
-from common.device import AMP, cores, open_device
-from common.distributed import distribute, from_rank_0, mean_over_ranks, processes, rank, share_buffers, world
-from common.earlier_runs import find_network
-from common.errors import LossNotFiniteError, OtherNetworkError, UserError, exit_code
 from common.models import check_name
-from common.optimizer import decay_all_but_norms, sgd
 from common.randomness import seed_of
-from common.settings import ALL_SETTINGS, Parser, check_ranges, fill
+from common.run import folder as run_folder
+from common.run.checkpoint import save
+from common.run.device import AMP, cores, open_device
+from common.run.distributed import distribute, from_rank_0, mean_over_ranks, processes, rank, share_buffers, world
+from common.run.earlier_runs import find_network
+from common.run.errors import LossNotFiniteError, OtherNetworkError, UserError, exit_code
+from common.run.optimizer import decay_all_but_norms, sgd
+from common.run.options import ALL_SETTINGS, Parser, check_ranges, fill
 
 SETTINGS = ALL_SETTINGS["detection"]
 METHODS = {"kd": ("task", "kd"), "app": ("task", "kd", "app"), "fcfd": TERMS}  # the terms that each one weighs

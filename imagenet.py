@@ -24,20 +24,20 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from common import run_folder
 from common.bridges import Bridges, connect
-from common.checkpoint import load_network, torchvision_weights
-from common.device import AMP, cores, open_device
-from common.distributed import distribute, from_rank_0, over_ranks, processes, rank, share_buffers, world
-from common.errors import LossNotFiniteError, OtherNetworkError, UserError, exit_code
-from common.evaluation import accuracy, count_hits
+from common.data.image_files import DeviceBatches, FileData, ImageFiles, Shard, eval_loader, list_files, train_loader
 from common.fcfd import TERMS, fcfd_terms, forward_paths
-from common.image_files import DeviceBatches, FileData, ImageFiles, Shard, eval_loader, list_files, train_loader
 from common.models import IMAGENET_NETWORKS, StagedNet, build_imagenet, check_name
 from common.multipath_bn import plain_state_dict, track_paths
-from common.optimizer import sgd
 from common.paths import MixedPath, sample_paths
-from common.settings import ALL_SETTINGS, Parser, check_ranges, fill, term_weights
+from common.run import folder as run_folder
+from common.run.checkpoint import load_network, torchvision_weights
+from common.run.device import AMP, cores, open_device
+from common.run.distributed import distribute, from_rank_0, over_ranks, processes, rank, share_buffers, world
+from common.run.errors import LossNotFiniteError, OtherNetworkError, UserError, exit_code
+from common.run.evaluation import accuracy, count_hits
+from common.run.optimizer import sgd
+from common.run.options import ALL_SETTINGS, Parser, check_ranges, fill, term_weights
 
 SETTINGS = ALL_SETTINGS["imagenet"]
 METHODS = {"kd": ("task", "kd"), "app": ("task", "kd", "app"), "fcfd": TERMS}  # the terms that each one weighs

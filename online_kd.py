@@ -23,21 +23,21 @@ import torch.nn.functional as F
 from torch import Tensor
 from tqdm import tqdm
 
-from common import run_folder
 from common.bridges import Bridges, connect
-from common.data import SIZE, Data, eval_batches, train_batches
-from common.device import AMP, open_device
-from common.errors import LossNotFiniteError, UserError, exit_code
-from common.evaluation import evaluate
+from common.data.batches import SIZE, Data, eval_batches, train_batches
+from common.data.sources import load_data
 from common.fcfd import TERMS, Flow, fcfd_terms, forward_paths
 from common.losses import kl
 from common.models import StagedNet, build, check_name
 from common.multipath_bn import plain_state_dict, track_paths
-from common.optimizer import sgd
 from common.paths import MixedPath, sample_paths
-from common.run_folder import PREFIX
-from common.settings import ALL_SETTINGS, Parser, check_ranges, fill, term_weights
-from common.sources import load_data
+from common.run import folder as run_folder
+from common.run.device import AMP, open_device
+from common.run.errors import LossNotFiniteError, UserError, exit_code
+from common.run.evaluation import evaluate
+from common.run.folder import PREFIX
+from common.run.optimizer import sgd
+from common.run.options import ALL_SETTINGS, Parser, check_ranges, fill, term_weights
 
 DEFAULTS = ALL_SETTINGS["online_kd"]["defaults"]
 PUBLISHED = ALL_SETTINGS["cifar100"]  # the pairs' settings, and the schedules
@@ -67,7 +67,7 @@ def parse_args(argv: list[str] | None) -> dict:
     parser.add_image_set_options()
     add("--epochs", type=int, metavar="N", help="default: 240; the milestones scale with it")
     add("--batch-size", type=int, metavar="N", help="default: 64")
-    add("--lr", type=float, help="of both networks (default: the pair's in common/settings.yaml)")
+    add("--lr", type=float, help="of both networks (default: the pair's in common/published.yaml)")
     parser.add_run_options()
     return parser.given(argv)
 

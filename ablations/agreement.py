@@ -16,15 +16,15 @@ import torch
 from torch import Tensor
 
 from ablations.cells import markdown, mean_and_deviation
-from common.checkpoint import load_network, write_atomically
-from common.data import SIZE, ImageSet, eval_batches
-from common.earlier_runs import read_config, series
-from common.errors import UserError, exit_code
+from common.data.batches import SIZE, ImageSet, eval_batches
+from common.data.sources import load_data
 from common.losses import kl
 from common.models import build
-from common.settings import Parser
+from common.run.checkpoint import load_network, write_atomically
+from common.run.earlier_runs import read_config, series
+from common.run.errors import UserError, exit_code
+from common.run.options import Parser
 from common.simkd import build_simkd
-from common.sources import load_data
 
 TEMPERATURE = 4.0
 DIGITS = {"accuracy": 2, "agreement": 2, "kl": 3}  # after the point, in the table

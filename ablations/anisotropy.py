@@ -34,15 +34,15 @@ from ablations.cells import Cell, markdown, mean_and_deviation, run_cells, with_
 from ablations.figures import COLOURS, load_pyplot, save_figure
 from ablations.tables import data_name
 from ablations.toy import kl_nats
-from common.checkpoint import load_network, write_atomically
-from common.data import Data, ImageSet, eval_batches
-from common.device import open_device
-from common.errors import UserError, exit_code
+from common.data.batches import Data, ImageSet, eval_batches
+from common.data.sources import load_data, spread
 from common.models import StagedNet, build
 from common.randomness import generator
-from common.run_folder import locked
-from common.settings import LARGEST, Parser, check_ranges
-from common.sources import load_data, spread
+from common.run.checkpoint import load_network, write_atomically
+from common.run.device import open_device
+from common.run.errors import UserError, exit_code
+from common.run.folder import locked
+from common.run.options import LARGEST, Parser, check_ranges
 
 DATA = ("dataset", "data_dir", "subset", "test_subset")  # settings of cifar100.py
 TRAINING = ("epochs", "seeds", "runs", "smoke")  # options without a meaning for a network that is there

@@ -22,18 +22,18 @@ from torch.optim.swa_utils import update_bn
 
 import cifar100
 from ablations.cells import Cell
-from common.checkpoint import load, save, write_atomically
-from common.data import SIZE, Data, ImageSet, eval_batches, normalise, train_batches
-from common.device import AMP, open_device
-from common.errors import LossNotFiniteError, UserError
-from common.evaluation import evaluate
+from common.data.batches import SIZE, Data, ImageSet, eval_batches, normalise, train_batches
 from common.models import StagedNet, pool
 from common.models.resnet import group
 from common.models.staged import init_fan_out
 from common.multipath_bn import track_paths
-from common.optimizer import sgd
 from common.randomness import generator, seed_of
-from common.run_folder import check_settings, made_with, open_run, restore
+from common.run.checkpoint import load, save, write_atomically
+from common.run.device import AMP, open_device
+from common.run.errors import LossNotFiniteError, UserError
+from common.run.evaluation import evaluate
+from common.run.folder import check_settings, made_with, open_run, restore
+from common.run.optimizer import sgd
 
 LR = 0.05
 CALIBRATION_BATCH = 500  # images

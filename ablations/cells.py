@@ -13,10 +13,10 @@ from types import ModuleType
 from typing import Any
 
 import cifar100
-from common.earlier_runs import read_config, read_result
-from common.errors import UserError
-from common.run_folder import check_settings
-from common.sources import load_data
+from common.data.sources import load_data
+from common.run.earlier_runs import read_config, read_result
+from common.run.errors import UserError
+from common.run.folder import check_settings
 
 
 @dataclass(eq=False)
@@ -25,7 +25,7 @@ class Cell:
 
     Attributes:
         folder: its --out.
-        given: the other options, by the names of common/settings.yaml.
+        given: the other options, by the names of common/published.yaml.
         after: the run whose network teaches this one and must be there first, None where there is none.
         script: the module of the script that is run, if that is not cifar100.py.
     """

@@ -13,7 +13,7 @@ resumed: the same command goes on with what is left, and a command with more see
 folder for each run comes to lie in --runs, and in --out, of the runs of the last command, table.md and the numbers in
 cells.csv.
 
-crd, reviewkd and simkd are trained by ablations/baselines.py, online-* by online_kd.py, the others by cifar100.py;
+crd, reviewkd and simkd are trained by ablations/train_baseline.py, online-* by online_kd.py, the others by cifar100.py;
 kd-dkd is DKD with L_task.
 """
 
@@ -26,11 +26,11 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import yaml
 
 import online_kd
-from ablations import baselines, tables
+from ablations import tables, train_baseline
 from ablations.cells import Cell, markdown, mean_and_deviation
 from ablations.tables import ALONE, Row
-from common.errors import UserError, exit_code
-from common.settings import Parser
+from common.run.errors import UserError, exit_code
+from common.run.options import Parser
 
 PUBLISHED = yaml.safe_load((Path(__file__).parent / "published.yaml").read_text())
 ROWS = [
@@ -40,7 +40,7 @@ ROWS = [
     Row({"method": "fcfd", "kd_loss": "dkd"}),
     Row({"method": "fcfd", "simkd": True}),
     Row({"method": "fcfd", "kd_loss": "dkd", "simkd": True}),
-    *(Row({"method": method}, baselines) for method in baselines.METHODS),
+    *(Row({"method": method}, train_baseline) for method in train_baseline.METHODS),
     *(Row({"method": method}, online_kd) for method in online_kd.METHODS),
 ]
 METHODS = {row.name: row for row in ROWS}
@@ -82,7 +82,7 @@ def table(rows: list[dict[str, Any]], published: dict[str, dict[str, float]]) ->
             if runs[0]["teacher_last"] != "":  # it was trained in the same run
                 last, best = (mean_and_deviation([run[f"teacher_{key}"] for run in runs]) for key in ("last", "best"))
                 lines.append([pair, f"{method}: its teacher", len(runs), last, best, ""])
-    own_settings = any(row["method"] in baselines.METHODS for row in rows)
+    own_settings = any(row["method"] in train_baseline.METHODS for row in rows)
     return (
         markdown(["pair", "method", "n", "last epoch", "best", "published"], lines)
         + NOTE

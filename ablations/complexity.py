@@ -42,21 +42,21 @@ import torch
 from torch import Tensor, nn
 
 import cifar100
-from ablations import baselines, flops
+from ablations import flops, train_baseline
 from ablations.cells import markdown
 from common.bridges import build_bridges
-from common.checkpoint import write_atomically
-from common.data import SIZE
-from common.device import open_device
-from common.errors import UserError, exit_code
+from common.data.batches import SIZE
 from common.fcfd import fcfd_terms, forward_paths
 from common.losses import dkd, kl
 from common.models import build, check_name
 from common.multipath_bn import track_paths
-from common.optimizer import sgd
 from common.paths import candidate_paths, sample_paths
-from common.run_folder import made_with
-from common.settings import Parser, check_ranges
+from common.run.checkpoint import write_atomically
+from common.run.device import open_device
+from common.run.errors import UserError, exit_code
+from common.run.folder import made_with
+from common.run.optimizer import sgd
+from common.run.options import Parser, check_ranges
 
 CLASSES = 100
 IMAGES = 50_000  # of CIFAR-100, for CRD's banks
@@ -126,14 +126,14 @@ def baseline(row: Row, c: Namespace) -> Step:
     """A step of baselines.py by the method `row.kind`."""
     teacher, student = row.pair.split("-")
     own = Namespace(teacher=teacher, student=student, method=row.kind, seed=1)
-    student, teacher = baselines.build_networks(own, CLASSES)
-    method = baselines.build_method(row.kind, teacher, student, torch.randint(CLASSES, (IMAGES,)), SIZE)
+    student, teacher = train_baseline.build_networks(own, CLASSES)
+    method = train_baseline.build_method(row.kind, teacher, student, torch.randint(CLASSES, (IMAGES,)), SIZE)
     teacher.eval()
     images, labels = random_batch(c, channels_last=uses_channels_last(row.pair))
     index, generator = torch.arange(c.batch_size, device=c.device), torch.Generator(c.device)
 
     def loss(i: int) -> Tensor:
-        return sum(baselines.terms(method, teacher, student, images, labels, index, generator)[0].values())
+        return sum(train_baseline.terms(method, teacher, student, images, labels, index, generator)[0].values())
 
     return with_sgd(loss, [teacher, student, method], row, c)
 

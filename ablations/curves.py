@@ -14,9 +14,9 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from ablations.figures import COLOURS, check_format, load_pyplot, save_figure
-from common.earlier_runs import series
-from common.errors import UserError, exit_code
-from common.settings import Parser
+from common.run.earlier_runs import series
+from common.run.errors import UserError, exit_code
+from common.run.options import Parser
 
 LABELS = {"test_top1": "test accuracy, top-1 (%)", "train_top1": "training accuracy, top-1 (%)", "loss": "loss"}
 STYLES = ["-", "--", ":", "-."]  # for more curves than colours

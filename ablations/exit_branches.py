@@ -44,14 +44,14 @@ from ablations.branches import (
 )
 from ablations.cells import Cell, markdown, mean_and_deviation
 from ablations.tables import Row
-from common.checkpoint import load_network
-from common.data import Data
-from common.device import open_device
-from common.errors import UserError, exit_code
+from common.data.batches import Data
+from common.data.sources import load_data
 from common.models import StagedNet, build
-from common.run_folder import locked, made_with
-from common.settings import LARGEST, Parser
-from common.sources import load_data
+from common.run.checkpoint import load_network
+from common.run.device import open_device
+from common.run.errors import UserError, exit_code
+from common.run.folder import locked, made_with
+from common.run.options import LARGEST, Parser
 
 PAIRS = ["resnet32x4-resnet8x4"]
 ROWS = [Row({"method": "app"}), Row({"method": "fcfd"})]

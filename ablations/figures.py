@@ -4,7 +4,7 @@ import warnings
 from pathlib import Path
 from typing import Any
 
-from common.errors import UserError
+from common.run.errors import UserError
 
 # Told apart by the colour-blind too (Okabe and Ito).
 COLOURS = ["#0072B2", "#E69F00", "#009E73", "#D55E00", "#CC79A7", "#56B4E9", "#000000"]

@@ -26,11 +26,11 @@ import cifar100
 from ablations import complexity, tables
 from ablations.cells import markdown, mean_and_deviation, with_needed
 from ablations.tables import Row
-from common.errors import UserError, exit_code
 from common.models import build
 from common.paths import candidate_paths
-from common.run_folder import locked
-from common.settings import Parser
+from common.run.errors import UserError, exit_code
+from common.run.folder import locked
+from common.run.options import Parser
 
 PAIRS = ["resnet32x4-resnet8x4"]
 MEASURED_WITHOUT = ("num_paths", "positions", "teacher_bn", "kd_loss", "simkd", "w_func_partial", "w_func_prime_l2")

@@ -21,13 +21,13 @@ import torch
 import cifar100
 import online_kd
 from ablations.cells import Cell, markdown, mean_and_deviation, run_cells, with_needed
-from common.checkpoint import write_atomically
-from common.device import check_device
-from common.errors import UserError, exit_code
 from common.fcfd import TERMS, VARIANTS
 from common.models import build
-from common.run_folder import locked
-from common.settings import Parser
+from common.run.checkpoint import write_atomically
+from common.run.device import check_device
+from common.run.errors import UserError, exit_code
+from common.run.folder import locked
+from common.run.options import Parser
 
 OF_TERMS = {f"w_{term}": term for term in (*TERMS, *VARIANTS)}
 OF_PATHS = {"num_paths", "positions"}  # no use where no path is mixed
@@ -48,7 +48,7 @@ class Row:
     """How a student is trained: settings of a script beside its teacher's, none for one that is trained alone.
 
     Attributes:
-        settings: by the names of common/settings.yaml.
+        settings: by the names of common/published.yaml.
         script: the module of the script that trains it.
     """
 

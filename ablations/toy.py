@@ -27,9 +27,9 @@ from torch import Tensor
 
 from ablations.cells import markdown
 from ablations.figures import COLOURS, load_pyplot, save_figure
-from common.checkpoint import write_atomically
-from common.errors import UserError, exit_code
-from common.settings import Parser
+from common.run.checkpoint import write_atomically
+from common.run.errors import UserError, exit_code
+from common.run.options import Parser
 
 TARGET = torch.tensor([4.0, 4.0], dtype=torch.float64)
 WEIGHT = torch.tensor([[2.0, -1.0], [-1.0, 2.0], [0.5, 1.0]], dtype=torch.float64)

@@ -26,9 +26,9 @@ from ablations.branches import Features, write_json
 from ablations.cells import markdown, mean_and_deviation
 from ablations.exit_branches import ROWS, by_teacher, check_files, open_judges, parse_args
 from ablations.figures import load_pyplot, save_figure
-from common.checkpoint import write_atomically
-from common.data import ImageSet, eval_batches
-from common.errors import UserError, exit_code
+from common.data.batches import ImageSet, eval_batches
+from common.run.checkpoint import write_atomically
+from common.run.errors import UserError, exit_code
 
 CLASSES = 10
 # Told apart by the colour-blind too (Paul Tol's "muted", and black).

@@ -9,9 +9,9 @@ from collections.abc import Iterable
 import torch
 from torch import Tensor, nn
 
-from .errors import UserError
 from .models import StagedNet
 from .paths import MixedPath, candidate_paths, sample_paths
+from .run.errors import UserError
 
 LEAKY_SLOPE = 0.1
 

@@ -4,8 +4,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .errors import UserError
 from .models import pool
+from .run.errors import UserError
 
 
 def kl(logits: Tensor, target: Tensor, temperature: float) -> Tensor:

@@ -5,8 +5,8 @@ from typing import NamedTuple
 
 import torch
 
-from .errors import UserError
 from .randomness import generator
+from .run.errors import UserError
 
 
 class MixedPath(NamedTuple):

@@ -18,7 +18,7 @@ from tiny_detectors import shrink
 import detection
 from common.detection.detectors import build_detector
 from common.detection.fcfd import TERMS
-from common.distributed import distribute, processes, rank
+from common.run.distributed import distribute, processes, rank
 
 
 def gradients(folder, *terms):

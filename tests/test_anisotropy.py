@@ -13,7 +13,7 @@ from running import SMALL, call
 
 import cifar100
 from ablations import anisotropy
-from common.data import ImageSet, normalise
+from common.data.batches import ImageSet, normalise
 from common.models import build
 
 

@@ -1,4 +1,4 @@
-"""The published methods that FCFD is compared with: each loss against a slow form, ablations/baselines.py as run."""
+"""The published methods that FCFD is compared with: losses against slow forms; train_baseline.py as it is run."""
 
 import copy
 import json
@@ -12,16 +12,16 @@ import yaml
 from running import PAIR, SMALL, assert_bit_for_bit, read_log
 
 import cifar100
-from ablations import baselines
-from common.crd import CRD
-from common.data import train_batches
-from common.errors import UserError
+from ablations import train_baseline
+from ablations.baselines.crd import CRD
+from ablations.baselines.reviewkd import ReviewKD, hcl
+from common.data.batches import train_batches
+from common.data.sources import load_data
 from common.models import build
 from common.randomness import generator, seed_of
-from common.reviewkd import ReviewKD, hcl
-from common.sources import load_data
+from common.run.errors import UserError
 
-call = partial(running.call, module=baselines)
+call = partial(running.call, module=train_baseline)
 METHODS = ("reviewkd", "crd", "simkd")
 NETWORKS = PAIR[:4]
 TINY = [*PAIR, "--subset", 40, "--test-subset", 40, "--batch-size", 20]
@@ -29,9 +29,11 @@ TINY = [*PAIR, "--subset", 40, "--test-subset", 40, "--batch-size", 20]
 
 def networks(method, teacher="resnet14", student="resnet8"):
     """(student, teacher, the method's module for 40 images of 20 classes, settings); the teacher is ready to teach."""
-    c = baselines.settle({"teacher": teacher, "student": student, "method": method, "device": "cpu", "seed": 5}, {})
-    student, teacher = baselines.build_networks(c, 20)
-    return student, teacher.eval(), baselines.build_method(method, teacher, student, torch.arange(40) % 20, 32), c
+    c = train_baseline.settle(
+        {"teacher": teacher, "student": student, "method": method, "device": "cpu", "seed": 5}, {}
+    )
+    student, teacher = train_baseline.build_networks(c, 20)
+    return student, teacher.eval(), train_baseline.build_method(method, teacher, student, torch.arange(40) % 20, 32), c
 
 
 # --------------------------------------------------------------------------------------------------- ReviewKD
@@ -262,7 +264,7 @@ def test_crd_of_one_class_is_refused():
 def test_simkd_against_the_naive_form(teacher, student):
     student, teacher, method, _ = networks("simkd", teacher, student)
     images = torch.randn(3, 3, 32, 32)
-    losses, logits = baselines.terms(method, teacher, student, images, torch.arange(3), torch.arange(3), None)
+    losses, logits = train_baseline.terms(method, teacher, student, images, torch.arange(3), torch.arange(3), None)
     x, y = images, images
     for k in range(1, teacher.num_stages + 1):
         x, y = student.student.stage(k, x), teacher.stage(k, y)
@@ -282,7 +284,7 @@ def test_what_a_step_trains(name, amp):
     index = torch.tensor([3, 0, 21, 7])
     with torch.autocast("cpu", amp, enabled=amp is not None):
         arguments = (torch.randn(4, 3, 32, 32), index % 20, index, torch.Generator())
-        losses, logits = baselines.terms(method, teacher, student, *arguments)
+        losses, logits = train_baseline.terms(method, teacher, student, *arguments)
     assert logits.shape == (4, 20)
     assert all(loss.dtype == torch.float32 for loss in losses.values())
     losses["distill"].backward()
@@ -325,7 +327,7 @@ def test_two_epochs_written_out(tmp_path, capsys, monkeypatch, teacher, name):
         student.train()
         for step, (images, labels) in enumerate(train_batches(data.train, 32, 5, epoch, True)):
             index = order[32 * step : 32 * (step + 1)]
-            losses, logits = baselines.terms(method, net, student, images, labels, index, for_negatives)
+            losses, logits = train_baseline.terms(method, net, student, images, labels, index, for_negatives)
             loss = losses.get("task", 0) + 0.7 * warm * losses["distill"]
             logged.append([loss.item(), losses["distill"].item()])
             hits += (logits.argmax(1) == labels).sum().item()
@@ -424,7 +426,7 @@ def test_settings_are_those_published():
     for pair, row in cifar100.SETTINGS["pairs"].items():
         teacher, student = pair.split("-")
         for name, other in (("reviewkd", 5), ("crd", 0.8), ("simkd", 1)):
-            c = baselines.settle({"teacher": teacher, "student": student, "method": name, "device": "cuda"}, {})
+            c = train_baseline.settle({"teacher": teacher, "student": student, "method": name, "device": "cuda"}, {})
             assert (c.weight, c.lr) == (weights[name].get(pair, other), row["lr"])
             assert (c.epochs, c.batch_size, c.amp, c.teacher_epochs) == (240, 64, "fp16", 240)
             assert c.out == f"runs/cifar100-{pair}-{name}-240ep-seed1"

@@ -3,8 +3,8 @@ import torch
 from torch import nn
 
 from common.bridges import LEAKY_SLOPE, bridge, build_bridges, feature_shapes
-from common.errors import UserError
 from common.models import build
+from common.run.errors import UserError
 
 KIND = {
     1: (nn.Conv2d, (3, 3), (1, 1), False),

@@ -8,10 +8,10 @@ import numpy as np
 import pytest
 import torch
 
-from common import checkpoint
-from common.checkpoint import load, load_network, save
-from common.errors import UserError
 from common.models import build
+from common.run import checkpoint
+from common.run.checkpoint import load, load_network, save
+from common.run.errors import UserError
 
 
 @pytest.fixture

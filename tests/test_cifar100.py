@@ -13,12 +13,12 @@ from running import PAIR, SMALL, assert_bit_for_bit, call, read_log, script
 
 import cifar100
 from common.bridges import build_bridges
-from common.data import train_batches
+from common.data.batches import train_batches
+from common.data.sources import load_data
 from common.fcfd import VARIANTS, fcfd_terms, forward_paths
 from common.models import build
 from common.multipath_bn import track_paths
 from common.paths import candidate_paths, sample_paths
-from common.sources import load_data
 
 METHODS = {
     "kd": {"task", "kd"},

@@ -7,7 +7,7 @@ import pytest
 from tiny_detectors import coco_set
 
 from common.detection.coco import load_coco
-from common.errors import UserError
+from common.run.errors import UserError
 
 VAL = {"images": [(1, "v.jpg", 40, 30)], "annotations": [(1, 3, [1, 2, 10, 10]), (1, 7, [5, 5, 8, 9])]}
 CATEGORIES = ((7, "dog"), (3, "cat"))  # of labels 2 and 1

@@ -10,9 +10,9 @@ import pytest
 import cifar100
 from ablations import cells, compare, tables
 from ablations.cells import Cell, mean_and_deviation, run_cells, with_needed
-from common.errors import UserError
-from common.run_folder import locked
-from common.sources import load_data
+from common.data.sources import load_data
+from common.run.errors import UserError
+from common.run.folder import locked
 
 # In the place of cifar100.py. It works until as many others are at work as WIDTH says, and fails if there are more, so
 # that no test depends on how long anything takes; "resnet32" fails, "resnet110" works on until it is killed.

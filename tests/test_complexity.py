@@ -102,7 +102,7 @@ def test_time_is_the_median_without_the_first_round(monkeypatch):
 @pytest.mark.parametrize("kind", ["kd", "dkd", "app", "reviewkd", "crd", "fcfd", "plain"])
 def test_a_step_trains_the_student_and_leaves_the_teacher(monkeypatch, kind):
     built = {}
-    for module in (cifar100, complexity.baselines):
+    for module in (cifar100, complexity.train_baseline):
         monkeypatch.setattr(module, "build", lambda name, n: built.setdefault(name, build(name, n)))
     c = smoke_settings()
     row = complexity.Row("resnet14-resnet8", kind, 4 if kind in complexity.OF_PATHS else None)

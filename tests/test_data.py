@@ -12,11 +12,11 @@ from PIL import Image
 from torchvision import datasets, transforms
 from torchvision.transforms import functional
 
-from common import sources
-from common.data import MEAN, PAD, STD, ImageSet, eval_batches, normalise, train_batches
-from common.errors import UserError
-from common.sources import load_data
-from common.synthetic import CLASSES, synthetic_images
+from common.data import sources
+from common.data.batches import MEAN, PAD, STD, ImageSet, eval_batches, normalise, train_batches
+from common.data.sources import load_data
+from common.data.synthetic import CLASSES, synthetic_images
+from common.run.errors import UserError
 
 
 def raw(images):

@@ -12,7 +12,7 @@ from common.detection.coco import load_coco
 from common.detection.detectors import build_detector
 from common.detection.evaluation import METRICS, average_precision, detect, require_pycocotools
 from common.detection.images import BoxedImages, load
-from common.errors import UserError
+from common.run.errors import UserError
 
 needs_pycocotools = pytest.mark.skipif(not find_spec("pycocotools"), reason="needs requirements-extra.txt")
 THRESHOLDS = [0.5 + 0.05 * i for i in range(10)]

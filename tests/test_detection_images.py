@@ -12,7 +12,7 @@ from tiny_detectors import coco_set
 
 from common.detection.coco import Split, load_coco
 from common.detection.images import BoxedImages, batches, load
-from common.errors import UserError
+from common.run.errors import UserError
 
 CPU = torch.device("cpu")
 

@@ -20,7 +20,7 @@ from common.detection.detectors import (
     load_detector,
     trained_size,
 )
-from common.errors import OtherNetworkError, UserError
+from common.run.errors import OtherNetworkError, UserError
 
 COCO = FasterRCNN_ResNet50_FPN_Weights.COCO_V1.meta["categories"]
 CATEGORIES = {i: name for i, name in enumerate(COCO) if i and name != "N/A"}  # COCO's 80, with their ids

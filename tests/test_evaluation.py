@@ -2,7 +2,7 @@ import pytest
 import torch
 from torch import nn
 
-from common.evaluation import evaluate
+from common.run.evaluation import evaluate
 
 
 class Echo(nn.Module):

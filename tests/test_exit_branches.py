@@ -14,13 +14,13 @@ from running import tensors
 from torch import nn
 
 from ablations import branches, exit_branches, tables
-from common.data import eval_batches, normalise, train_batches
-from common.errors import LossNotFiniteError, UserError
+from common.data.batches import eval_batches, normalise, train_batches
+from common.data.sources import load_data
 from common.models import build
 from common.models.resnet import ResNet
 from common.randomness import generator
-from common.run_folder import locked
-from common.sources import load_data
+from common.run.errors import LossNotFiniteError, UserError
+from common.run.folder import locked
 
 SMOKE = ["--smoke", "--devices", "cpu"]
 SETTINGS = {"branch_depth": 8, "branch_widths": [4, 6, 8, 10], "branch_epochs": 2, "batch_size": 24, "seed": 3}

@@ -10,10 +10,10 @@ import pytest
 import torch
 from running import PAIR, SMALL, assert_bit_for_bit, call, read_log, script, started
 
-from common import checkpoint
-from common.errors import Terminated, UserError, exit_code
-from common.image_files import next_batch
-from common.run_folder import open_run, publish, save_run
+from common.data.image_files import next_batch
+from common.run import checkpoint
+from common.run.errors import Terminated, UserError, exit_code
+from common.run.folder import open_run, publish, save_run
 
 CODES = {signal.SIGKILL: -9, signal.SIGINT: 130, signal.SIGTERM: 143}
 

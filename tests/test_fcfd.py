@@ -10,8 +10,8 @@ from common.bridges import build_bridges
 from common.fcfd import fcfd_terms, forward_paths
 from common.models import build
 from common.multipath_bn import track_paths
-from common.optimizer import sgd
 from common.paths import MixedPath, candidate_paths, sample_paths
+from common.run.optimizer import sgd
 
 WIDER = [  # (teacher, student): the ten published pairs, and one that bridges everything at equal size
     ("wrn_40_2", "wrn_16_2"),

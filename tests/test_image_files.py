@@ -10,10 +10,10 @@ from running import image_files
 from torchvision import transforms
 from torchvision.transforms import functional
 
-from common.data import normalise
-from common.errors import UserError
-from common.image_files import MEAN, STD, ImageFiles, Shard, eval_loader, list_files, train_loader
+from common.data.batches import normalise
+from common.data.image_files import MEAN, STD, ImageFiles, Shard, eval_loader, list_files, train_loader
 from common.randomness import seed_of
+from common.run.errors import UserError
 
 CPU = torch.device("cpu")
 

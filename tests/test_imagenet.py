@@ -16,12 +16,12 @@ from torchvision import models
 
 import imagenet
 from common.bridges import build_bridges, feature_shapes
-from common.errors import UserError
+from common.data.image_files import ImageFiles, Shard, list_files, train_loader
 from common.fcfd import TERMS, fcfd_terms, forward_paths
-from common.image_files import ImageFiles, Shard, list_files, train_loader
 from common.models import IMAGENET_NETWORKS, build_imagenet
 from common.multipath_bn import track_paths
 from common.paths import candidate_paths, sample_paths
+from common.run.errors import UserError
 
 SMALL = ["--image-size", 32, "--batch-size", 8, "--lr", 0.01, "--workers", 0, "--device", "cpu"]
 PAIR = ["--teacher", "resnet18", "--student", "MobileNetV1", *SMALL]

@@ -3,8 +3,8 @@ import math
 import pytest
 import torch
 
-from common.errors import UserError
 from common.losses import dkd, kl, l2
+from common.run.errors import UserError
 
 
 def dkd_by_definition(logits, target, temperature, labels, tckd, nckd):

@@ -7,8 +7,8 @@ import pytest
 import torch
 from torch import nn
 
-from common.errors import UserError
 from common.models import NETWORKS, build, pool
+from common.run.errors import UserError
 
 LISTED = json.loads((Path(__file__).parent / "data" / "cifar_checkpoints.json").read_text())
 

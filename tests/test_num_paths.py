@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from ablations import complexity, num_paths
-from common.earlier_runs import read_config
+from common.run.earlier_runs import read_config
 
 
 def test_smoke(tmp_path, capsys):

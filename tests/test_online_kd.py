@@ -17,10 +17,10 @@ from running import PAIR, SMALL, assert_bit_for_bit, read_log
 import cifar100
 import online_kd
 from common.bridges import build_bridges
-from common.data import train_batches
+from common.data.batches import train_batches
+from common.data.sources import load_data
 from common.models import build
 from common.paths import candidate_paths, sample_paths
-from common.sources import load_data
 
 call, script = (partial(function, module=online_kd) for function in (running.call, running.script))
 TERMS = ("task", "kd", "app", "func_l2", "func_kl", "func_prime", "teacher_task", "teacher_kd")

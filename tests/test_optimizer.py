@@ -1,7 +1,7 @@
 import pytest
 import torch
 
-from common.optimizer import sgd
+from common.run.optimizer import sgd
 
 OPTIONS = {"momentum": 0.9, "weight_decay": 0.1, "nesterov": True}
 

@@ -2,9 +2,9 @@ from collections import Counter
 
 import pytest
 
-from common.errors import UserError
 from common.paths import MixedPath, candidate_paths, sample_paths
 from common.randomness import generator
+from common.run.errors import UserError
 
 
 @pytest.mark.parametrize(("stages", "ks"), [(4, {2, 3}), (5, {2, 3, 4})])

@@ -7,9 +7,9 @@ from argparse import Namespace
 import pytest
 
 import online_kd
-from ablations import baselines, compare, components, loss_terms, partial, positions, tables
+from ablations import compare, components, loss_terms, partial, positions, tables, train_baseline
 from ablations.tables import ALONE, PAIRS_L2, Row
-from common.errors import UserError
+from common.run.errors import UserError
 
 SCRIPTS = (components, loss_terms, partial, positions)
 GIVEN = {"epochs": 3}
@@ -122,7 +122,7 @@ def test_each_row_takes_what_it_has_a_use_for():
     assert taken("fcfd", w_app=0, num_paths=4) == everything | {"w_app": 0, "num_paths": 4}
     assert taken("fcfd", online_kd) == everything
     assert taken("dml", online_kd) == {"lr": 5, "temperature": 6}
-    assert taken("crd", baselines) == {"lr": 5}
+    assert taken("crd", train_baseline) == {"lr": 5}
 
 
 def test_folders_are_named_by_what_was_given(tmp_path, monkeypatch):

@@ -11,7 +11,7 @@ from running import call
 from torch import nn
 
 from ablations import branches, tsne
-from common.data import ImageSet
+from common.data.batches import ImageSet
 
 SMOKE = ["--smoke", "--devices", "cpu"]
 

@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from ..errors import UserError
+from ..run.errors import UserError
 
 LARGEST = 10**5  # pixels: pycocotools counts areas of up to its square
 

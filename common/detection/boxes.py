@@ -11,7 +11,7 @@ from torch import Tensor
 from torchvision.models.detection import FasterRCNN
 from torchvision.utils import draw_bounding_boxes
 
-from ..errors import UserError
+from ..run.errors import UserError
 from .coco import Split, evenly
 from .images import BoxedImages, load
 

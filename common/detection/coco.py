@@ -22,7 +22,7 @@ from typing import Any
 
 import numpy as np
 
-from ..errors import UserError
+from ..run.errors import UserError
 from .annotations import Annotations, read_annotations
 from .detectors import MAX_SIZE
 

@@ -10,8 +10,8 @@ from torchvision.models.detection import FasterRCNN, FasterRCNN_ResNet50_FPN_Wei
 from torchvision.models.detection.backbone_utils import BackboneWithFPN, resnet_fpn_backbone
 from torchvision.ops import FrozenBatchNorm2d
 
-from ..checkpoint import load, load_weights, read_weights, torchvision_weights, weights_of
-from ..errors import OtherNetworkError, UserError
+from ..run.checkpoint import load, load_weights, read_weights, torchvision_weights, weights_of
+from ..run.errors import OtherNetworkError, UserError
 
 LEVELS = ("0", "1", "2", "3", "pool")  # of the FPN, as torchvision names them: strides 4, 8, 16, 32 and 64
 ROI_LEVELS = LEVELS[:4]  # those that ROI heads read

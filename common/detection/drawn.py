@@ -14,9 +14,9 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from ..errors import UserError, exit_code
-from ..settings import Parser
-from ..synthetic import SHAPES, TEXTURES, paste
+from ..data.synthetic import SHAPES, TEXTURES, paste
+from ..run.errors import UserError, exit_code
+from ..run.options import Parser
 
 CLASSES = ("star", "cross", "ring", "triangle")
 OTHERS = ("disc", "hexagon", "trefoil", "square")  # of the clutter

@@ -9,8 +9,8 @@ import torch
 from torch import Tensor
 from torchvision.models.detection import FasterRCNN
 
-from ..distributed import all_of_ranks, from_rank_0, rank
-from ..errors import UserError
+from ..run.distributed import all_of_ranks, from_rank_0, rank
+from ..run.errors import UserError
 from .images import Sample
 
 METRICS = ("AP", "AP50", "AP75", "APs", "APm", "APl")  # in the order of pycocotools' summary

@@ -14,10 +14,10 @@ import numpy as np
 import torch
 from torch.utils.data import DataLoader, Dataset
 
-from ..errors import UserError
-from ..image_files import ignore_interrupts, next_batch
+from ..data.image_files import ignore_interrupts, next_batch
+from ..data.sources import open_rgb
 from ..randomness import generator, seed_of
-from ..sources import open_rgb
+from ..run.errors import UserError
 from .coco import Split
 
 # An image, its "boxes" [n, 4] (x1, y1, x2, y2 in pixels) and "labels" [n] (1..K). Read, these are arrays, the image

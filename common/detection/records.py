@@ -1,4 +1,4 @@
-"""What a run of detection.py leaves in its --out beside last.pt, and what it prints; compare common/run_folder.py.
+"""What a run of detection.py leaves in its --out beside last.pt, and what it prints; compare common/run/folder.py.
 
 Its state counts iterations. The log has a row at each checkpoint that is due, with METRICS where there was a test.
 """
@@ -10,8 +10,8 @@ from typing import Any
 import torch
 from tqdm import tqdm
 
-from .. import run_folder
-from ..checkpoint import save
+from ..run import folder as run_folder
+from ..run.checkpoint import save
 from .evaluation import METRICS
 from .fcfd import TASK_LOSSES, TERMS
 

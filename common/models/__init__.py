@@ -6,7 +6,7 @@ Those for 32x32 images carry the names of the field's shared CIFAR checkpoints, 
 import difflib
 from collections.abc import Callable
 
-from ..errors import UserError
+from ..run.errors import UserError
 from .imagenet_resnet import ImageNetResNet
 from .mobilenetv1 import MobileNetV1
 from .mobilenetv2 import MobileNetV2

@@ -53,7 +53,7 @@ def exit_code(
 
     Args:
         interrupted: what to say of an interrupt.
-        rank: the number of this process among several (common/distributed.py).
+        rank: the number of this process among several (common/run/distributed.py).
         smaller: what takes less memory, beside a smaller batch.
     """
 

@@ -9,7 +9,7 @@ import yaml
 from .device import AMP
 from .errors import UserError
 
-ALL_SETTINGS: dict[str, Any] = yaml.safe_load(Path(__file__).with_name("settings.yaml").read_text())  # by script
+ALL_SETTINGS: dict[str, Any] = yaml.safe_load((Path(__file__).parents[1] / "published.yaml").read_text())  # by script
 COUNTS = ("epochs", "teacher_epochs", "batch_size", "iterations", "save_every", "eval_every", "rois", "visualize")
 LARGEST = 10**9  # beyond any setting's sense, within what every computation with it can take
 
@@ -56,7 +56,7 @@ class Parser(argparse.ArgumentParser):
 
 
 def term_weights(pair: dict[str, float]) -> dict[str, float]:
-    """The weight of each term of Eq. 9 for a pair's row in settings.yaml."""
+    """The weight of each term of Eq. 9 for a pair's row in published.yaml."""
     l2, kl = pair["w_l2"], pair["w_kl"]
     return {"task": 1, "kd": 1, "app": l2, "func_l2": l2, "func_kl": kl, "func_prime": kl}
 

@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .randomness import generator
+from ..randomness import generator
 
 SIZE = 32
 PAD = 4

@@ -8,9 +8,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .errors import UserError
-from .losses import l2
-from .models import pool
+from common.losses import l2
+from common.models import pool
+from common.run.errors import UserError
 
 
 class ABF(nn.Module):

@@ -11,8 +11,8 @@ import torch
 from PIL import Image
 from torchvision import datasets
 
-from .data import SIZE, Data, ImageSet
-from .errors import UserError
+from ..run.errors import UserError
+from .batches import SIZE, Data, ImageSet
 from .synthetic import CLASSES, synthetic_images
 
 SYNTHETIC_TRAIN, SYNTHETIC_TEST = 5000, 2000  # images

@@ -4,8 +4,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .errors import UserError
-from .models import pool
+from common.models import pool
+from common.run.errors import UserError
 
 
 class CRD(nn.Module):

@@ -1,7 +1,7 @@
 """The published methods that FCFD is compared with, by the settings of their own field.
 
-    python ablations/baselines.py --method reviewkd --teacher resnet32x4 --student resnet8x4     or crd, or simkd
-    python ablations/baselines.py --smoke                       all three, the whole way with two small networks
+    python ablations/train_baseline.py --method reviewkd --teacher resnet32x4 --student resnet8x4     or crd, or simkd
+    python ablations/train_baseline.py --smoke                       all three, the whole way with two small networks
 
 ReviewKD  Chen, Liu, Zhao, Jia: Distilling Knowledge via Knowledge Review, CVPR 2021
 CRD       Tian, Krishnan, Isola: Contrastive Representation Distillation, ICLR 2020
@@ -13,7 +13,7 @@ frozen and in evaluation mode; cross entropy + weight * the method's loss, no KD
 The teacher is found, or trained first by cifar100.py, whose options and files these are. `cifar100.py --student NAME
 --evaluate FILE` tests a student, with --simkd and --teacher NAME if it is SimKD's.
 
-ReviewKD is in common/reviewkd.py, CRD in common/crd.py, SimKD's projector in common/simkd.py: each can be taken out by
+ReviewKD and CRD are in ablations/baselines/, SimKD's projector in common/simkd.py: each can be taken out by
 itself. Here, from top to bottom: a step of any of them, the settings, the networks, the training loop.
 """
 
@@ -32,22 +32,23 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 import cifar100
-from common import earlier_runs, run_folder
+from ablations.baselines.crd import CRD
+from ablations.baselines.reviewkd import ReviewKD
 from common.bridges import feature_shapes
-from common.checkpoint import load_network
-from common.crd import CRD
-from common.data import SIZE, Data, ImageSet, eval_batches, train_batches
-from common.device import AMP, open_device
-from common.errors import LossNotFiniteError, UserError, exit_code
-from common.evaluation import evaluate
+from common.data.batches import SIZE, Data, ImageSet, eval_batches, train_batches
+from common.data.sources import load_data
 from common.losses import l2
 from common.models import StagedNet, build, check_name
-from common.optimizer import sgd
 from common.randomness import seed_of
-from common.reviewkd import ReviewKD
-from common.settings import ALL_SETTINGS, Parser, check_ranges, fill
+from common.run import earlier_runs
+from common.run import folder as run_folder
+from common.run.checkpoint import load_network
+from common.run.device import AMP, open_device
+from common.run.errors import LossNotFiniteError, UserError, exit_code
+from common.run.evaluation import evaluate
+from common.run.optimizer import sgd
+from common.run.options import ALL_SETTINGS, Parser, check_ranges, fill
 from common.simkd import SimKDStudent, build_simkd, cost_line
-from common.sources import load_data
 
 SETTINGS = ALL_SETTINGS["baselines"]
 DEFAULTS = SETTINGS["defaults"]
@@ -138,7 +139,7 @@ def parse_args(argv: list[str] | None) -> dict:
     parser.add_image_set_options()
     add("--epochs", type=int, metavar="N", help="default: 240; the milestones scale with it")
     add("--batch-size", type=int, metavar="N", help="default: 64")
-    add("--lr", type=float, help="default: the student's in common/settings.yaml")
+    add("--lr", type=float, help="default: the student's in common/published.yaml")
     parser.add_run_options()
     add(
         "--smoke", action="store_true", help="the whole way with two small networks, in seconds; by default each method"

@@ -20,9 +20,9 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 from torchvision import transforms
 
-from .data import normalise
-from .errors import UserError, heed_signals
-from .randomness import generator, seed_of
+from ..randomness import generator, seed_of
+from ..run.errors import UserError, heed_signals
+from .batches import normalise
 from .sources import image_folder, open_rgb, spread
 
 MEAN = (0.485, 0.456, 0.406)  # of ImageNet
