@@ -1,381 +1,299 @@
-"""FCFD on CIFAR-100 (Sec. 3.1 and 3.2): distil a teacher into a student, or train one network alone.
+"""FCFD on CIFAR-100 (Sec. 3.1, 3.2): distill a teacher into a student, or train one network alone.
 
-    python cifar100.py --teacher resnet32x4 --student resnet8x4     distil; the teacher is found, or trained first
+    python cifar100.py --teacher resnet32x4 --student resnet8x4     distill; the teacher is found, or trained first
     python cifar100.py --student resnet8x4                          train a network alone: a teacher, a baseline
-    python cifar100.py --student resnet8x4 --evaluate FILE          test any checkpoint in the field's format
+    python cifar100.py --student resnet8x4 --evaluate FILE          test a checkpoint
 
-The method itself is in common/fcfd.py. Here, from top to bottom: the settings, the networks, the teacher, the
-training loop, and what a call of the script does with them.
+The data paths and loss terms of the method are in common/fcfd.py.
 """
 
 import glob
 import math
 import sys
-import time
 from argparse import Namespace
 from functools import partial
 from pathlib import Path
 
 import torch
-import torch.nn.functional as F
 from tqdm import tqdm
 
-from common.bridges import Bridges, connect
+from common.bridges import build_bridges
 from common.data.batches import SIZE, Data, eval_batches, train_batches
-from common.data.sources import load_data
-from common.fcfd import L2_TERMS, TERMS, VARIANTS, fcfd_terms, forward_paths
+from common.data.sources import load_data, load_test
+from common.fcfd import EQ_9, TERMS, fcfd_terms, forward_paths, needs_all_bridges, plan_paths, term_weights
 from common.losses import dkd, kl
-from common.models import StagedNet, build, check_name
-from common.multipath_bn import plain_state_dict, track_paths
-from common.paths import MixedPath, sample_paths
+from common.models import NETWORKS, build
+from common.multipath_bn import track_paths
+from common.paths import sample_paths
 from common.run import earlier_runs
-from common.run import folder as run_folder
 from common.run.checkpoint import load_network
 from common.run.device import AMP, open_device
-from common.run.errors import LossNotFiniteError, UserError, exit_code
+from common.run.errors import LossNotFiniteError, UserError, exit_code, user_errors
 from common.run.evaluation import evaluate
 from common.run.optimizer import sgd
-from common.run.options import ALL_SETTINGS, Parser, check_ranges, fill, term_weights
+from common.run.options import PUBLISHED, Parser, count, count_or_zero, name_in, option, positive, set_defaults, weight
+from common.run.run import Meter, Run, stored_options
 from common.simkd import build_simkd, cost_line
 
-SETTINGS = ALL_SETTINGS["cifar100"]
-DEFAULTS = SETTINGS["defaults"]
-METHODS = {"kd": ("task", "kd"), "app": ("task", "kd", "app"), "fcfd": TERMS}  # the terms that each one weighs
-LATER = ("kd_loss", "tckd", "nckd", "simkd", "w_func_partial", "w_func_prime_l2")
-ADDED = {key: DEFAULTS[key] for key in LATER}  # what runs of earlier versions lack
-DISTILLATION = ("method", "teacher_ckpt", "teacher_epochs", "teacher_bn", "temperature", "num_paths", "positions")
-DISTILLATION += (*ADDED, *(f"w_{term}" for term in TERMS))  # the settings without a meaning for a network alone
+SETTINGS = PUBLISHED["cifar100"]
+METHODS = {"kd": ("task", "kd"), "app": ("task", "kd", "app"), "fcfd": EQ_9}  # the terms of each method
 
 
-# --------------------------------------------------------------------------------------------------- settings
+# ---------------------------------------------------------------------------------------------------- arguments
 
 
-def parse_args(argv: list[str] | None) -> dict:
-    """The options that were given, and no others."""
+def parse_args(argv: list[str] | None = None, stored: dict | None = None) -> Namespace:
+    """The options as given, else those `stored` by the run that is resumed, else the published settings."""
     parser = Parser(__doc__)
     add = parser.add_argument
-    add("--teacher", metavar="NAME", help="without it --student is trained alone")
-    add("--student", metavar="NAME", required=True)
-    add("--method", choices=METHODS, help="fcfd (default), kd: L_task + L_kd, app: adds L_app")
-    add("--teacher-ckpt", metavar="FILE", help="default: an earlier run's beside --out, else it is trained first")
-    add("--teacher-epochs", type=int, metavar="N", help="of a teacher that is trained first (default: --epochs)")
-    add("--teacher-bn", choices=("batch", "running"), help="statistics behind p_t and F_t (default: batch)")
-    for term in TERMS:
-        add(f"--w-{term.replace('_', '-')}", type=float, metavar="W", help=f"weight of {term}; 0 leaves it out")
-    add("--w-func-partial", type=float, metavar="W", help="weight of L_func-partial of App. H.4 (default: 0)")
-    add("--w-func-prime-l2", type=float, metavar="W", help="weight of L_func'-L2 of App. G (default: 0)")
-    add("--kd-loss", choices=("kl", "dkd"), help="what compares logits with the teacher's (default: kl)")
-    add("--tckd", type=float, metavar="W", help="weight of DKD's part on the label (default: 1)")
-    add("--nckd", type=float, metavar="W", help="weight of DKD's part on the other classes (default: 2)")
-    add("--simkd", action="store_true", help="SimKD's projector and the teacher's classifier end the student")
-    add("--temperature", type=float, metavar="T", help="of every KL term")
-    add("--num-paths", type=int, metavar="N", help="|S|, the mixed paths drawn in a step (default: 2)")
+    add("--student", type=name_in(NETWORKS), required=True, metavar="NAME", help=", ".join(NETWORKS))
+    add("--teacher", type=name_in(NETWORKS), metavar="NAME", help="omit to train --student alone")
+    add("--epochs", type=count, default=SETTINGS["epochs"], metavar="N", help="the milestones scale with it")
+    add("--batch-size", type=count, default=SETTINGS["batch_size"], metavar="N")
+    add("--lr", type=positive, help="default: the pair's")
+    add("--evaluate", metavar="FILE", help="only test this checkpoint of --student (with --simkd also give --teacher)")
+    distillation = parser.add_argument_group("distillation")
+    add = distillation.add_argument
+    add("--method", choices=METHODS, default="fcfd", help="kd: L_task + L_kd; app: adds L_app; fcfd: all of Eq. 9")
+    add("--teacher-ckpt", metavar="FILE", help="default: an earlier run's next to --out, else it is trained first")
+    add("--teacher-epochs", type=count, metavar="N", help="of a teacher that is trained first (default: --epochs)")
+    add("--teacher-bn", choices=("batch", "running"), default="batch", help="statistics behind p_t and F_t")
+    add("--temperature", type=positive, metavar="T", help="of every KL (default: the pair's)")
+    for name in TERMS:
+        add(option(f"w_{name}"), type=weight, metavar="W", help=f"weight of {name} (default: the method's and pair's)")
+    add("--num-paths", type=count_or_zero, metavar="N", help="|S|, mixed paths sampled per step (default: 2)")
     add("--positions", type=int, nargs="+", metavar="K", help="stages that mixed paths leave (default: 2..N-1)")
-    parser.add_image_set_options()
-    add("--epochs", type=int, metavar="N", help="default: 240; the milestones scale with it")
-    add("--batch-size", type=int, metavar="N", help="default: 64")
-    add("--lr", type=float, help="default: the pair's in common/published.yaml")
+    add("--kd-loss", choices=("kl", "dkd"), default="kl", help="what compares logits with the teacher's")
+    add("--tckd", type=weight, default=1, metavar="W", help="weight of DKD's part on the label")
+    add("--nckd", type=weight, default=2, metavar="W", help="weight of DKD's part on the other classes")
+    add("--simkd", action="store_true", help="replace the student's classifier by SimKD's projector and the teacher's")
+    parser.add_data_options()
     parser.add_run_options()
-    add("--evaluate", metavar="CKPT", help="only test this checkpoint of --student (--simkd: and --teacher)")
-    return parser.given(argv)
+    args = parser.parse(argv, stored)
+
+    args.out = args.out or f"runs/{run_name(args)}"
+    if args.resume and stored is None and not only_teacher_begun(args):
+        return parse_args(argv, stored_options(args))
+    args.resume = args.resume and stored is not None
+
+    lr = SETTINGS["lr"].get(args.student, SETTINGS["lr"]["other"])
+    if args.teacher:
+        pair = SETTINGS["pairs"].get(f"{args.teacher}-{args.student}", {"lr": lr, **SETTINGS["other"]})
+        weights = term_weights(METHODS[args.method], pair["w_l2"], pair["w_kl"])
+        set_defaults(args, lr=pair["lr"], temperature=pair["temperature"], teacher_epochs=args.epochs)
+    else:
+        parser.refuse(args, distillation, "is about distillation: also give --teacher")
+        weights = term_weights(("task",), 0, 0)
+        set_defaults(args, lr=lr)
+        args.method = args.teacher_bn = None
+    set_defaults(args, **{f"w_{name}": value for name, value in weights.items()})
+    if {"teacher_ckpt", "teacher_epochs"} <= args.given:
+        parser.error("--teacher-epochs is for a teacher that is trained first: omit it, or --teacher-ckpt")
+    if args.kd_loss != "dkd" and args.given & {"tckd", "nckd"}:
+        parser.error("--tckd and --nckd are weights inside DKD: also give --kd-loss dkd")
+    return args
 
 
-def settle(given: dict, stored: dict) -> Namespace:
-    """All settings of a run: as given, else as stored by the run that is resumed, else the paper's.
+def run_name(args: Namespace) -> str:
+    """The name of the default output folder."""
+    data = f"folder-{Path(args.data_dir).resolve().name}" if args.dataset == "folder" else args.dataset
+    subset = f"-subset{args.subset}" if args.subset else ""
+    networks = f"{args.teacher}-{args.student}-{method_name(args)}" if args.teacher else f"{args.student}-alone"
+    return f"{data}{subset}-{networks}-{args.epochs}ep-seed{args.seed}"
+
+
+def method_name(args: Namespace) -> str:
+    """The method with what it is combined with: fcfd, kd-dkd, fcfd-dkd-simkd."""
+    return f"{args.method}{'-dkd' * (args.kd_loss == 'dkd')}{'-simkd' * args.simkd}"
+
+
+def learning_rate(args: Namespace, epoch: int) -> float:
+    """--lr, divided by 10 at each milestone (150, 180 and 210 of 240 epochs)."""
+    passed = sum(epoch >= round(m / SETTINGS["epochs"] * args.epochs) for m in SETTINGS["milestones"])
+    return args.lr / 10**passed
+
+
+def warmed_up(weights: dict[str, float], args: Namespace, epoch: int) -> dict[str, float]:
+    """The weights in this epoch: those of L2 terms rise linearly over 20 epochs, or 1/12 of a shorter run."""
+    factor = min(1.0, (epoch + 1) / (SETTINGS["warmup_epochs"] * min(1, args.epochs / SETTINGS["epochs"])))
+    return {name: value * factor if TERMS[name].features else value for name, value in weights.items()}
+
+
+# ----------------------------------------------------------------------------------------------------- networks
+
+
+def build_networks(args: Namespace, num_classes: int):
+    """(student, teacher, bridges, candidate paths, weights by term); None for what the run does not need.
 
     Raises:
-        UserError: one is out of range, or contradicts the others.
+        ValueError: the networks do not match, or an option is out of range.
     """
-    c = Namespace(**{**DEFAULTS, **stored, **given})
-    for name in filter(None, (c.student, c.teacher)):
-        check_name(name)
-    lr = SETTINGS["lr"].get(c.student, SETTINGS["lr"]["other"])
-    if "teacher_ckpt" in given and "teacher_epochs" in given:
-        raise UserError("--teacher-epochs is of a teacher trained first, not of --teacher-ckpt: give one of them")
-    if c.teacher:
-        pair = SETTINGS["pairs"].get(f"{c.teacher}-{c.student}", SETTINGS["other"] | {"lr": lr})
-        c.method = c.method or DEFAULTS["method"]
-        weights, chosen = term_weights(pair), METHODS[c.method]
-    else:
-        if misplaced := [key for key in DISTILLATION if key in given]:
-            raise UserError(f"--{misplaced[0].replace('_', '-')} is about distillation: name the --teacher too")
-        c.method, c.teacher_bn, pair = None, None, {"lr": lr, "temperature": None}
-        weights, chosen = {"task": 1}, ("task",)
-
-    if c.kd_loss != "dkd" and (misplaced := [key for key in ("tckd", "nckd") if key in given]):
-        raise UserError(f"--{misplaced[0]} is a weight inside DKD: give --kd-loss dkd too")
-    c.positions = c.positions and sorted(set(c.positions))
-    follows = {f"w_{term}": weights[term] if term in chosen else 0 for term in TERMS}
-    follows |= {"lr": pair["lr"], "temperature": pair["temperature"], "teacher_epochs": c.teacher and c.epochs}
-    follows |= {"device": "cuda" if torch.cuda.is_available() else "cpu", "out": f"runs/{run_name(c)}"}
-    fill(c, follows)
-    c.amp = c.amp or ("fp16" if c.device.startswith("cuda") else "off")
-    check_ranges(c)
-    return c
+    torch.manual_seed(args.seed)  # every method starts from the same student
+    student, teacher = build(args.student, num_classes), None
+    weights = {name: getattr(args, f"w_{name}") for name in TERMS}
+    if not args.teacher:
+        return student, None, None, [], {"task": args.w_task}
+    teacher = build(args.teacher, num_classes).requires_grad_(False)
+    if args.simkd:
+        student = build_simkd(student, teacher, SIZE)
+        if student.num_stages in (args.positions or []):
+            raise ValueError(f"--positions {student.num_stages}: with --simkd, mixed paths cannot leave the last stage")
+    args.positions = sorted(set(args.positions or range(2, student.num_stages)))
+    weights, candidates, args.num_paths = plan_paths(weights, student.num_stages, args.positions, args.num_paths)
+    for name in TERMS:
+        if f"w_{name}" in args.given and getattr(args, f"w_{name}") and name not in weights:
+            raise ValueError(f"{option(f'w_{name}')}: there is no mixed path at --positions that this term reads")
+    if args.kd_loss == "dkd" and num_classes < 2:
+        raise ValueError("--kd-loss dkd needs at least two classes")
+    bridges = None
+    if args.num_paths or needs_all_bridges(weights):
+        bridges = build_bridges(teacher, student, SIZE, [path.k for path in candidates if path.delta == 0])
+    for net in (student, teacher):
+        track_paths(net, sorted({path.k for path in candidates}))
+    return student, teacher, bridges, candidates, weights
 
 
-def run_name(c: Namespace) -> str:
-    """The name of a run's folder where none is given."""
-    data = f"folder-{Path(c.data_dir).resolve().name}" if c.dataset == "folder" else c.dataset
-    subset = f"-subset{c.subset}" if c.subset else ""
-    networks = f"{c.teacher}-{c.student}-{method_name(c)}" if c.teacher else f"{c.student}-alone"
-    return f"{data}{subset}-{networks}-{c.epochs}ep-seed{c.seed}"
+# ------------------------------------------------------------------------------------------------------ teacher
 
 
-def method_name(c: Namespace) -> str:
-    """The method with what it is combined with: fcfd, kd-dkd, fcfd-dkd-simkd."""
-    return f"{c.method}{'-dkd' * (c.kd_loss == 'dkd')}{'-simkd' * c.simkd}"
+def find_teacher(args: Namespace, data: Data) -> str | None:
+    """The teacher's checkpoint: --teacher-ckpt, that of an earlier run, or trained now; None if time ran out."""
+    if args.teacher_ckpt:
+        print(f"teacher: {args.teacher_ckpt}")
+        return args.teacher_ckpt
+    if found := earlier_runs.find_network(Path(args.out).parent, args.teacher, data.fingerprint, args.teacher_epochs):
+        print(f"teacher: {found}, from an earlier run")
+        return str(found)
 
-
-def learning_rate(c: Namespace, epoch: int) -> float:
-    """lr, times 0.1 at each milestone; the milestones 150, 180, 210 of 240 epochs scale with the epochs."""
-    return c.lr / 10 ** sum(epoch >= round(milestone / 240 * c.epochs) for milestone in SETTINGS["milestones"])
-
-
-def l2_warmup(c: Namespace, epoch: int) -> float:
-    """The factor on the weight of every L2 term: linear over 20 epochs, or a twelfth of a shorter run."""
-    return min(1.0, (epoch + 1) / (SETTINGS["warmup_epochs"] * min(1, c.epochs / 240)))
-
-
-# --------------------------------------------------------------------------------------------------- networks
-
-
-def build_networks(c: Namespace, num_classes: int):
-    """(student, teacher, bridges, candidate paths), None where not wanted; settles c.num_paths and c.positions."""
-    torch.manual_seed(c.seed)  # the same seed starts every method from the same student
-    student = build(c.student, num_classes)
-    if not c.teacher:
-        return student, None, None, []
-    teacher = build(c.teacher, num_classes).requires_grad_(False)
-    if c.simkd:
-        student, last = build_simkd(student, teacher, SIZE), student.num_stages
-        if last in (c.positions or []):
-            raise UserError(f"--positions {last}: with --simkd no path changes there, choose from 2..{last - 1}")
-    return student, teacher, *connect(c, teacher, student, SIZE)
-
-
-# ---------------------------------------------------------------------------------------------------- teacher
-
-
-def teacher_name(c: Namespace) -> str:
-    """The folder in which the teacher is trained first, beside this run's: the one that its own run would have."""
-    alone = {"teacher": None, "student": c.teacher, "epochs": c.teacher_epochs or c.epochs}
-    return run_name(Namespace(**vars(c) | alone))
-
-
-def train_teacher(c: Namespace, data: Data, deadline: float) -> Path | None:
-    """Train the teacher alone by the published schedule, or go on where that stopped; None if time ran out."""
-    folder = Path(c.out).parent / teacher_name(c)
-    if (config := earlier_runs.read_config(folder)) and config.get("fingerprint") != c.fingerprint:
-        folder = folder.with_name(f"{folder.name}-{c.fingerprint[:8]}")  # the same name, but other data
-    if folder.resolve() == Path(c.out).resolve():
-        raise UserError(f"{folder} is where the teacher is trained first: choose another --out")
-    given = {"student": c.teacher, "epochs": c.teacher_epochs, "out": str(folder)}
-    given["batch_size"] = min(DEFAULTS["batch_size"], len(data.train))
-    given |= {key: getattr(c, key) for key in ("dataset", "data_dir", "subset", "test_subset", "seed", "device", "amp")}
-    print(f"teacher: training {c.teacher} for {c.teacher_epochs} epochs in {folder}", flush=True)
+    folder = Path(args.out).parent / teacher_name(args)
+    if (config := earlier_runs.read_config(folder)) and config.get("fingerprint") != data.fingerprint:
+        folder = folder.with_name(f"{folder.name}-{data.fingerprint[:8]}")  # the same name, but other data
+    if folder.resolve() == Path(args.out).resolve():
+        raise UserError(f"the teacher is trained first in {folder}: choose another --out")
+    options = {"student": args.teacher, "epochs": args.teacher_epochs, "out": folder}
+    options["batch_size"] = min(SETTINGS["batch_size"], len(data.train))
+    options |= {key: getattr(args, key) for key in ("dataset", "data_dir", "subset", "test_subset")}
+    options |= {key: getattr(args, key) for key in ("seed", "device", "amp")}
+    words = [f"{option(key)}={value}" for key, value in options.items() if value is not None]
+    print(f"teacher: training {args.teacher} for {args.teacher_epochs} epochs in {folder}", flush=True)
     try:
-        finished = run(given, resume=(folder / "last.pt").exists(), deadline=deadline, data=data)
+        own = parse_args([*words, *["--resume"] * (folder / "last.pt").exists()])
+        own.deadline = args.deadline
+        return str(folder / "student.pth") if train(own, data) else None
     except (UserError, LossNotFiniteError) as error:
         raise type(error)(f"(the teacher in {folder}) {error}") from error
-    return folder / "student.pth" if finished else None
 
 
-# --------------------------------------------------------------------------------------------------- training
+def teacher_name(args: Namespace) -> str:
+    """The folder next to --out in which the teacher is trained first: the default one of that run."""
+    alone = {"teacher": None, "student": args.teacher, "epochs": args.teacher_epochs or args.epochs}
+    return run_name(Namespace(**vars(args) | alone))
 
 
-def train(
-    c: Namespace,
-    data: Data,
-    student: StagedNet,
-    teacher: StagedNet | None,
-    bridges: Bridges | None,
-    candidates: list[MixedPath],
-    state: dict | None,
-    deadline: float,
-) -> bool:
-    """Train from `state` (None: from the start) to the last epoch; False if `deadline` passed before that."""
-    device, out = torch.device(c.device), Path(c.out)
-    nets = {"student": student, "teacher": teacher, "bridges": bridges}
-    nets = {name: net for name, net in nets.items() if net is not None}
-    channels_last = student.channels_last and (teacher is None or teacher.channels_last)
-    if teacher:
-        for net in (student, teacher):
-            track_paths(net, sorted({path.k for path in candidates}))
-    for net in nets.values():
-        net.to(device, memory_format=torch.channels_last if channels_last else torch.preserve_format)
-
-    cuda = device.type == "cuda"
-    parameters = [p for net in nets.values() for p in net.parameters() if p.requires_grad]
-    optimizer = sgd(parameters, c.lr, momentum=0.9, weight_decay=5e-4, nesterov=True, fused=cuda)
-    amp = AMP[c.amp]
-    scaler = torch.amp.GradScaler(device.type, enabled=c.amp == "fp16")
-
-    if state:
-        run_folder.restore(out, state, {**nets, "optimizer": optimizer, "scaler": scaler})
-        optimizer.param_groups[0]["fused"] = cuda  # the device may be another one
-        run_folder.publish(out, state, {"student": plain_state_dict(student)})
-    else:
-        teacher_accuracy = evaluate(teacher, eval_batches(data.test, channels_last=channels_last)) if teacher else None
-        state = {"config": vars(c), "epoch": 0, "log": [], "best": {"top1": -1.0}, "teacher_accuracy": teacher_accuracy}
-    if teacher:
-        print(f"teacher: {state['teacher_accuracy']['top1']:.2f} % top-1 before distillation")
-
-    if cuda:
-        torch.cuda.reset_peak_memory_stats(device)
-    weights = {term: getattr(c, f"w_{term}") for term in (*TERMS, *VARIANTS) if getattr(c, f"w_{term}")}
-    steps = math.ceil(len(data.train) / c.batch_size)
-    for epoch in range(state["epoch"], c.epochs):
-        began = time.monotonic()
-        lr = optimizer.param_groups[0]["lr"] = learning_rate(c, epoch)
-        warmed = {term: w * l2_warmup(c, epoch) if term in L2_TERMS else w for term, w in weights.items()}
-        paths = sample_paths(candidates, c.num_paths or 0, steps, c.seed, epoch)
-        for name, net in nets.items():
-            net.train(name != "teacher" or c.teacher_bn == "batch")
-
-        # Nothing in a step makes the host wait for the device: what is to be known is summed there until the end.
-        sums = dict.fromkeys(("loss", *weights, "correct"), torch.zeros((), device=device))
-        bad_step = torch.full((), -1, device=device)
-        batches = train_batches(data.train, c.batch_size, c.seed, epoch, channels_last)
-        for step, (images, labels) in enumerate(tqdm(batches, f"epoch {epoch + 1}", steps, leave=False, disable=None)):
-            with torch.autocast(device.type, amp, enabled=amp is not None):
-                if teacher:
-                    flow = forward_paths(teacher, student, bridges, images, paths[step], app="app" in weights)
-                    logits = flow.student_logits
-                else:
-                    logits = student(images)
-            if teacher:
-                kd_loss = partial(dkd, labels=labels, tckd=c.tckd, nckd=c.nckd) if c.kd_loss == "dkd" else kl
-                terms = fcfd_terms(flow, labels, c.temperature, weights, kd_loss)
-            else:
-                terms = {"task": F.cross_entropy(logits.float(), labels)}
-            loss = sum(warmed[term] * value for term, value in terms.items())  # Eq. 9
-
-            optimizer.zero_grad(set_to_none=True)
-            scaler.scale(loss).backward()
-            scaler.step(optimizer)
-            scaler.update()
-
-            with torch.no_grad():
-                for name, value in (("loss", loss), *terms.items(), ("correct", (logits.argmax(1) == labels).sum())):
-                    sums[name] = sums[name] + value
-                bad_step = torch.where((bad_step < 0) & ~loss.isfinite(), step, bad_step)
-
-        if (bad := bad_step.item()) >= 0:
-            raise LossNotFiniteError(f"in epoch {epoch + 1}, step {bad + 1}")
-        if not all(tensor.isfinite().all() for net in nets.values() for tensor in net.state_dict().values()):
-            raise LossNotFiniteError(f"in the last step of epoch {epoch + 1}")
-        training_seconds = time.monotonic() - began
-        accuracy = evaluate(student, eval_batches(data.test, channels_last=channels_last))
-        row = {
-            "epoch": epoch + 1,
-            "lr": lr,
-            "loss": sums["loss"].item() / steps,
-            **{term: sums[term].item() / steps if term in sums else "" for term in dict.fromkeys((*TERMS, *weights))},
-            "train_top1": 100 * sums["correct"].item() / len(data.train),
-            "test_top1": accuracy["top1"],
-            "test_top5": accuracy["top5"],
-            "seconds": time.monotonic() - began,
-            "images_per_s": len(data.train) / training_seconds,
-            "peak_memory_mb": torch.cuda.max_memory_allocated(device) / 2**20 if cuda else "",
-        }
-        state["log"].append(row)
-        state["epoch"] = epoch + 1
-        if accuracy["top1"] > state["best"]["top1"]:
-            state["best"] = {"epoch": epoch + 1, **accuracy}
-        state |= {name: net.state_dict() for name, net in nets.items()}
-        state |= {"optimizer": optimizer.state_dict(), "scaler": scaler.state_dict()}
-        state["made_with"] = run_folder.made_with(device)
-        run_folder.save_run(out, state, {"student": plain_state_dict(student)})
-        run_folder.print_epoch(state)
-        if time.monotonic() > deadline and epoch + 1 < c.epochs:
-            print(f"stopped after {epoch + 1} of {c.epochs} epochs (--max-minutes): repeat the command with --resume")
-            return False
-    run_folder.report(state)
-    return True
+def only_teacher_begun(args: Namespace) -> bool:
+    """Whether the run to resume stopped while its teacher was trained; then it starts, and the teacher resumes."""
+    if not args.teacher or (Path(args.out) / "last.pt").exists():
+        return False
+    parent, name = Path(args.out).parent, teacher_name(args)
+    return any(map(earlier_runs.is_unfinished, [parent / name, *parent.glob(f"{glob.escape(name)}-*")]))
 
 
-# -------------------------------------------------------------------------------------------------------- run
+# ----------------------------------------------------------------------------------------------------- training
 
 
-def run(given: dict, resume: bool, deadline: float, data: Data | None = None) -> bool:
-    """One run from its settings to its files; False if `deadline` (of time.monotonic) came first.
-
-    Raises:
-        UserError: anything that is wrong with the input. All that can be checked is, before a teacher is trained.
-        LossNotFiniteError: training diverged.
-    """
-    c = Namespace(**DEFAULTS | given)
-    out = Path(c.out or f"runs/{run_name(c)}")
-    if resume and c.teacher and not (out / "last.pt").exists():
-        # Where only the teacher was begun, this run is a fresh one, and train_teacher resumes the teacher by itself.
-        folders = [out.parent / teacher_name(c), *out.parent.glob(f"{glob.escape(teacher_name(c))}-*")]
-        resume = not any(map(earlier_runs.is_unfinished, folders))
-    with run_folder.open_run(out, resume) as state:
-        stored = ADDED | state["config"] if state else {}
-        c = settle(given | {"out": str(out)}, stored)
-        run_folder.check_settings(stored, vars(c))
-        device = open_device(c.device)
-        if data is None:
-            data = load_data(c.dataset, c.data_dir, c.subset, c.test_subset)
-            data.train, data.test = data.train.to(device), data.test.to(device)
-        if c.batch_size > len(data.train):
-            raise UserError(f"--batch-size {c.batch_size}: there are only {len(data.train)} training images")
-        c.fingerprint = data.fingerprint
-        student, teacher, bridges, candidates = build_networks(c, len(data.classes))
-
-        task = f"{c.student} from {c.teacher} by {method_name(c)}" if c.teacher else f"{c.student} alone"
-        size = f"{len(data.train)} training and {len(data.test)} test images in {len(data.classes)} classes"
-        print(f"{task}, {c.epochs} epochs on {c.dataset}: {size}; {c.device}, amp {c.amp}; {c.out}")
-        if c.teacher and f"{c.teacher}-{c.student}" not in SETTINGS["pairs"]:
-            print(f"{c.teacher}-{c.student} is no published pair: settings not given are those of most pairs")
-        if c.teacher:
-            shown = (*TERMS, *(term for term in VARIANTS if getattr(c, f"w_{term}")))
-            weights = ", ".join(f"{term} {getattr(c, f'w_{term}'):g}" for term in shown)
-            paths = f"{c.num_paths} of {len(candidates)} paths"
-            print(f"lr {c.lr:g}, temperature {c.temperature:g}, weights: {weights}; {paths}")
-        if c.simkd:
-            print(cost_line(c.student, c.teacher, len(data.classes), SIZE))
-        run_folder.check_settings(stored, vars(c))  # now with what follows from data and networks
-        if state:
-            state["config"] = vars(c)
-        elif teacher:
-            if c.teacher_ckpt:
-                print(f"teacher: {c.teacher_ckpt}, as told")
-            elif found := earlier_runs.find_network(Path(c.out).parent, c.teacher, c.fingerprint, c.teacher_epochs):
-                print(f"teacher: {found}, from an earlier run")
-                c.teacher_ckpt = str(found)
-            elif trained := train_teacher(c, data, deadline):
-                c.teacher_ckpt = str(trained)
-            else:
+def train(args: Namespace, data: Data | None = None) -> bool:
+    """Train to the last epoch, or until the time limit; whether it was the last epoch."""
+    with Run(args, columns=EQ_9) as run:
+        device = open_device(args.device)
+        data = data or load_data(args.dataset, args.data_dir, args.subset, args.test_subset).to(device)
+        run.check_data(data.fingerprint)
+        if args.batch_size > len(data.train):
+            raise UserError(f"--batch-size {args.batch_size}: there are only {len(data.train)} training images")
+        with user_errors():
+            student, teacher, bridges, candidates, weights = build_networks(args, len(data.classes))
+        print_header(args, data, weights, candidates)
+        if teacher and not run.resumed:
+            args.teacher_ckpt = find_teacher(args, data)
+            if not args.teacher_ckpt:
                 return False
-            load_network(teacher, c.teacher_ckpt, c.teacher)
-        return train(c, data, student, teacher, bridges, candidates, state, deadline)
+            load_network(teacher, args.teacher_ckpt, args.teacher)
+
+        networks = [net for net in (student, teacher, bridges) if net is not None]
+        channels_last = all(net.channels_last for net in (student, teacher) if net is not None)
+        for net in networks:
+            net.to(device, memory_format=torch.channels_last if channels_last else torch.preserve_format)
+        parameters = [p for net in networks for p in net.parameters() if p.requires_grad]
+        fused = device.type == "cuda"
+        optimizer = sgd(parameters, args.lr, momentum=0.9, weight_decay=5e-4, nesterov=True, fused=fused)
+        scaler = torch.amp.GradScaler(device.type, enabled=args.amp == "fp16")
+        run.track(student=student, teacher=teacher, bridges=bridges, optimizer=optimizer, scaler=scaler)
+        if teacher:
+            if not run.resumed:
+                tests = eval_batches(data.test, channels_last=channels_last)
+                run.state["teacher_accuracy"] = evaluate(teacher, tests)
+            print(f"teacher: {run.state['teacher_accuracy']['top1']:.2f} % top-1 before distillation", flush=True)
+
+        steps = math.ceil(len(data.train) / args.batch_size)
+        for epoch in run.epochs():
+            lr = optimizer.param_groups[0]["lr"] = learning_rate(args, epoch)
+            warmed = warmed_up(weights, args, epoch)
+            for name, net in run.networks.items():
+                net.train(name != "teacher" or args.teacher_bn == "batch")
+            batches = train_batches(data.train, args.batch_size, args.seed, epoch, channels_last)
+            paths = sample_paths(candidates, args.num_paths or 0, steps, args.seed, epoch)
+            meter = Meter(device)
+            progress = tqdm(batches, f"epoch {epoch + 1}", steps, leave=False, disable=None)
+            for (images, labels), S in zip(progress, paths, strict=True):
+                with torch.autocast(device.type, AMP[args.amp], enabled=args.amp != "off"):
+                    flow = forward_paths(teacher, student, bridges, images, S, app=needs_all_bridges(weights))
+                kd_loss = partial(dkd, labels=labels, tckd=args.tckd, nckd=args.nckd) if args.kd_loss == "dkd" else kl
+                terms = fcfd_terms(flow, labels, args.temperature, weights, kd_loss)
+                loss = sum(warmed[name] * term for name, term in terms.items())  # Eq. 9
+
+                optimizer.zero_grad(set_to_none=True)
+                scaler.scale(loss).backward()
+                scaler.step(optimizer)
+                scaler.update()
+                meter.add(len(labels), loss, **terms, correct=(flow.student_logits.argmax(1) == labels).sum())
+            run.finish_steps(meter)
+            run.end_epoch(meter, lr, student=evaluate(student, eval_batches(data.test, channels_last=channels_last)))
+    return run.finished
 
 
-def evaluate_checkpoint(given: dict) -> None:
+def print_header(args: Namespace, data: Data, weights: dict[str, float], candidates: list) -> None:
+    task = f"{args.student} from {args.teacher} by {method_name(args)}" if args.teacher else f"{args.student} alone"
+    size = f"{len(data.train)} training and {len(data.test)} test images in {len(data.classes)} classes"
+    print(f"{task}, {args.epochs} epochs on {args.dataset}: {size}; {args.device}, amp {args.amp}; {args.out}")
+    if not args.teacher:
+        return
+    if f"{args.teacher}-{args.student}" not in SETTINGS["pairs"]:
+        print(f"{args.teacher}-{args.student} is not a published pair; using the default settings")
+    shown = ", ".join(f"{name} {weight:g}" for name, weight in weights.items())
+    paths = f"{args.num_paths} of {len(candidates)} paths"
+    print(f"lr {args.lr:g}, temperature {args.temperature:g}, weights: {shown}; {paths}")
+    if args.simkd:
+        print(cost_line(args.student, args.teacher, len(data.classes), SIZE))
+
+
+def evaluate_checkpoint(args: Namespace) -> None:
     """--evaluate: print the accuracy of a checkpoint on the test set."""
-    c = settle(given, {})
-    data, device = load_data(c.dataset, c.data_dir, c.subset, c.test_subset), open_device(c.device)
-    net, name = build(c.student, len(data.classes)), c.student
-    if c.simkd:
-        net, name = build_simkd(net, build(c.teacher, len(data.classes)), SIZE), f"{name} by SimKD from {c.teacher}"
-        print(cost_line(c.student, c.teacher, len(data.classes), SIZE))
-    load_network(net, given["evaluate"], name)
-    accuracy = evaluate(net.to(device), eval_batches(data.test.to(device)))
-    print(f"{c.student} {accuracy['top1']:.2f} % top-1, {accuracy['top5']:.2f} % top-5 on {len(data.test)} test images")
+    device = open_device(args.device)
+    test, classes = load_test(args.dataset, args.data_dir, args.test_subset)
+    net, name = build(args.student, len(classes)), args.student
+    if args.simkd and args.teacher:
+        net, name = build_simkd(net, build(args.teacher, len(classes)), SIZE), f"{name} by SimKD from {args.teacher}"
+        print(cost_line(args.student, args.teacher, len(classes), SIZE))
+    load_network(net, args.evaluate, name)
+    accuracy = evaluate(net.to(device), eval_batches(test.to(device)))
+    print(f"{args.student} {accuracy['top1']:.2f} % top-1, {accuracy['top5']:.2f} % top-5 on {len(test)} test images")
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Parse, then evaluate or run; the exit code is that of `exit_code`."""
+    """Train or evaluate, and return the exit code."""
 
     def script() -> None:
-        given = parse_args(argv)
-        resume = given.pop("resume", False)
-        if "evaluate" in given:
-            evaluate_checkpoint(given)
-        else:
-            run(given, resume, deadline=time.monotonic() + 60 * given.get("max_minutes", math.inf))
+        args = parse_args(argv)
+        evaluate_checkpoint(args) if args.evaluate else train(args)
 
     return exit_code(script)
 

@@ -1,38 +1,37 @@
-"""Function-Consistent Feature Distillation, Sec. 2: what flows in a step, and the losses on it.
+"""Function-Consistent Feature Distillation (Sec. 2): the data paths of a training step, and the losses on them.
 
-A network is a chain of stages M^1..M^N and a classifier C. In a step, images flow along
+A network is a chain of stages M^1..M^N and a classifier C. In a training step, images flow along
 
     two pure paths     teacher: F_t^1..F_t^N, logits C_t(F_t^N)       student: F_s^1..F_s^N, logits C_s(F_s^N)
     some mixed paths   <k, 1>:  F_s^k -> bridge B_st^k -> the teacher's stages k+1..N and its classifier
                        <k, 0>:  F_t^k -> bridge B_ts^k -> the student's stages k+1..N and its classifier
 
-A training loop draws a few mixed paths for each step (S, of size 2 in the paper; common/paths.py). `forward_paths`
-computes those and the pure ones; each loss term is a few lines on what it returns.
+The training loop samples a few mixed paths for each step (the set S, of size 2 in the paper; see paths.py).
+`forward_paths` computes the pure and the sampled mixed paths. Each loss term is a few lines on what it returns.
 
-Two features are close in L2 if their numbers are. They function alike if the rest of a network makes the same of
-them. L_app asks for the first, L_func and L_func' ask for the second: L_func with the teacher's later part as the
-judge of the student's feature, L_func' with the student's later part as the judge of the teacher's.
+Features are close in L2 if their values are close. They are close in function if the rest of a network turns them into
+the same output. L_app asks for the first; L_func and L_func' ask for the second. L_func lets the teacher's later stages
+judge the student's feature, and L_func' lets the student's later stages judge the teacher's feature.
 
-In every term of Eq. 9 the teacher's side is the target and is detached (in common/losses.py).
+In every term of Eq. 9 the teacher's side is the target and is detached (in losses.py).
 """
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from . import losses
 from .bridges import Bridges
-from .losses import kl, l2
-from .models import StagedNet
+from .losses import l2
+from .models.staged import StagedNet
 from .multipath_bn import on_path
-from .paths import MixedPath
+from .paths import MixedPath, candidate_paths, sample_paths
 
-TERMS = ("task", "kd", "app", "func_l2", "func_kl", "func_prime")  # Eq. 9
-VARIANTS = ("func_partial", "func_prime_l2")  # what the paper tries in the place of some of them (App. H.4, G)
-L2_TERMS = ("app", "func_l2", *VARIANTS)  # those whose weight is warmed up
-KDLoss = Callable[[Tensor, Tensor, float], Tensor]  # (logits, target, temperature) -> a scalar
+# --------------------------------------------------------------------------------------------------- data paths
 
 
 @dataclass
@@ -45,56 +44,62 @@ class MixedFlow:
 
 @dataclass
 class Flow:
-    """Everything that flowed in a step. Features are keyed by their stage, 1..N, and are [B, C, H, W]."""
+    """All features and logits of a step. Features are keyed by their stage, 1..N, and have shape [B, C, H, W].
 
-    teacher: dict[int, Tensor]  # F_t^k
+    Without a teacher only the student's part is set.
+    """
+
     student: dict[int, Tensor]  # F_s^k
-    teacher_logits: Tensor  # [B, K]; their softmax is p_t
     student_logits: Tensor  # [B, K]; their softmax is p_s
+    teacher: dict[int, Tensor] = field(default_factory=dict)  # F_t^k
+    teacher_logits: Tensor | None = None  # [B, K]; their softmax is p_t
     s2t: dict[int, Tensor] = field(default_factory=dict)  # B_st^k(F_s^k), in the shape of F_t^k
     t2s: dict[int, Tensor] = field(default_factory=dict)  # B_ts^k(F_t^k), in the shape of F_s^k
     mixed: dict[MixedPath, MixedFlow] = field(default_factory=dict)
-    last_target: Tensor | None = None  # what L_app compares s2t[N] with where that is not F_t^N (common/simkd.py)
+    last_target: Tensor | None = None  # SimKD only: what L_app compares s2t[N] with instead of F_t^N (simkd.py)
 
 
 def forward_paths(
-    teacher: StagedNet,
+    teacher: StagedNet | None,
     student: StagedNet,
     bridges: Bridges | None,
     images: Tensor,
     paths: Iterable[MixedPath] = (),
     app: bool = True,
 ) -> Flow:
-    """Run `images` [B, 3, H, W] along both pure paths and the mixed `paths` (Fig. 2); what two of them share runs once.
+    """Run `images` [B, 3, H, W] along both pure paths and the mixed `paths` (Fig. 2). Shared parts run once.
 
-    No gradient is cut here. A frozen teacher gets none; one that trains too (App. F) gets it from every mixed path
-    that passes through it, its early stages included.
+    No gradient is cut here. A frozen teacher receives none. A teacher that is trained too (App. F) receives one from
+    every mixed path that passes through it, its early stages included.
 
     Args:
-        teacher, student: with `paths` or `app`, networks of as many stages, between which `bridges` were built.
-        bridges: may be None if there are no `paths` and no `app`. Its mode is that of the mixed paths: in training
-            they normalise by their batch, in evaluation by their own running statistics, whatever the modes of the
-            networks, which are those of the pure paths.
-        app: whether L_app is wanted, which needs the bridged student features at every position 2..N.
+        teacher: None to run the student alone; then there are no `paths`, and `app` is ignored.
+        bridges: built for these networks. None if there are no `paths` and `app` is False. In training mode, mixed
+            paths normalize by batch statistics, and in evaluation mode by their own running statistics, regardless of
+            the networks' modes, which apply to the pure paths.
+        app: whether to bridge the student's features at all positions 2..N, as L_app needs, or only at those of
+            `paths`.
     """
     last = student.num_stages
-    features_t = dict(enumerate(teacher.features(images), 1))
+    features_t = dict(enumerate(teacher.features(images), 1)) if teacher else {}
     features_s = dict(enumerate(student.features(images), 1))
+    if not teacher:
+        return Flow(features_s, student.classify(features_s[last]))
     logits_t, logits_s = teacher.classify(features_t[teacher.num_stages]), student.classify(features_s[last])
-    flow = Flow(features_t, features_s, logits_t, logits_s)
+    flow = Flow(features_s, logits_s, features_t, logits_t)
 
     paths = list(paths)
     into_teacher = set(range(2, last + 1)) if app else {path.k for path in paths if path.delta == 1}
     into_student = {path.k for path in paths if path.delta == 0}
     flow.s2t = {k: bridges.s2t[str(k)](features_s[k]) for k in sorted(into_teacher)}
+    flow.t2s = {k: bridges.t2s[str(k)](features_t[k]) for k in sorted(into_student)}
     if app and student.projected:
         flow.last_target = student.last_target(features_t[last], flow.s2t[last])
-    flow.t2s = {k: bridges.t2s[str(k)](features_t[k]) for k in sorted(into_student)}
 
     for path in paths:
         net, x = (teacher, flow.s2t[path.k]) if path.delta == 1 else (student, flow.t2s[path.k])
         later = {}
-        # Foreign features have other means and variances, so they have running statistics of their own (Fig. 3).
+        # The other network's features have other means and variances, hence running statistics of their own (Fig. 3).
         with on_path(net, path.k, training=bridges.training):
             for l in range(path.k + 1, last + 1):
                 later[l] = x = net.stage(l, x)
@@ -102,91 +107,164 @@ def forward_paths(
     return flow
 
 
-def fcfd_terms(
-    flow: Flow, labels: Tensor, temperature: float, terms: Iterable[str] = TERMS, kd_loss: KDLoss = kl
-) -> dict[str, Tensor]:
-    """The terms of Eq. 9, or variants, before weighting: float32 scalars, each the sum over its positions and paths.
+# --------------------------------------------------------------------------------------------------- loss terms
+#
+# Each term is a function of (flow, labels [B], kl) and returns a float32 scalar: the sum over its positions and paths.
+# kl(logits, target) is the KL at the run's temperature, or what replaces it, such as DKD.
 
-    task is the cross entropy of the student's logits with the labels; kd is the KL of the student's p_s from the
-    teacher's p_t, T^2 KL(p_t || p_s); the others are the functions below.
-
-    Args:
-        labels: [B], class indices.
-        temperature: T, which divides the logits in every KL.
-        terms: which of TERMS and VARIANTS to compute.
-        kd_loss: what compares logits with the teacher's in kd, func_kl and func_prime. Another one, such as DKD
-            (App. C.1), takes the place of KL in these three.
-    """
-    compute = {
-        "task": lambda: F.cross_entropy(flow.student_logits.float(), labels),
-        "kd": lambda: kd_loss(flow.student_logits, flow.teacher_logits, temperature),
-        "app": lambda: l_app(flow),
-        "func_l2": lambda: l_func_l2(flow),
-        "func_kl": lambda: l_func_kl(flow, temperature, kd_loss),
-        "func_prime": lambda: l_func_prime(flow, temperature, kd_loss),
-        "func_partial": lambda: l_func_partial(flow),
-        "func_prime_l2": lambda: l_func_prime_l2(flow),
-    }
-    return {name: compute[name]() for name in terms}
+KL = Callable[[Tensor, Tensor], Tensor]
 
 
-def l_app(flow: Flow) -> Tensor:
+def l_task(flow: Flow, labels: Tensor, kl: KL) -> Tensor:
+    """Cross entropy of the student's logits with the labels."""
+    return F.cross_entropy(flow.student_logits.float(), labels)
+
+
+def l_kd(flow: Flow, labels: Tensor, kl: KL) -> Tensor:
+    """T^2 KL(p_t || p_s), between the two pure paths."""
+    return kl(flow.student_logits, flow.teacher_logits)
+
+
+def l_app(flow: Flow, labels: Tensor, kl: KL) -> Tensor:
     """Eq. 5, appearance: L2 between the bridged student feature and the teacher's, at every position 2..N.
 
-    At stage N, here and in L_func, L2 also compares what the classifier reads of the two: after ReLU and pooling.
-    What SimKD projects is compared with F_t^N after ReLU, pooled to its size (common/simkd.py).
+    At stage N, here and in L_func, the L2 has a second part: between the features after ReLU and pooling, which is what
+    the classifier reads. With SimKD, F_t^N is replaced by `last_target`.
     """
     last = max(flow.teacher)
     targets = flow.teacher if flow.last_target is None else flow.teacher | {last: flow.last_target}
     return _sum(flow, (l2(flow.s2t[k], targets[k], pooled=k == last) for k in range(2, last + 1)))
 
 
-def l_func_l2(flow: Flow) -> Tensor:
+def l_func_l2(flow: Flow, labels: Tensor, kl: KL) -> Tensor:
     """Eq. 6, first part: L2 between each <k, 1> path and the pure teacher, after each later stage of the teacher."""
-    last = max(flow.teacher)
-    return _sum(
-        flow,
-        (
-            l2(x, flow.teacher[l], pooled=l == last)
-            for path, mixed in flow.mixed.items()
-            if path.delta == 1
-            for l, x in mixed.features.items()
-        ),
-    )
+    last, paths = max(flow.teacher), _paths(flow, delta=1)
+    pairs = ((x, l) for mixed in paths.values() for l, x in mixed.features.items())
+    return _sum(flow, (l2(x, flow.teacher[l], pooled=l == last) for x, l in pairs))
 
 
-def l_func_kl(flow: Flow, temperature: float, kd_loss: KDLoss = kl) -> Tensor:
-    """Eq. 6, second part: KL between p_t and the answer of each <k, 1> path, by the teacher's later part."""
-    return _answers(flow, 1, temperature, kd_loss)
+def l_func_kl(flow: Flow, labels: Tensor, kl: KL) -> Tensor:
+    """Eq. 6, second part: KL of p_t against the logits of each <k, 1> path."""
+    return _sum(flow, (kl(mixed.logits, flow.teacher_logits) for mixed in _paths(flow, delta=1).values()))
 
 
-def l_func_prime(flow: Flow, temperature: float, kd_loss: KDLoss = kl) -> Tensor:
-    """Eq. 7: KL between p_t and the answer of each <k, 0> path, by the student's later part."""
-    return _answers(flow, 0, temperature, kd_loss)
+def l_func_prime(flow: Flow, labels: Tensor, kl: KL) -> Tensor:
+    """Eq. 7: KL of p_t against the logits of each <k, 0> path."""
+    return _sum(flow, (kl(mixed.logits, flow.teacher_logits) for mixed in _paths(flow, delta=0).values()))
 
 
-def l_func_partial(flow: Flow) -> Tensor:
-    """L_func-partial (App. H.4): L2 between each <k, 1> path and the pure teacher after stage k + 1 alone, no KL."""
-    last = max(flow.teacher)
-    into_teacher = ((path.k + 1, mixed) for path, mixed in flow.mixed.items() if path.delta == 1 and path.k < last)
-    return _sum(flow, (l2(mixed.features[l], flow.teacher[l], pooled=l == last) for l, mixed in into_teacher))
+def l_func_partial(flow: Flow, labels: Tensor, kl: KL) -> Tensor:
+    """L_func-partial (App. H.4): L2 between each <k, 1> path and the pure teacher after stage k + 1 only, no KL."""
+    last, paths = max(flow.teacher), _paths(flow, delta=1)
+    pairs = ((mixed.features[path.k + 1], path.k + 1) for path, mixed in paths.items() if path.k < last)
+    return _sum(flow, (l2(x, flow.teacher[l], pooled=l == last) for x, l in pairs))
 
 
-def l_func_prime_l2(flow: Flow) -> Tensor:
+def l_func_prime_l2(flow: Flow, labels: Tensor, kl: KL) -> Tensor:
     """L_func'-L2 (App. G): L2 between each <k, 0> path and the pure student, after each later stage of the student.
 
-    Both sides are the student's and neither is the target: the gradient reaches both, and there is no pooled part.
+    Neither side is a target: the gradient reaches both. There is no pooled part.
     """
-    into_student = (mixed for path, mixed in flow.mixed.items() if path.delta == 0)
-    pairs = ((x, flow.student[l]) for mixed in into_student for l, x in mixed.features.items())
-    return _sum(flow, (F.mse_loss(x.float(), own.float()) for x, own in pairs))
+    pairs = ((x, l) for mixed in _paths(flow, delta=0).values() for l, x in mixed.features.items())
+    return _sum(flow, (F.mse_loss(x.float(), flow.student[l].float()) for x, l in pairs))
 
 
-def _answers(flow: Flow, delta: int, temperature: float, kd_loss: KDLoss) -> Tensor:
-    paths = (mixed for path, mixed in flow.mixed.items() if path.delta == delta)
-    return _sum(flow, (kd_loss(mixed.logits, flow.teacher_logits, temperature) for mixed in paths))
+class Term(NamedTuple):
+    """One row of TERMS. Options, log columns, the warm-up and the candidate paths of every script follow from it."""
+
+    function: Callable[[Flow, Tensor, KL], Tensor]
+    delta: int | None = None  # the direction of the mixed paths it reads; None: it reads none
+    features: bool = False  # whether it compares features: then its weight is the pair's L2 weight, and is warmed up
 
 
-def _sum(flow: Flow, losses: Iterable[Tensor]) -> Tensor:
-    """Their sum; zero where the step has no path of that direction."""
-    return sum(losses, start=flow.student_logits.new_zeros((), dtype=torch.float32))
+TERMS: dict[str, Term] = {
+    "task": Term(l_task),
+    "kd": Term(l_kd),
+    "app": Term(l_app, features=True),
+    "func_l2": Term(l_func_l2, delta=1, features=True),
+    "func_kl": Term(l_func_kl, delta=1),
+    "func_prime": Term(l_func_prime, delta=0),
+    "func_partial": Term(l_func_partial, delta=1, features=True),
+    "func_prime_l2": Term(l_func_prime_l2, delta=0, features=True),
+}
+EQ_9 = ("task", "kd", "app", "func_l2", "func_kl", "func_prime")  # the terms of the method; the others are variants
+
+
+def fcfd_terms(
+    flow: Flow,
+    labels: Tensor,
+    temperature: float,
+    terms: Iterable[str] = EQ_9,
+    kd_loss: Callable[[Tensor, Tensor, float], Tensor] = losses.kl,
+    table: Mapping[str, Term] = TERMS,
+) -> dict[str, Tensor]:
+    """The unweighted loss terms of a step, float32 scalars by name.
+
+    Args:
+        labels: [B], class indices.
+        temperature: T, which divides the logits in every KL.
+        terms: names in `table`, such as the keys of a dictionary of weights.
+        kd_loss: (logits, target, temperature) -> scalar; compares logits in kd, func_kl and func_prime. Pass another
+            one, such as DKD (App. C.1), to replace KL in all three.
+    """
+
+    def kl(logits: Tensor, target: Tensor) -> Tensor:
+        return kd_loss(logits, target, temperature)
+
+    return {name: table[name].function(flow, labels, kl) for name in terms}
+
+
+def term_weights(names: Iterable[str], w_l2: float, w_kl: float, table: Mapping[str, Term] = TERMS) -> dict[str, float]:
+    """The weight of every term of `table`: 0 if not among `names`, else as in the paper.
+
+    Terms that compare features share `w_l2`, the other terms on mixed paths share `w_kl`, and the rest have weight 1.
+    """
+    chosen = {name: w_l2 if row.features else 1 if row.delta is None else w_kl for name, row in table.items()}
+    return {name: value if name in set(names) else 0 for name, value in chosen.items()}
+
+
+def plan_paths(
+    weights: Mapping[str, float],
+    num_stages: int,
+    positions: Iterable[int] | None = None,
+    num_paths: int | None = None,
+    table: Mapping[str, Term] = TERMS,
+) -> tuple[dict[str, float], list[MixedPath], int]:
+    """The terms that can be trained, the candidate paths that they read, and |S|.
+
+    Args:
+        weights: by term; terms of weight 0, and terms that no path at `positions` feeds, are left out of the result.
+        positions: as in `candidate_paths`.
+        num_paths: |S|; default 2, or the number of candidates if there are fewer.
+
+    Raises:
+        ValueError: `positions` or `num_paths` is out of range, or no term remains to train on.
+    """
+
+    def reads(name: str, path: MixedPath) -> bool:
+        # A path that leaves stage N enters the classifier directly, so it has no later features to compare.
+        return table[name].delta == path.delta and not (table[name].features and path.k == num_stages)
+
+    paths = candidate_paths(num_stages, positions)
+    weights = {name: value for name, value in weights.items() if value}
+    weights = {n: v for n, v in weights.items() if table[n].delta is None or any(reads(n, path) for path in paths)}
+    paths = [path for path in paths if any(reads(name, path) for name in weights)]
+    num_paths = min(2, len(paths)) if num_paths is None else num_paths
+    sample_paths(paths, num_paths, steps=1, seed=0, epoch=0)  # raises if num_paths is out of range
+    if not num_paths and not any(table[name].delta is None for name in weights):
+        raise ValueError("no term remains to train on: sample paths (--num-paths), or give another term a weight")
+    return weights, paths, num_paths
+
+
+def needs_all_bridges(terms: Iterable[str], table: Mapping[str, Term] = TERMS) -> bool:
+    """Whether one of `terms` compares bridged features without reading a mixed path, as L_app does."""
+    return any(table[name].features and table[name].delta is None for name in terms)
+
+
+def _paths(flow: Flow, delta: int) -> dict[MixedPath, MixedFlow]:
+    return {path: mixed for path, mixed in flow.mixed.items() if path.delta == delta}
+
+
+def _sum(flow: Flow, values: Iterable[Tensor]) -> Tensor:
+    """Their sum; zero in a step without a path of that direction."""
+    return sum(values, start=flow.student_logits.new_zeros((), dtype=torch.float32))

@@ -1,11 +1,10 @@
-"""The losses as functions of tensors. All compute in float32, whatever precision their inputs have."""
+"""Losses on tensors. All compute in float32, regardless of the precision of their inputs."""
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .models import pool
-from .run.errors import UserError
+from .models.staged import pool
 
 
 def kl(logits: Tensor, target: Tensor, temperature: float) -> Tensor:
@@ -20,19 +19,19 @@ def dkd(
 ) -> Tensor:
     """Decoupled KD (Zhao et al., CVPR 2022), T^2 (tckd * TCKD + nckd * NCKD); `target` is detached. [B, K] each.
 
-    KL(p_t || p_s) = TCKD + (1 - p_t[label]) NCKD. A teacher that is sure of the label thus mutes what it knows of the
-    other classes; DKD gives that part a weight of its own. Both parts are batch means; there is no warm-up.
+    KL(p_t || p_s) = TCKD + (1 - p_t[label]) NCKD, so a confident teacher suppresses what it knows about the other
+    classes. DKD weights the two parts independently. Both are batch means; there is no warm-up.
 
     Args:
         labels: [B], class indices.
-        tckd: weight of the KL between (probability of the label, of all others together).
-        nckd: weight of the KL between the distributions over the K - 1 other classes; zero with two classes.
+        tckd: weight of the KL between the binary distributions (label, not label).
+        nckd: weight of the KL between the distributions over the K - 1 other classes; this KL is zero if K = 2.
 
     Raises:
-        UserError: there is one class alone.
+        ValueError: there is only one class.
     """
     if logits.shape[1] < 2:
-        raise UserError("DKD needs two classes or more, and there is one: leave --kd-loss out")
+        raise ValueError("DKD needs at least two classes, and there is only one")
     log_p, log_p_others = _decouple(logits.float() / temperature, labels)
     log_target, log_target_others = _decouple(target.detach().float() / temperature, labels)
     of_label = F.kl_div(log_p, log_target, reduction="batchmean", log_target=True)
@@ -41,10 +40,10 @@ def dkd(
 
 
 def _decouple(x: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
-    """Logits [B, K] -> log-probabilities of (label, not label), [B, 2], and of the others without it, [B, K - 1]."""
+    """Logits [B, K] -> log-probabilities of (label, not label), [B, 2], and of the other classes, [B, K - 1]."""
     others = torch.arange(x.shape[1] - 1, device=x.device).expand(len(x), -1)
     others = x.gather(1, others + (others >= labels[:, None]))
-    # From the log-odds and never as 1 - p, which is rounding alone where p is almost 1.
+    # Computed from the log-odds: 1 - p would be mostly rounding error where p is close to 1.
     odds = x.gather(1, labels[:, None]).squeeze(1) - others.logsumexp(1)
     return F.logsigmoid(torch.stack([odds, -odds], 1)), F.log_softmax(others, 1)
 
@@ -52,8 +51,8 @@ def _decouple(x: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
 def l2(feature: Tensor, target: Tensor, pooled: bool = False) -> Tensor:
     """Squared difference, mean over all elements; `target` is detached. [B, C, H, W] each.
 
-    `pooled` adds the same between the features after ReLU and global average pooling, which is what a classifier
-    sees: it belongs to every L2 term at the last stage.
+    `pooled` adds the same loss between the features after ReLU and global average pooling, which is what a classifier
+    reads. Every L2 term uses it at the last stage.
     """
     feature, target = feature.float(), target.detach().float()
     loss = F.mse_loss(feature, target)

@@ -1,9 +1,8 @@
-"""SimKD's projector and the teacher's classifier in the place of the student's classifier (App. C.2).
+"""SimKD's projector and the teacher's classifier, which replace the student's classifier (App. C.2).
 
-SimKD (Chen et al., CVPR 2022) lets the student do without a classifier of its own: a projector brings its last feature
-into the teacher's space, where the teacher's classifier reads it. Together with FCFD, wherever a feature would enter
-C_s, on the pure path, on the mixed ones and at inference, it goes through the projector into C_t instead, and B_st^N is
-that projector. It makes inference cost more: `cost_line` says how much.
+In SimKD (Chen et al., CVPR 2022) a projector maps the student's last feature to the teacher's space, where the
+teacher's classifier reads it. Combined with FCFD, every feature that would enter C_s enters C_t(projector(.)) instead:
+on the pure path, on the mixed paths and at inference. The projector takes the place of B_st^N.
 """
 
 import torch
@@ -12,8 +11,8 @@ from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from .bridges import feature_shapes
-from .models import StagedNet, build
-from .models.staged import init_fan_out
+from .models import build
+from .models.staged import StagedNet, init_fan_out
 
 SQUEEZE = 2  # the projector's inner convolution has C_t / SQUEEZE channels
 
@@ -21,8 +20,8 @@ SQUEEZE = 2  # the projector's inner convolution has C_t / SQUEEZE channels
 class SimKDStudent(StagedNet):
     """A student whose stage N ends with the projector, and whose classifier is the teacher's, the same module.
 
-    F^N is the projected feature, after its ReLU, in the teacher's space. Stages before N are the student's, and so are
-    `post_relu` and `channels_last`. The student is taken over: its own classifier is removed from it.
+    F^N is the projected feature, post-ReLU, in the teacher's space. `student` is modified: its classifier is removed.
+    Earlier stages, `post_relu` and `channels_last` are the student's.
 
     Attributes:
         student, projector, classifier: the parts; the state dict holds all three.
@@ -47,21 +46,21 @@ class SimKDStudent(StagedNet):
         return self.classifier
 
     def last_target(self, feature_t: Tensor, projected: Tensor) -> Tensor:
-        """The teacher's F^N as L_app compares `projected` with it: after ReLU, average-pooled to its size."""
+        """What L_app compares `projected` with: the teacher's F^N after ReLU, average-pooled to the same size."""
         return F.adaptive_avg_pool2d(F.relu(feature_t.float()), projected.shape[2:])
 
 
 def build_simkd(student: StagedNet, teacher: StagedNet, image_size: int) -> SimKDStudent:
-    """`student` with a projector to `teacher`'s last feature and `teacher`'s classifier, which stays the teacher's too.
+    """`student` (modified, see SimKDStudent) with a new projector and `teacher`'s classifier.
 
-    Whatever is loaded into the teacher later is seen here. The student is changed: see SimKDStudent.
+    The classifier module is shared, so weights loaded into the teacher later apply here too.
     """
     shapes_s, shapes_t = (feature_shapes(net, image_size)[net.num_stages] for net in (student, teacher))
     return SimKDStudent(student, projector(shapes_s, shapes_t), teacher.classifier_layer)
 
 
 def projector(source: torch.Size, target: torch.Size) -> nn.Sequential:
-    """From features of shape `source` (C, H, W) to the channels of `target`, post-ReLU, at the smaller size of both."""
+    """From features of shape `source` (C, H, W) to the channels of `target`, post-ReLU, at the smaller size."""
     (c_in, *size_in), (c_out, *size_out) = source, target
     inner, size = c_out // SQUEEZE, [min(pair) for pair in zip(size_in, size_out, strict=True)]
     layers: list[nn.Module] = [] if size == size_in else [nn.AdaptiveAvgPool2d(size)]
@@ -75,9 +74,9 @@ def projector(source: torch.Size, target: torch.Size) -> nn.Sequential:
 
 @torch.no_grad()
 def inference_cost(net: StagedNet, image_size: int) -> tuple[int, int]:
-    """(parameters, FLOPs for one image) of `net`, which is left in evaluation mode; a multiply-add is two FLOPs.
+    """(parameters, FLOPs per image) of `net`, which is left in evaluation mode. One multiply-add is two FLOPs.
 
-    Counted are convolutions and linear layers, which are nearly all of it; BatchNorm, ReLU and pooling are not.
+    Counts convolutions and linear layers only.
     """
     image = next(net.parameters()).new_zeros(1, 3, image_size, image_size)
     with FlopCounterMode(display=False) as counter:
@@ -86,10 +85,7 @@ def inference_cost(net: StagedNet, image_size: int) -> tuple[int, int]:
 
 
 def added_cost(student: str, teacher: str, num_classes: int, image_size: int) -> list[tuple[int, int]]:
-    """`inference_cost` of a student alone and of the same student with SimKD, by the names of the networks.
-
-    Nothing is drawn: the networks are built without memory of their own.
-    """
+    """`inference_cost` of a student without and with SimKD, by network names; allocates and draws nothing."""
     with torch.device("meta"):
         net = build(student, num_classes)
         alone = inference_cost(net, image_size)
@@ -97,11 +93,8 @@ def added_cost(student: str, teacher: str, num_classes: int, image_size: int) ->
 
 
 def cost_line(student: str, teacher: str, num_classes: int, image_size: int) -> str:
-    """What SimKD adds to the student's cost at inference, in words; arguments as in `added_cost`."""
-    alone, projected = added_cost(student, teacher, num_classes, image_size)
-    units = ((1e3, "k parameters"), (1e6, " MFLOPs an image"))
-    texts = [
-        f"{(after - before) / unit:.1f}{name} ({100 * (after / before - 1):+.1f} %)"
-        for before, after, (unit, name) in zip(alone, projected, units, strict=True)
-    ]
-    return f"SimKD: projector and teacher's classifier add {' and '.join(texts)} to {student} at inference"
+    """`added_cost` as a sentence."""
+    (p_0, f_0), (p_1, f_1) = added_cost(student, teacher, num_classes, image_size)
+    parameters = f"{(p_1 - p_0) / 1e3:.1f}k parameters ({100 * (p_1 / p_0 - 1):+.1f} %)"
+    flops = f"{(f_1 - f_0) / 1e6:.1f} MFLOPs per image ({100 * (f_1 / f_0 - 1):+.1f} %)"
+    return f"SimKD: projector and teacher's classifier add {parameters} and {flops} to {student} at inference"

@@ -48,6 +48,9 @@ class Data:
     classes: list[str]
     fingerprint: str
 
+    def to(self, device: torch.device) -> "Data":
+        return Data(self.train.to(device), self.test.to(device), self.classes, self.fingerprint)
+
 
 def train_batches(
     data: ImageSet, batch_size: int, seed: int, epoch: int, channels_last: bool = False

@@ -1,67 +1,54 @@
-"""Staged networks. Parameters carry the names of checkpoints that people have.
+"""Staged networks, by name. A family is imported when one of its networks is built.
 
-Those for 32x32 images carry the names of the field's shared CIFAR checkpoints, ImageNet's ResNets torchvision's.
+Parameter names are those of the CIFAR checkpoints that the field shares, and torchvision's for ImageNet's ResNets.
 """
 
-import difflib
-from collections.abc import Callable
+from importlib import import_module
+from typing import Any
 
-from ..run.errors import UserError
-from .imagenet_resnet import ImageNetResNet
-from .mobilenetv1 import MobileNetV1
-from .mobilenetv2 import MobileNetV2
-from .resnet import ResNet
-from .resnet50 import ResNet50
-from .shufflenet import ShuffleV1, ShuffleV2
 from .staged import StagedNet, pool
-from .vgg import VGG
-from .wrn import WideResNet
 
-__all__ = ["IMAGENET_NETWORKS", "NETWORKS", "StagedNet", "build", "build_imagenet", "check_name", "pool"]
+__all__ = ["IMAGENET_NETWORKS", "NETWORKS", "StagedNet", "build", "build_imagenet", "pool"]
 
-Networks = dict[str, Callable[[int], StagedNet]]  # name -> function of the number of classes
-
+# name -> (module, class, arguments that precede num_classes)
+Networks = dict[str, tuple[Any, ...]]
 NETWORKS: Networks = {
-    **{f"resnet{d}": (lambda n, d=d: ResNet(d, (16, 16, 32, 64), n)) for d in (8, 14, 20, 32, 56, 110)},
-    **{f"resnet{d}x4": (lambda n, d=d: ResNet(d, (32, 64, 128, 256), n)) for d in (8, 32)},
-    **{f"wrn_{d}_{w}": (lambda n, d=d, w=w: WideResNet(d, w, n)) for d in (16, 40) for w in (1, 2)},
-    "vgg8": lambda n: VGG(1, n),
-    "vgg13": lambda n: VGG(2, n),
-    "ResNet50": ResNet50,
-    "MobileNetV2": MobileNetV2,
-    "ShuffleV1": ShuffleV1,
-    "ShuffleV2": ShuffleV2,
+    **{f"resnet{d}": ("resnet", "ResNet", d, (16, 16, 32, 64)) for d in (8, 14, 20, 32, 56, 110)},
+    **{f"resnet{d}x4": ("resnet", "ResNet", d, (32, 64, 128, 256)) for d in (8, 32)},
+    **{f"wrn_{d}_{w}": ("wrn", "WideResNet", d, w) for d in (16, 40) for w in (1, 2)},
+    "vgg8": ("vgg", "VGG", 1),
+    "vgg13": ("vgg", "VGG", 2),
+    "ResNet50": ("resnet50", "ResNet50"),
+    "MobileNetV2": ("mobilenetv2", "MobileNetV2"),
+    "ShuffleV1": ("shufflenet", "ShuffleV1"),
+    "ShuffleV2": ("shufflenet", "ShuffleV2"),
 }
 IMAGENET_NETWORKS: Networks = {
-    **{f"resnet{d}": (lambda n, d=d: ImageNetResNet(f"resnet{d}", n)) for d in (18, 34, 50)},
-    "MobileNetV1": MobileNetV1,
+    **{f"resnet{d}": ("imagenet_resnet", "ImageNetResNet", f"resnet{d}") for d in (18, 34, 50)},
+    "MobileNetV1": ("mobilenetv1", "MobileNetV1"),
 }
-
-
-def check_name(name: str, networks: Networks = NETWORKS) -> None:
-    """Raise a UserError that lists the nearest names if there is no network of this name."""
-    if name not in networks:
-        spelled = {known.lower(): known for known in networks}
-        near = [spelled[n] for n in difflib.get_close_matches(name.lower(), spelled, n=3, cutoff=0.5)]
-        hint = f"did you mean {' or '.join(near)}?" if near else f"known are {', '.join(networks)}"
-        raise UserError(f"unknown network {name!r}: {hint}")
 
 
 def build(name: str, num_classes: int) -> StagedNet:
-    """A CIFAR network with fresh weights from PyTorch's global generator, BatchNorm as plain nn.BatchNorm2d.
+    """A CIFAR network with plain nn.BatchNorm2d layers, initialized from PyTorch's global generator.
 
     Raises:
-        UserError: no network of that name.
+        ValueError: unknown name.
     """
-    check_name(name)
-    return NETWORKS[name](num_classes)
+    return _build(name, num_classes, NETWORKS)
 
 
 def build_imagenet(name: str, num_classes: int) -> StagedNet:
-    """An ImageNet network of five stages with fresh weights from PyTorch's global generator, BatchNorm plain.
+    """An ImageNet network of five stages with plain nn.BatchNorm2d layers, initialized from PyTorch's global generator.
 
     Raises:
-        UserError: no network of that name.
+        ValueError: unknown name.
     """
-    check_name(name, IMAGENET_NETWORKS)
-    return IMAGENET_NETWORKS[name](num_classes)
+    return _build(name, num_classes, IMAGENET_NETWORKS)
+
+
+def _build(name: str, num_classes: int, networks: Networks) -> StagedNet:
+    if name not in networks:
+        raise ValueError(f"unknown network {name!r}: choose from {', '.join(networks)}")
+    module, cls, *arguments = networks[name]
+    return getattr(import_module(f".{module}", __package__), cls)(*arguments, num_classes)

@@ -21,13 +21,13 @@ def rank() -> int:
     return int(os.environ["RANK"]) if dist.is_torchelastic_launched() else 0
 
 
-def world() -> int:
+def world_size() -> int:
     """How many processes there are."""
     return int(os.environ["WORLD_SIZE"]) if dist.is_torchelastic_launched() else 1
 
 
 @contextlib.contextmanager
-def processes(device: str) -> Iterator[str]:
+def process_group(device: str) -> Iterator[str]:
     """Join the others, and leave them at the end; gives the device of this process: under torchrun each has a GPU.
 
     Raises:
@@ -59,14 +59,14 @@ def distribute(step: nn.Module, some_unused: bool) -> nn.Module:
             drawn. They must be looked for, or the ranks would wait for them; the search makes the host wait for the
             device once in a step. Their gradient stays None, so the optimizer leaves them alone.
     """
-    if not dist.is_initialized() or world() == 1:
+    if not dist.is_initialized() or world_size() == 1:
         return step
     distributed = DistributedDataParallel(step, find_unused_parameters=some_unused)
     distributed.broadcast_buffers = False  # now they are equal; later share_buffers sees to it, not every step
     return distributed
 
 
-def from_rank_0(value: Any, device: torch.device) -> Any:
+def broadcast(value: Any, device: torch.device | None = None) -> Any:
     """What rank 0 has for `value`, on every rank."""
     if not dist.is_initialized():
         return value
@@ -75,31 +75,31 @@ def from_rank_0(value: Any, device: torch.device) -> Any:
     return box[0]
 
 
-def all_of_ranks(value: Any) -> list[Any]:
+def all_gather(value: Any) -> list[Any]:
     """What each rank has for `value`, on every rank."""
     if not dist.is_initialized():
         return [value]
-    box = [None] * world()
+    box = [None] * world_size()
     dist.all_gather_object(box, value)
     return box
 
 
-def over_ranks(values: Tensor, largest: bool = False) -> Tensor:
+def all_reduce(values: Tensor, op: dist.ReduceOp = dist.ReduceOp.SUM) -> Tensor:
     """The sum of a tensor over all ranks, or its largest values, on every rank."""
     if dist.is_initialized():
-        dist.all_reduce(values, dist.ReduceOp.MAX if largest else dist.ReduceOp.SUM)
+        dist.all_reduce(values, op)
     return values
 
 
-def mean_over_ranks(values: dict[str, float], device: torch.device) -> dict[str, float]:
+def all_reduce_mean(values: dict[str, float], device: torch.device) -> dict[str, float]:
     """The mean of each number over all ranks, on every rank."""
     if not dist.is_initialized():
         return values
-    total = over_ranks(torch.tensor(list(values.values()), dtype=torch.float64, device=device))
-    return dict(zip(values, (total / world()).tolist(), strict=True))
+    total = all_reduce(torch.tensor(list(values.values()), dtype=torch.float64, device=device))
+    return dict(zip(values, (total / world_size()).tolist(), strict=True))
 
 
-def share_buffers(nets: Iterable[nn.Module]) -> None:
+def broadcast_buffers(nets: Iterable[nn.Module]) -> None:
     """Give every rank rank 0's buffers: each rank's BatchNorm statistics are of its own images."""
     if dist.is_initialized():
         for net in nets:

@@ -1,12 +1,13 @@
 """What ends a script in one line and an exit code."""
 
+import contextlib
 import errno
 import os
 import signal
 import sys
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 
 import torch.distributed as dist
 
@@ -20,6 +21,17 @@ class UserError(ValueError):
 
 class OtherNetworkError(UserError):
     """A checkpoint holds another network, or one of another number of classes."""
+
+
+@contextlib.contextmanager
+def user_errors() -> Iterator[None]:
+    """Turn a ValueError raised inside, such as by building networks that do not fit, into a UserError."""
+    try:
+        yield
+    except UserError:
+        raise
+    except ValueError as error:
+        raise UserError(str(error)) from error
 
 
 class LossNotFiniteError(ArithmeticError):

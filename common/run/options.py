@@ -1,90 +1,184 @@
-"""Settings and options, for every script: the published ones, reading what is given, filling in, checking ranges."""
+"""Command-line options: ranges, options that scripts share, and the stored options of a run that is resumed."""
 
 import argparse
+import difflib
+import math
+import time
+from argparse import Namespace
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
+import torch
 import yaml
 
 from .device import AMP
 from .errors import UserError
 
-ALL_SETTINGS: dict[str, Any] = yaml.safe_load((Path(__file__).parents[1] / "published.yaml").read_text())  # by script
-COUNTS = ("epochs", "teacher_epochs", "batch_size", "iterations", "save_every", "eval_every", "rois", "visualize")
-LARGEST = 10**9  # beyond any setting's sense, within what every computation with it can take
+PUBLISHED: dict[str, Any] = yaml.safe_load((Path(__file__).parents[1] / "published.yaml").read_text())
+LARGEST = 10**9
+MAY_CHANGE = ("device", "data_dir", "out", "resume", "max_minutes", "workers", "visualize")  # when a run is resumed
+NOT_SETTINGS = ("resume", "evaluate", "smoke", "given", "deadline")  # not part of a run's config.yaml
+UNSET = object()
+
+
+def number(cast: type, low: float, high: float = LARGEST, exclusive: bool = False) -> Callable[[str], Any]:
+    """A type for add_argument: a number in low..high, without `low` itself if `exclusive`."""
+
+    def convert(text: str) -> Any:
+        try:
+            value = cast(text)
+        except ValueError as error:
+            raise argparse.ArgumentTypeError(f"{text} is not {'a whole' if cast is int else 'a'} number") from error
+        if not low <= value <= high or (exclusive and value == low):
+            limit = f"above {low:g}, at most {high}" if exclusive else f"between {low:g} and {high}"
+            raise argparse.ArgumentTypeError(f"{text} must be {limit}")
+        return value
+
+    return convert
+
+
+count = number(int, 1)
+count_or_zero = number(int, 0)
+positive = number(float, 0, exclusive=True)
+weight = number(float, 0)
+
+
+def name_in(known: Iterable[str]) -> Callable[[str], str]:
+    """A type for add_argument: one of `known` names; an unknown one is answered with the nearest ones."""
+
+    def convert(text: str) -> str:
+        if text not in known:
+            spelled = {name.lower(): name for name in known}
+            near = [spelled[name] for name in difflib.get_close_matches(text.lower(), spelled, cutoff=0.5)]
+            hint = f"did you mean {' or '.join(near)}?" if near else f"choose from {', '.join(known)}"
+            raise argparse.ArgumentTypeError(f"unknown network {text!r}: {hint}")
+        return text
+
+    return convert
+
+
+class _HelpFormatter(argparse.RawDescriptionHelpFormatter):
+    def _get_help_string(self, action: argparse.Action) -> str:
+        shown = action.help or ""
+        return (
+            shown if action.default in (None, False, argparse.SUPPRESS) else f"{shown} (default: %(default)s)".strip()
+        )
 
 
 class Parser(argparse.ArgumentParser):
-    """An argument parser whose `given` are the options that were given, and which raises UserError, not SystemExit."""
+    """An argument parser that knows which options were given, and that raises UserError instead of exiting."""
 
     def __init__(self, description: str):
-        super().__init__(
-            description=description,
-            formatter_class=argparse.RawDescriptionHelpFormatter,
-            argument_default=argparse.SUPPRESS,
-            allow_abbrev=False,
-        )
+        super().__init__(description=description, formatter_class=_HelpFormatter, allow_abbrev=False)
 
-    def add_image_set_options(self) -> None:
-        """Which 32x32 images to train and test on: what `sources.load_data` takes."""
-        add = self.add_argument
-        add("--dataset", choices=("cifar100", "cifar10", "folder", "synthetic"), help="default: cifar100")
-        add("--data-dir", metavar="DIR", help="default: data; for 'folder' it holds train/ and test/ or val/")
-        add("--subset", type=int, metavar="N", help="train on N images, spread evenly over the classes")
-        add("--test-subset", type=int, metavar="N", help="test on N images, spread evenly over the classes")
+    def add_data_options(self) -> None:
+        """What `load_data` in common/data/sources.py takes."""
+        add = self.add_argument_group("data").add_argument
+        add("--dataset", choices=("cifar100", "cifar10", "folder", "synthetic"), default="cifar100")
+        add("--data-dir", default="data", metavar="DIR", help="for 'folder' it holds train/ and test/ or val/")
+        add("--subset", type=count, metavar="N", help="train on N images, balanced over the classes")
+        add("--test-subset", type=count, metavar="N", help="test on N images, balanced over the classes")
 
     def add_run_options(self, unit: str = "epoch") -> None:
-        """Where and how long a run goes, and where it writes; it can be stopped after each `unit`."""
-        add = self.add_argument
-        add("--seed", type=int, help="default: 1")
-        add("--device", help="cpu, cuda, cuda:N or mps (default: cuda if there is one, else cpu)")
-        add("--amp", choices=AMP, help="default: fp16 on CUDA, else off")
+        """Device, precision, output folder and time limit; a run can be stopped after each `unit`."""
+        add = self.add_argument_group("run").add_argument
+        add("--seed", type=count_or_zero, default=1)
+        add("--device", default=default_device(), help="cpu, cuda, cuda:N or mps")
+        add("--amp", choices=AMP, help="precision of autocast (default: fp16 on CUDA, else off)")
         add("--out", metavar="DIR", help="default: a folder under runs/ named after the settings")
-        add("--resume", action="store_true", help="go on from --out; settings that are not given are the run's")
-        add("--max-minutes", type=float, metavar="M", help=f"stop after the {unit} in which they have passed")
+        add("--resume", action="store_true", help="continue the run in --out; its options are the defaults")
+        add("--max-minutes", type=positive, metavar="M", help=f"stop after the {unit} in which M minutes have passed")
 
-    def given(self, argv: list[str] | None) -> dict:
-        """The options that were given, by name, and no others."""
-        options = vars(self.parse_args(argv))
-        for key, value in options.items():
+    def parse(self, argv: list[str] | None, stored: dict[str, Any] | None = None) -> Namespace:
+        """The options as given, else as `stored` by the run that is resumed, else their defaults.
+
+        Adds `given`, the names of the options that were given, and `deadline`, in terms of time.monotonic().
+
+        Raises:
+            UserError: a given option contradicts the stored one, or a stored one is invalid.
+        """
+        actions = {action.dest: action for action in self._actions if action.dest != "help"}
+        parsed = vars(self.parse_args(argv, Namespace(**dict.fromkeys(actions, UNSET))))
+        given = {name: value for name, value in parsed.items() if value is not UNSET}
+        for name, value in given.items():
             if value == "":
-                self.error(f"--{key.replace('_', '-')} is empty")
-        return options
+                self.error(f"{option(name)} is empty")
+        stored = {name: _valid(actions[name], value) for name, value in (stored or {}).items() if name in actions}
+        for name, value in given.items():
+            if name in stored and name not in MAY_CHANGE and not _same(actions[name], value, stored[name]):
+                raise UserError(
+                    f"cannot resume with other settings: {option(name)} is {value} and was {stored[name]}; "
+                    "omit it, or choose another --out"
+                )
+        args = Namespace(**{name: action.default for name, action in actions.items()} | stored | given)
+        args.given = set(given)
+        if "amp" in actions:
+            set_defaults(args, amp="fp16" if args.device.startswith("cuda") else "off")
+        if "max_minutes" in actions:
+            args.max_minutes = given.get("max_minutes")  # a stored limit applied to the interrupted run
+            args.deadline = time.monotonic() + 60 * (args.max_minutes or math.inf)
+        return args
+
+    def refuse(self, args: Namespace, group: Any, why: str) -> None:
+        """Raise a UserError if one of a group's options was given."""
+        for action in group._group_actions:
+            if action.dest in args.given:
+                raise UserError(f"{option(action.dest)} {why}")
 
     def error(self, message: str):
-        raise UserError(f"{message} (see --help)")
+        raise UserError(f"{message.removeprefix('argument ')} (see --help)")
 
 
-def term_weights(pair: dict[str, float]) -> dict[str, float]:
-    """The weight of each term of Eq. 9 for a pair's row in published.yaml."""
-    l2, kl = pair["w_l2"], pair["w_kl"]
-    return {"task": 1, "kd": 1, "app": l2, "func_l2": l2, "func_kl": kl, "func_prime": kl}
+def set_defaults(args: Namespace, **defaults: Any) -> None:
+    """Set each of these options that is still None."""
+    for name, value in defaults.items():
+        if getattr(args, name) is None:
+            setattr(args, name, value)
 
 
-def fill(c: argparse.Namespace, follows: dict[str, Any]) -> None:
-    """Set each setting in `follows` that is still None."""
-    for key, value in follows.items():
-        if getattr(c, key) is None:
-            setattr(c, key, value)
+def settings_of(args: Namespace) -> dict[str, Any]:
+    """What config.yaml holds: every setting, without options such as --resume that only concern one call."""
+    return {name: value for name, value in vars(args).items() if name not in NOT_SETTINGS}
 
 
-def check_ranges(c: argparse.Namespace) -> None:
-    """Raise a UserError for a setting that is out of range; None is not checked."""
-    for key, value in vars(c).items():
-        option = f"--{key.replace('_', '-')} {value}"
-        if value is None:
-            continue
-        if key in COUNTS and not 1 <= value <= LARGEST:
-            raise UserError(f"{option}: it must lie between 1 and {LARGEST}")
-        if key == "image_size" and not 32 <= value <= 4096:
-            raise UserError(f"{option}: it must lie between 32 and 4096 pixels")
-        if key == "min_size" and not all(96 <= size <= 1333 for size in value):
-            raise UserError(f"--min-size {' '.join(map(str, value))}: it must lie between 96 and 1333 pixels")
-        if key == "workers" and not 0 <= value <= 1000:
-            raise UserError(f"{option}: it must lie between 0 and 1000")
-        if key == "seed" and not 0 <= value <= LARGEST:
-            raise UserError(f"{option}: it must lie between 0 and {LARGEST}")
-        if key in ("lr", "temperature", "max_minutes") and not 0 < value <= LARGEST:
-            raise UserError(f"{option}: it must be a number above 0, at most {LARGEST}")
-        if key.startswith(("w_", "weight", "tckd", "nckd")) and not 0 <= value <= LARGEST:
-            raise UserError(f"{option}: it must be a number from 0 to {LARGEST}")
+def option(name: str) -> str:
+    """The option that sets `name`: w_app -> --w-app."""
+    return f"--{name.replace('_', '-')}"
+
+
+def default_device() -> str:
+    return "cuda" if torch.cuda.is_available() else "cpu"
+
+
+def _valid(action: argparse.Action, value: Any) -> Any:
+    """A stored value, checked as if it had been typed.
+
+    Raises:
+        UserError: it is out of range or of another type.
+    """
+    if value is None:
+        return None
+    values = value if action.nargs else [value]
+    try:
+        if isinstance(action.const, bool):
+            return {True: True, False: False}[value]
+        if not isinstance(values, list) or (action.type is None and not isinstance(value, str)):
+            raise ValueError
+        values = [action.type(str(each)) if action.type else each for each in values]
+        if action.choices and not set(values) <= set(action.choices):
+            raise ValueError
+    except (argparse.ArgumentTypeError, ValueError, KeyError, TypeError) as error:
+        reason = str(error) if isinstance(error, argparse.ArgumentTypeError) else repr(value)
+        raise UserError(
+            f"cannot resume: {option(action.dest)} is stored as {reason}; last.pt is damaged, choose another --out"
+        ) from error
+    return values if action.nargs else values[0]
+
+
+def _same(action: argparse.Action, given: Any, stored: Any) -> bool:
+    if isinstance(given, list) and isinstance(stored, list):
+        return set(given) == set(stored)
+    if action.metavar == "FILE" and stored:
+        return Path(given).resolve() == Path(stored).resolve()
+    return given == stored
