@@ -45,8 +45,16 @@ from common.models import check_name
 from common.randomness import seed_of
 from common.run import folder as run_folder
 from common.run.checkpoint import save
-from common.run.device import AMP, cores, open_device
-from common.run.distributed import distribute, from_rank_0, mean_over_ranks, processes, rank, share_buffers, world
+from common.run.device import AMP, num_cores, open_device
+from common.run.distributed import (
+    all_reduce_mean,
+    broadcast,
+    broadcast_buffers,
+    distribute,
+    process_group,
+    rank,
+    world_size,
+)
 from common.run.earlier_runs import find_network
 from common.run.errors import LossNotFiniteError, OtherNetworkError, UserError, exit_code
 from common.run.optimizer import decay_all_but_norms, sgd
@@ -115,12 +123,12 @@ def settle(given: dict, stored: dict) -> Namespace:
     c.amp = c.amp or ("fp16" if c.device.startswith("cuda") else "off")
     c.out = c.out or f"runs/{run_name(c)}"
     c.min_size = sorted(set(c.min_size))
-    fill(c, {"workers": min(16, max(1, cores() // int(os.environ.get("LOCAL_WORLD_SIZE", 1))))})
+    fill(c, {"workers": min(16, max(1, num_cores() // int(os.environ.get("LOCAL_WORLD_SIZE", 1))))})
     check_ranges(c)
     if not any(getattr(c, f"w_{term}") for term in TERMS):
         raise UserError("no term is left to train on: give one of them a weight")
-    if c.batch_size % world():
-        raise UserError(f"--batch-size {c.batch_size}: it must be a multiple of the {world()} ranks")
+    if c.batch_size % world_size():
+        raise UserError(f"--batch-size {c.batch_size}: it must be a multiple of the {world_size()} ranks")
     return c
 
 
@@ -237,21 +245,21 @@ def train(c: Namespace, step: Step, data: CocoData, state: dict | None, deadline
         print(f"teacher: AP {state['teacher_accuracy']['AP']:.2f}", flush=True)
 
     def keep() -> None:  # everything, from which the other files are written
-        share_buffers(nets.values())
-        state["sums"] = mean_over_ranks(state["sums"], device)
+        broadcast_buffers(nets.values())
+        state["sums"] = all_reduce_mean(state["sums"], device)
         if not all(tensor.isfinite().all() for net in nets.values() for tensor in net.state_dict().values()):
             raise LossNotFiniteError(f"in iteration {state['iteration']}")
         if rank() == 0:
             state.update({name: net.state_dict() for name, net in nets.items()})
             state.update(optimizer=optimizer.state_dict(), scaler=scaler.state_dict())
-            state["made_with"] = run_folder.made_with(device) | {"ranks": world()}
+            state["made_with"] = run_folder.made_with(device) | {"ranks": world_size()}
             save(state, out / "last.pt")
 
     if cuda:
         torch.cuda.reset_peak_memory_stats(device)
     weights = {term: getattr(c, f"w_{term}") for term in step.terms}
     first, last = state["iteration"], c.iterations
-    order = batches(data.train, c.batch_size, c.seed, first, last, rank(), world())
+    order = batches(data.train, c.batch_size, c.seed, first, last, rank(), world_size())
     samples = load(BoxedImages(data.train, c.seed), order, c.workers, device)
     stopped, silent = False, None if rank() == 0 else True  # None: on a terminal alone
     for iteration in tqdm(range(first, last + 1), "training", last, initial=first, leave=False, disable=silent):
@@ -260,7 +268,7 @@ def train(c: Namespace, step: Step, data: CocoData, state: dict | None, deadline
         if state["sums"] and (tested or iteration % c.save_every == 0):
             began = time.monotonic()
             accuracy = evaluate_by_all(step.student, c, data, device) if tested else {}
-            state["sums"] = mean_over_ranks(state["sums"], device)
+            state["sums"] = all_reduce_mean(state["sums"], device)
             add_row(state, learning_rate(c, iteration - 1), accuracy, time.monotonic() - began)
             keep()
             if rank() == 0:
@@ -294,7 +302,7 @@ def train(c: Namespace, step: Step, data: CocoData, state: dict | None, deadline
         numbers |= {"steps": 1, "seconds": time.monotonic() - began, "waited": waited}
         state["sums"] = {name: state["sums"].get(name, 0.0) + number for name, number in numbers.items()}
         done = state["iteration"] = iteration + 1
-        stopped = done < last and math.isfinite(deadline) and from_rank_0(time.monotonic() > deadline, device)
+        stopped = done < last and math.isfinite(deadline) and broadcast(time.monotonic() > deadline, device)
         if stopped or done % c.eval_every == 0 or done == last:
             keep()
 
@@ -311,7 +319,7 @@ def train(c: Namespace, step: Step, data: CocoData, state: dict | None, deadline
 
 def evaluate_by_all(net: FasterRCNN, c: Namespace, data: CocoData, device: torch.device) -> dict[str, float | None]:
     """Average precision on the test images, which the ranks share out among themselves."""
-    mine = range(rank(), len(data.test), world())
+    mine = range(rank(), len(data.test), world_size())
     one_by_one = load(BoxedImages(data.test), [[(0, 0, i)] for i in mine], c.workers, device)
     return evaluate(net, one_by_one, mine, data.truth)
 
@@ -329,16 +337,16 @@ def run(given: dict, resume: bool, deadline: float) -> bool:
     c = Namespace(**SETTINGS["defaults"] | given)
     c.device = c.device or ("cuda" if torch.cuda.is_available() else "cpu")
     out = Path(c.out or f"runs/{run_name(c)}")
-    with processes(c.device) as name:
+    with process_group(c.device) as name:
         device = open_device(name, one_size=False)
         opened = run_folder.open_run(out, resume, c.script, "iteration") if rank() == 0 else nullcontext()
         with opened as state:
-            state = from_rank_0(state, device)
+            state = broadcast(state, device)
             stored = state["config"] if state else {}
             c = settle(given | {"out": str(out), "device": c.device, "workers": c.workers}, stored)
             run_folder.check_settings(stored, vars(c))
             data = load_coco(c.data_dir, c.subset, c.test_subset)
-            if from_rank_0(data.fingerprint, device) != data.fingerprint:
+            if broadcast(data.fingerprint, device) != data.fingerprint:
                 raise UserError(f"{c.data_dir} holds other images here than where rank 0 runs: copy the same set there")
             if c.batch_size > len(data.train):
                 raise UserError(f"--batch-size {c.batch_size}: there are only {len(data.train)} training images")
@@ -348,7 +356,9 @@ def run(given: dict, resume: bool, deadline: float) -> bool:
             weights = ", ".join(f"{term} {getattr(c, f'w_{term}'):g}" for term in TERMS)
             task = f"{c.student} from {c.teacher} by {c.method} ({weights})" if c.teacher else f"{c.student} alone"
             size = f"{len(data.train)} training and {len(data.test)} test images in {len(data.categories)} classes"
-            ranks = f"{world()} ranks, {c.batch_size // world()} images each" if world() > 1 else c.device
+            ranks = (
+                f"{world_size()} ranks, {c.batch_size // world_size()} images each" if world_size() > 1 else c.device
+            )
             print(f"{task}, {c.iterations} iterations on {c.data_dir}: {size}; {ranks}, amp {c.amp}; {c.out}")
             print(*data.notes, sep="\n", end="\n" * bool(data.notes))
             student, teacher = build_networks(c, data, with_weights=not state and rank() == 0)
@@ -360,7 +370,7 @@ def run(given: dict, resume: bool, deadline: float) -> bool:
 
 def evaluate_checkpoint(given: dict) -> None:
     """--evaluate: print the average precision of a checkpoint on the test images; with --visualize draw some."""
-    if world() > 1:
+    if world_size() > 1:
         raise UserError("--evaluate takes one process: start it without torchrun")
     c = settle(given, {"min_size": size} if (size := trained_size(given["evaluate"])) else {})
     data, device = load_coco(c.data_dir, None, c.test_subset), open_device(c.device, one_size=False)

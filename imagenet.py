@@ -32,8 +32,8 @@ from common.multipath_bn import plain_state_dict, track_paths
 from common.paths import MixedPath, sample_paths
 from common.run import folder as run_folder
 from common.run.checkpoint import load_network, torchvision_weights
-from common.run.device import AMP, cores, open_device
-from common.run.distributed import distribute, from_rank_0, over_ranks, processes, rank, share_buffers, world
+from common.run.device import AMP, num_cores, open_device
+from common.run.distributed import all_reduce, broadcast, broadcast_buffers, distribute, process_group, rank, world_size
 from common.run.errors import LossNotFiniteError, OtherNetworkError, UserError, exit_code
 from common.run.evaluation import accuracy, count_hits
 from common.run.optimizer import sgd
@@ -105,10 +105,12 @@ def settle(given: dict, stored: dict) -> Namespace:
     fill(c, {"temperature": pair["temperature"], "device": "cuda" if torch.cuda.is_available() else "cpu"})
     c.amp = c.amp or ("fp16" if c.device.startswith("cuda") else "off")
     c.out = c.out or f"runs/{run_name(c)}"
-    fill(c, {"workers": min(16, max(1, cores() // int(os.environ.get("LOCAL_WORLD_SIZE", 1))))})
+    fill(c, {"workers": min(16, max(1, num_cores() // int(os.environ.get("LOCAL_WORLD_SIZE", 1))))})
     check_ranges(c)
-    if c.batch_size < 2 * world():
-        raise UserError(f"--batch-size {c.batch_size}: it must leave each of the {world()} ranks at least two images")
+    if c.batch_size < 2 * world_size():
+        raise UserError(
+            f"--batch-size {c.batch_size}: it must leave each of the {world_size()} ranks at least two images"
+        )
     if c.sync_bn and not c.device.startswith("cuda"):
         raise UserError("--sync-bn works on CUDA alone: leave it out")
     return c
@@ -203,9 +205,9 @@ def train(
     student, teacher = step.student, step.teacher
     nets = {"student": student, "teacher": teacher, "bridges": step.bridges}
     nets = {name: net for name, net in nets.items() if net is not None}
-    shard = Shard(len(data.train), c.batch_size, c.seed, rank(), world())
+    shard = Shard(len(data.train), c.batch_size, c.seed, rank(), world_size())
     batches = train_loader(ImageFiles(data.train, c.image_size, c.seed), shard, c.workers, device)
-    tests = eval_loader(ImageFiles(data.test, c.image_size), c.workers, device, rank(), world())
+    tests = eval_loader(ImageFiles(data.test, c.image_size), c.workers, device, rank(), world_size())
 
     parameters = [p for p in step.parameters() if p.requires_grad]
     optimizer = sgd(parameters, c.lr, momentum=0.9, weight_decay=1e-4, nesterov=True, fused=cuda)
@@ -248,7 +250,7 @@ def train(
             loss = share * sum(warmed[term] * value for term, value in terms.items())  # Eq. 9
 
             optimizer.zero_grad(set_to_none=True)
-            scaler.scale(loss * world()).backward()
+            scaler.scale(loss * world_size()).backward()
             scaler.step(optimizer)
             scaler.update()
 
@@ -259,14 +261,16 @@ def train(
                 for term, value in terms.items():
                     sums[term] = sums[term] + share * value
 
-        totals = over_ranks(torch.stack([value.float() for value in sums.values()])).tolist()
-        waited = over_ranks(
+        totals = all_reduce(torch.stack([value.float() for value in sums.values()])).tolist()
+        waited = all_reduce(
             torch.tensor(batches.waited, device=device), largest=True
         ).item()  # they wait for each other
         sums = dict(zip(sums, totals, strict=True))
-        share_buffers(nets.values())
+        broadcast_buffers(nets.values())
         if sums["bad_steps"]:
-            raise LossNotFiniteError(f"in epoch {epoch + 1}, in {sums['bad_steps']:.0f} of {steps * world()} steps")
+            raise LossNotFiniteError(
+                f"in epoch {epoch + 1}, in {sums['bad_steps']:.0f} of {steps * world_size()} steps"
+            )
         if not all(tensor.isfinite().all() for net in nets.values() for tensor in net.state_dict().values()):
             raise LossNotFiniteError(f"in the last step of epoch {epoch + 1}")
         training_seconds = time.monotonic() - began
@@ -291,10 +295,10 @@ def train(
         if rank() == 0:
             state |= {name: net.state_dict() for name, net in nets.items()}
             state |= {"optimizer": optimizer.state_dict(), "scaler": scaler.state_dict()}
-            state["made_with"] = run_folder.made_with(device) | {"ranks": world()}
+            state["made_with"] = run_folder.made_with(device) | {"ranks": world_size()}
             run_folder.save_run(out, state, {"student": plain_state_dict(student)})
             run_folder.print_epoch(state)
-        if from_rank_0(time.monotonic() > deadline, device) and epoch + 1 < c.epochs:
+        if broadcast(time.monotonic() > deadline, device) and epoch + 1 < c.epochs:
             print(f"stopped after {epoch + 1} of {c.epochs} epochs (--max-minutes): repeat the command with --resume")
             return False
     if rank() == 0:
@@ -304,7 +308,7 @@ def train(
 
 def evaluate_by_all(net: StagedNet, batches: DeviceBatches, device: torch.device) -> dict[str, float]:
     """Accuracies on the test images, of which each rank counts its own."""
-    return accuracy(over_ranks(count_hits(net, batches).to(device)))
+    return accuracy(all_reduce(count_hits(net, batches).to(device)))
 
 
 # -------------------------------------------------------------------------------------------------------- run
@@ -320,15 +324,15 @@ def run(given: dict, resume: bool, deadline: float) -> bool:
     c = Namespace(**SETTINGS["defaults"] | given)
     c.device = c.device or ("cuda" if torch.cuda.is_available() else "cpu")
     out = Path(c.out or f"runs/{run_name(c)}")
-    with processes(c.device) as name:
+    with process_group(c.device) as name:
         device = open_device(name)
         with run_folder.open_run(out, resume, c.script) if rank() == 0 else nullcontext() as state:
-            state = from_rank_0(state, device)
+            state = broadcast(state, device)
             stored = state["config"] if state else {}
             c = settle(given | {"out": str(out), "device": c.device, "workers": c.workers}, stored)
             run_folder.check_settings(stored, vars(c))
             data = list_files(c.data_dir, c.subset, c.test_subset)
-            if from_rank_0(data.fingerprint, device) != data.fingerprint:
+            if broadcast(data.fingerprint, device) != data.fingerprint:
                 raise UserError(f"{c.data_dir} holds other images here than where rank 0 runs: copy the same set there")
             if c.batch_size > len(data.train):
                 raise UserError(f"--batch-size {c.batch_size}: there are only {len(data.train)} training images")
@@ -338,7 +342,9 @@ def run(given: dict, resume: bool, deadline: float) -> bool:
 
             task = f"{c.student} from {c.teacher} by {c.method}" if c.teacher else f"{c.student} alone"
             size = f"{len(data.train)} training and {len(data.test)} test images in {len(data.classes)} classes"
-            ranks = f"{world()} ranks, {c.batch_size / world():g} images each" if world() > 1 else c.device
+            ranks = (
+                f"{world_size()} ranks, {c.batch_size / world_size():g} images each" if world_size() > 1 else c.device
+            )
             print(f"{task}, {c.epochs} epochs on {c.data_dir}: {size}; {ranks}, amp {c.amp}; {c.out}")
             if c.teacher:
                 if f"{c.teacher}-{c.student}" not in SETTINGS["pairs"]:
@@ -350,7 +356,7 @@ def run(given: dict, resume: bool, deadline: float) -> bool:
             elif teacher and rank() == 0:  # the others get it with everything else
                 load_teacher(teacher, c, len(data.classes))
             step = Step(c, student, teacher, bridges)
-            if c.sync_bn and world() > 1:
+            if c.sync_bn and world_size() > 1:
                 step = nn.SyncBatchNorm.convert_sync_batchnorm(step)
             if teacher:
                 for net in (student, teacher):
@@ -361,7 +367,7 @@ def run(given: dict, resume: bool, deadline: float) -> bool:
 
 def evaluate_checkpoint(given: dict) -> None:
     """--evaluate: print the accuracy of a checkpoint on the test images."""
-    if world() > 1:
+    if world_size() > 1:
         raise UserError("--evaluate takes one process: start it without torchrun")
     c = settle(given, {})
     data, device = list_files(c.data_dir, None, c.test_subset), open_device(c.device)

@@ -35,7 +35,7 @@ from ablations.figures import COLOURS, load_pyplot, save_figure
 from ablations.tables import data_name
 from ablations.toy import kl_nats
 from common.data.batches import Data, ImageSet, eval_batches
-from common.data.sources import load_data, spread
+from common.data.sources import balanced_subset, load_data
 from common.models import StagedNet, build
 from common.randomness import generator
 from common.run.checkpoint import load_network, write_atomically
@@ -250,7 +250,7 @@ def find_data(c: Namespace) -> Data:
     if c.run and data.fingerprint != config["fingerprint"]:
         raise UserError(f"{c.run} saw other images than there are in {directory}: give its --data-dir")
     c.images = min(500, len(data.test)) if c.images is None else c.images
-    kept = spread(data.test.labels.numpy(), c.images, len(data.classes), "images")
+    kept = balanced_subset(data.test.labels.numpy(), c.images, len(data.classes), "images")
     data.test = ImageSet(data.test.images[kept], data.test.labels[kept])
     c.positions = sorted(set(c.positions or range(2, last + 1)))
     if not 1 <= c.positions[0] <= c.positions[-1] <= last:

@@ -22,7 +22,7 @@ from torch.optim.swa_utils import update_bn
 
 import cifar100
 from ablations.cells import Cell
-from common.data.batches import SIZE, Data, ImageSet, eval_batches, normalise, train_batches
+from common.data.batches import SIZE, Data, ImageSet, eval_batches, normalize, train_batches
 from common.models import StagedNet, pool
 from common.models.resnet import group
 from common.models.staged import init_fan_out
@@ -228,7 +228,7 @@ def recalibrated(branches: nn.ModuleDict, features: Features, train: ImageSet) -
     parts = order.tensor_split(math.ceil(len(train) / CALIBRATION_BATCH))
     copies = copy.deepcopy(branches)
     for k, branch in copies.items():
-        update_bn((features(normalise(train.images[part]))[k] for part in parts), branch)
+        update_bn((features(normalize(train.images[part]))[k] for part in parts), branch)
     return copies.eval()
 
 

@@ -1,1 +1,1 @@
-"""What the scripts share. Nothing here imports a script or holds a training loop."""
+"""Code shared by the scripts. Nothing here imports a script or contains a training loop."""

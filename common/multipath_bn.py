@@ -1,14 +1,14 @@
-"""BatchNorm with one affine transform and separate running statistics per input path (Fig. 3).
+"""BatchNorm with shared affine parameters and separate running statistics per input path (Fig. 3).
 
-The student's later part sees its own features and, by the path that left the teacher after stage k, the
-bridged features of the teacher; the teacher's later part likewise. Their means and variances differ, so one pair
-of running statistics would fit none of them. Weight and bias are shared by all paths.
+The later stages of each network process its own features and, on the path that leaves the other network after
+stage k, that network's bridged features. Means and variances differ between paths, so a single set of running
+statistics would fit none of them. Weight and bias are shared by all paths.
 
-    track_paths(net, [2, 3])          once: every BatchNorm gets statistics for path 2 and for path 3
-    with on_path(net, 2):             here they stand in the place of the net's own
+    track_paths(net, [2, 3])          # once: adds statistics for paths 2 and 3 to every BatchNorm
+    with on_path(net, 2):             # replaces the network's own statistics with those of path 2
         y = net.stage(3, x)
 
-It works on any module with any of PyTorch's BatchNorm layers.
+Works on any module that contains PyTorch BatchNorm layers of any kind.
 """
 
 from collections.abc import Iterable, Iterator
@@ -22,7 +22,7 @@ STATISTICS = ("running_mean", "running_var", "num_batches_tracked")
 
 
 class PathStatistics(nn.Module):
-    """Running statistics of one BatchNorm layer on one path: mean 0, variance 0, no batch seen."""
+    """Running statistics of one BatchNorm layer on one path; initially mean 0, variance 0, no batches tracked."""
 
     def __init__(self, like: Tensor):
         super().__init__()
@@ -32,9 +32,9 @@ class PathStatistics(nn.Module):
 
 
 def track_paths(net: nn.Module, positions: Iterable[int]) -> None:
-    """Give every BatchNorm of `net`, in place, running statistics for each path k in `positions`.
+    """Add running statistics for each path k in `positions` to every BatchNorm in `net`, in place.
 
-    They are buffers in submodules `path<k>`, so they follow the net to its device and into its state dict.
+    They are buffers of submodules `path<k>`, so `net.to()` moves them and `net.state_dict()` includes them.
     """
     for layer in _batch_norms(net):
         for k in positions:
@@ -43,12 +43,12 @@ def track_paths(net: nn.Module, positions: Iterable[int]) -> None:
 
 @contextmanager
 def on_path(net: nn.Module, k: int, training: bool | None = None) -> Iterator[None]:
-    """Inside the context `net`'s BatchNorm layers use and update the statistics of path k, not their own.
+    """Context in which the BatchNorm layers of `net` use and update the statistics of path k instead of their own.
 
-    The buffers change places, so the layers' own code runs unchanged, and go back at the end.
+    The buffers are swapped in and back out, so the layers' forward is unchanged.
 
     Args:
-        training: normalise by the batch (True) or by the running statistics (False) whatever the mode of
+        training: normalize with batch statistics (True) or running statistics (False), regardless of the mode of
             `net`; None keeps the mode.
 
     Raises:
@@ -58,7 +58,7 @@ def on_path(net: nn.Module, k: int, training: bool | None = None) -> Iterator[No
     modes = [layer.training for layer in layers]
     if any(not hasattr(layer, f"path{k}") for layer in layers):
         raise KeyError(f"no statistics for path {k}: call track_paths(net, [{k}]) first")
-    _exchange(layers, k)
+    _swap_buffers(layers, k)
     try:
         if training is not None:
             for layer in layers:
@@ -67,11 +67,11 @@ def on_path(net: nn.Module, k: int, training: bool | None = None) -> Iterator[No
     finally:
         for layer, mode in zip(layers, modes, strict=True):
             layer.training = mode
-        _exchange(layers, k)
+        _swap_buffers(layers, k)
 
 
 def plain_state_dict(net: nn.Module) -> dict[str, Tensor]:
-    """The state dict of `net` without the per-path statistics: a plain network's, which others can load."""
+    """The state dict of `net` without the per-path statistics, loadable into a plain network."""
     extra = tuple(f"{name}." for name, module in net.named_modules() if isinstance(module, PathStatistics))
     return {key: value for key, value in net.state_dict().items() if not key.startswith(extra)}
 
@@ -80,8 +80,8 @@ def _batch_norms(net: nn.Module) -> list[nn.Module]:
     return [m for m in net.modules() if isinstance(m, _BatchNorm) and m.track_running_stats]
 
 
-def _exchange(layers: list[nn.Module], k: int) -> None:
-    # The dictionaries that hold the buffers, and not buffer by buffer: this runs for every path of every step.
+def _swap_buffers(layers: list[nn.Module], k: int) -> None:
+    # Swaps whole dictionaries rather than single buffers: this runs for every path in every step.
     for layer in layers:
         path = getattr(layer, f"path{k}")
         layer._buffers, path._buffers = path._buffers, layer._buffers

@@ -1,4 +1,4 @@
-"""Generators drawn from (seed, epoch, purpose), so that a resumed run needs no stored generator."""
+"""Generators derived from (seed, epoch, purpose), so that resuming needs no saved generator state."""
 
 import zlib
 
@@ -7,12 +7,12 @@ import torch
 
 
 def generator(seed: int, epoch: int, purpose: str) -> torch.Generator:
-    """A CPU generator that depends on its arguments alone; two purposes give independent streams."""
+    """A CPU generator that depends only on its arguments; different purposes have independent streams."""
     return torch.Generator().manual_seed(seed_of(seed, epoch, purpose))
 
 
 def seed_of(seed: int, epoch: int, purpose: str, *more: int) -> int:
-    """A number of 63 bits that depends on all arguments, the index of an image perhaps among them."""
+    """A 63-bit seed derived from all arguments; `more` can be an image index, for example."""
     entropy = [seed, epoch, zlib.crc32(purpose.encode()), *more]
     words = np.random.SeedSequence(entropy).generate_state(2, np.uint32)
     return int(words[0]) << 31 | int(words[1]) >> 1

@@ -18,11 +18,11 @@ from tiny_detectors import shrink
 import detection
 from common.detection.detectors import build_detector
 from common.detection.fcfd import TERMS
-from common.run.distributed import distribute, processes, rank
+from common.run.distributed import distribute, process_group, rank
 
 
 def gradients(folder, *terms):
-    with processes("cpu"):
+    with process_group("cpu"):
         torch.manual_seed(rank())  # rank 1 starts elsewhere
         given = {"teacher": "resnet18", "student": "mobilenet_v2", "device": "cpu", "batch_size": 2}
         c = detection.settle(given | {f"w_{term}": term in terms for term in TERMS}, {})

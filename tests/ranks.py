@@ -18,7 +18,7 @@ from common.bridges import Bridges, build_bridges
 from common.models import build_imagenet
 from common.multipath_bn import track_paths
 from common.paths import MixedPath, candidate_paths
-from common.run.distributed import distribute, processes, rank, world
+from common.run.distributed import distribute, process_group, rank, world_size
 
 WEIGHTS = {"task": 1.0, "kd": 0.9, "app": 5.0, "func_l2": 3.0, "func_kl": 0.7, "func_prime": 0.3}
 PATHS = [MixedPath(2, 1), MixedPath(3, 0)]  # two of six
@@ -48,17 +48,17 @@ def total(terms):
 
 
 def gradients(folder):
-    with processes("cpu"):
+    with process_group("cpu"):
         step = a_step(seed=rank())  # rank 1 starts elsewhere
         one, alone = copy.deepcopy(step), copy.deepcopy(step)
         images, labels = torch.randn(7, 3, 64, 64, generator=torch.Generator().manual_seed(9)), torch.arange(7) % 3
-        mine = slice(rank(), None, world())
+        mine = slice(rank(), None, world_size())
         distributed = distribute(step, some_unused=True)
         # The second time a parameter without gradient has had the chance to be waited for.
         for _ in range(2):
             step.zero_grad(set_to_none=True)
             terms, _ = distributed(images[mine], labels[mine], PATHS)
-            (total(terms) * len(labels[mine]) / len(labels) * world()).backward()
+            (total(terms) * len(labels[mine]) / len(labels) * world_size()).backward()
         total(alone(images[mine], labels[mine], PATHS)[0]).backward()
         terms, _ = one(images, labels, PATHS)
         total(terms).backward()

@@ -13,7 +13,7 @@ from running import SMALL, call
 
 import cifar100
 from ablations import anisotropy
-from common.data.batches import ImageSet, normalise
+from common.data.batches import ImageSet, normalize
 from common.models import build
 
 
@@ -75,7 +75,7 @@ def test_against_a_loop_over_images_and_directions_in_float64(k):
         label = test.labels[i].item()
 
         def answer(direction=None, i=i):
-            x = normalise(test.images[i : i + 1]).double()
+            x = normalize(test.images[i : i + 1]).double()
             with torch.no_grad():
                 for stage in range(1, net.num_stages + 1):
                     x = net.stage(stage, x)

@@ -24,13 +24,20 @@ def same(net, other):
     return all(torch.equal(a, b) for a, b in zip(net.state_dict().values(), other.state_dict().values(), strict=True))
 
 
-@pytest.mark.parametrize("form", ["shared", "bare", "parallel", "namespace", "numpy"])
+@pytest.mark.parametrize(
+    "form",
+    ["shared", "bare", "parallel", "net", "parallel_net", "model_state_dict", "first_of_two", "namespace", "numpy"],
+)
 def test_forms_that_checkpoints_come_in(tmp_path, net, form):
     weights = net.state_dict()
     content = {
         "shared": {"model": weights, "epoch": 240, "accuracy": torch.tensor(72.5), "optimizer": {"state": {}}},
         "bare": weights,
         "parallel": {"state_dict": {f"module.{key}": value for key, value in weights.items()}},
+        "net": {"net": weights, "acc": 72.5, "epoch": 240},
+        "parallel_net": {"net": {f"module.{key}": value for key, value in weights.items()}},
+        "model_state_dict": {"epoch": 240, "model_state_dict": weights, "optimizer_state_dict": {"state": {}}},
+        "first_of_two": {"model_state_dict": build("vgg8", 10).state_dict(), "state_dict": weights},
         "namespace": {"model": weights, "opt": argparse.Namespace(lr=0.05, steps=[150, 180], model="resnet8")},
         "numpy": {"model": weights, "best_acc": np.float64(72.5), "accuracy": np.float32(72.0), "epoch": np.int64(240)},
     }[form]
@@ -89,6 +96,22 @@ def test_unreadable_files_end_in_one_line(tmp_path, net):
         assert "\n" not in str(error.value), path
 
 
+@pytest.mark.parametrize("key", ["model", "state_dict", "net", "model_state_dict"])
+def test_nested_state_dicts_are_checked_strictly(tmp_path, net, key):
+    path = tmp_path / "x.pth"
+    for change, message in (
+        (lambda weights: weights.pop("fc.bias"), r"missing key fc\.bias"),
+        (lambda weights: weights.update({"fc.scale": torch.ones(1)}), r"unexpected key fc\.scale"),
+        (lambda weights: weights.update({"epoch": 3}), "no state dict"),
+        (lambda weights: weights["fc.bias"].fill_(torch.inf), r"non-finite values in fc\.bias"),
+    ):
+        weights = {name: tensor.clone() for name, tensor in net.state_dict().items()}
+        change(weights)
+        torch.save({key: weights}, path)
+        with pytest.raises(UserError, match=message):
+            load_network(build("resnet8", 10), path, "resnet8")
+
+
 def test_wrong_content_is_named(tmp_path, net):
     def complaint(content):
         torch.save(content, tmp_path / "x.pth")
@@ -97,9 +120,9 @@ def test_wrong_content_is_named(tmp_path, net):
         assert "\n" not in str(error.value)
         return str(error.value)
 
-    assert "fc.weight is [100, 64] there and [10, 64]" in complaint({"model": build("resnet8", 100).state_dict()})
-    assert "it lacks" in complaint({"model": build("vgg8", 10).state_dict()})
-    assert "layer1.1.conv1.weight is unknown" in complaint({"model": build("resnet14", 10).state_dict()})
+    assert "[100, 64], expected [10, 64]" in complaint({"model": build("resnet8", 100).state_dict()})
+    assert "missing key" in complaint({"model": build("vgg8", 10).state_dict()})
+    assert "unexpected key layer1.1.conv1.weight" in complaint({"model": build("resnet14", 10).state_dict()})
     assert "no state dict" in complaint({"epoch": 3})
     assert "no state dict" in complaint([1, 2])
     assert "student.pth" in complaint({"student": net.state_dict(), "epoch": 3})

@@ -13,14 +13,14 @@ from torchvision import datasets, transforms
 from torchvision.transforms import functional
 
 from common.data import sources
-from common.data.batches import MEAN, PAD, STD, ImageSet, eval_batches, normalise, train_batches
+from common.data.batches import MEAN, PAD, STD, ImageSet, eval_batches, normalize, train_batches
 from common.data.sources import load_data
 from common.data.synthetic import CLASSES, synthetic_images
 from common.run.errors import UserError
 
 
 def raw(images):
-    """Undo `normalise`: float [B, 3, 32, 32] -> uint8 [B, 3, 32, 32]."""
+    """Undo `normalize`: float [B, 3, 32, 32] -> uint8 [B, 3, 32, 32]."""
     mean, std = (torch.tensor(v)[:, None, None] for v in (MEAN, STD))
     return ((images * std + mean) * 255).round().to(torch.uint8)
 
@@ -97,7 +97,7 @@ def test_memory_format_changes_no_value():
 def test_normalise_is_torchvisions():
     image = np.random.default_rng(0).integers(0, 256, (32, 32, 3), np.uint8)
     expected = transforms.Compose([transforms.ToTensor(), transforms.Normalize(MEAN, STD)])(Image.fromarray(image))
-    torch.testing.assert_close(normalise(torch.from_numpy(image)[None])[0], expected)
+    torch.testing.assert_close(normalize(torch.from_numpy(image)[None])[0], expected)
 
 
 # ------------------------------------------------------------------------------------------------- synthetic

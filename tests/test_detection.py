@@ -448,7 +448,7 @@ def test_a_diverging_run_ends_with_code_1_and_keeps_what_was_saved(tmp_path, cap
     run(capsys, *options, "--max-minutes", 1e-9)
     monkeypatch.setattr(detection, "learning_rate", lambda c, iteration: 1e30)
     message = run(capsys, *options, "--resume", code=1)
-    assert "the loss stopped being finite in iteration 3" in message or "in iteration 2" in message
+    assert "non-finite loss in iteration 3" in message or "in iteration 2" in message
     assert torch.load(tmp_path / "run" / "last.pt", weights_only=True)["iteration"] == 1
 
 

@@ -113,7 +113,7 @@ def test_a_classification_network_gives_the_backbone(tmp_path, name):
 
 def test_a_wrong_backbone_is_refused(tmp_path):
     torch.save(models.resnet18().state_dict(), tmp_path / "net.pth")
-    with pytest.raises(OtherNetworkError, match=r"net.pth is no mobilenet_v2"):
+    with pytest.raises(OtherNetworkError, match=r"net.pth does not match mobilenet_v2"):
         load_backbone(build_detector("mobilenet_v2", 3, [128]), "mobilenet_v2", tmp_path / "net.pth")
 
 
@@ -233,7 +233,7 @@ def test_other_files_are_refused(tmp_path):
     with pytest.raises(OtherNetworkError, match=r"classifier.pth is no detector resnet18: it lacks roi_heads"):
         load_detector(net, tmp_path / "classifier.pth", "resnet18", {1: "a", 2: "b", 3: "c"})
     torch.save(build_detector("mobilenet_v2", 3, [128]).state_dict(), tmp_path / "other.pth")
-    with pytest.raises(OtherNetworkError, match=r"other.pth is no resnet18"):
+    with pytest.raises(OtherNetworkError, match=r"other.pth does not match resnet18"):
         load_detector(net, tmp_path / "other.pth", "resnet18", {1: "a", 2: "b", 3: "c"})
     weights = build_detector("resnet18", 9, [128]).state_dict()
     weights["roi_heads.box_predictor.bbox_pred.bias"] = torch.zeros(7)

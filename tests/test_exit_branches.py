@@ -14,7 +14,7 @@ from running import tensors
 from torch import nn
 
 from ablations import branches, exit_branches, tables
-from common.data.batches import eval_batches, normalise, train_batches
+from common.data.batches import eval_batches, normalize, train_batches
 from common.data.sources import load_data
 from common.models import build
 from common.models.resnet import ResNet
@@ -184,7 +184,7 @@ def test_recalibrated_statistics_are_those_of_a_full_pass(net, data, trained, mo
                 seen[name] = []
                 layer.register_forward_pre_hook(lambda _, inputs, own=seen[name]: own.append(inputs[0]))
         for part in (order[:20], order[20:40], order[40:]):
-            naive(shifted(normalise(data.train.images[part]))[k])
+            naive(shifted(normalize(data.train.images[part]))[k])
         assert len(seen) >= 3
         for name, inputs in seen.items():
             layer = found[k].get_submodule(name)

@@ -10,7 +10,7 @@ from running import image_files
 from torchvision import transforms
 from torchvision.transforms import functional
 
-from common.data.batches import normalise
+from common.data.batches import normalize
 from common.data.image_files import MEAN, STD, ImageFiles, Shard, eval_loader, list_files, train_loader
 from common.randomness import seed_of
 from common.run.errors import UserError
@@ -89,7 +89,7 @@ def test_evaluation_images(folder):
 
 def test_each_set_keeps_its_moments():
     images = torch.randint(0, 256, (1, 4, 4, 3), dtype=torch.uint8)
-    assert not torch.equal(normalise(images), normalise(images, mean=MEAN, std=STD))
+    assert not torch.equal(normalize(images), normalize(images, mean=MEAN, std=STD))
 
 
 @pytest.mark.parametrize("world", [1, 2, 3])
@@ -157,7 +157,7 @@ def test_subsets_and_both_names_of_the_test_split(tmp_path):
     with pytest.raises(UserError, match="--test-subset 10"):
         list_files(tmp_path, test_subset=10)
     (tmp_path / "test").rename(tmp_path / "other")
-    with pytest.raises(UserError, match="val is no image folder"):
+    with pytest.raises(UserError, match="val is not an image folder"):
         list_files(tmp_path)
 
 

@@ -306,7 +306,7 @@ def test_a_teacher_of_other_classes_is_told_how_to_train_one(teacher):
         (["--student", "resnet18", "--teacher", "resnet110"], "resnet110"),
         (["--student", "resnet18", "--teacher", "resnet34"], "train one on these images"),
         (["--student", "resnet18", "--method", "kd"], "--teacher"),
-        (["--student", "resnet18", "--data-dir", "missing"], "missing/train is no image folder"),
+        (["--student", "resnet18", "--data-dir", "missing"], "missing/train is not an image folder"),
         (["--student", "resnet18", "--batch-size", 19], "18 training images"),
         (["--student", "resnet18", "--batch-size", 1], "two images"),
         (["--student", "resnet18", "--image-size", 8], "--image-size 8"),
@@ -344,7 +344,7 @@ def test_a_damaged_image_ends_the_run_and_is_named(tmp_path, capsys):
 @pytest.mark.parametrize(
     ("whom", "sent", "code", "expected"),
     [
-        ("a reader", signal.SIGKILL, 2, "error: a process that reads images died"),
+        ("a reader", signal.SIGKILL, 2, "error: a data loader worker died"),
         ("all", signal.SIGTERM, 143, "interrupted: "),
         ("all", signal.SIGINT, 130, "interrupted: "),
     ],
@@ -367,7 +367,7 @@ def test_killed_readers(tmp_path, folder, whom, sent, code, expected):
 def test_a_diverging_run_ends_with_code_1(tmp_path, capsys, monkeypatch, folder):
     monkeypatch.setattr(imagenet, "learning_rate", lambda c, epoch: 1e30)
     options = ["--data-dir", folder, "--student", "resnet18", *SMALL, "--epochs", 2, "--out", tmp_path / "run"]
-    assert "stopped being finite in epoch 1" in run(capsys, *options, code=1)
+    assert "non-finite loss in epoch 1" in run(capsys, *options, code=1)
 
 
 def test_sync_bn_reaches_every_layer_and_changes_no_key():

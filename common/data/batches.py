@@ -1,7 +1,7 @@
-"""Image sets that live on the training device as uint8; all that happens to a batch is tensor operations there.
+"""Datasets kept on the training device as uint8 and augmented there, a batch at a time.
 
-Per image, equal in distribution to torchvision's RandomCrop(32, padding=4) and RandomHorizontalFlip. The order of
-the images and their augmentation are drawn from (seed, epoch), so a resumed run sees what an unbroken one sees.
+The augmentation has the distribution of torchvision's RandomCrop(32, padding=4) and RandomHorizontalFlip per image.
+Image order and augmentation depend only on (seed, epoch), so a resumed run gets the batches of an uninterrupted one.
 """
 
 from collections.abc import Iterator
@@ -16,7 +16,7 @@ from ..randomness import generator
 
 SIZE = 32
 PAD = 4
-MEAN = (0.5071, 0.4867, 0.4408)  # of CIFAR-100; used for every set
+MEAN = (0.5071, 0.4867, 0.4408)  # of CIFAR-100; used for every dataset
 STD = (0.2675, 0.2565, 0.2761)
 
 
@@ -32,7 +32,7 @@ class ImageSet:
 
     @cached_property
     def padded(self) -> Tensor:
-        """The images with PAD black pixels around: uint8 [n, 40, 40, 3]."""
+        """The images padded with PAD black pixels on each side: uint8 [n, 40, 40, 3]."""
         return F.pad(self.images, (0, 0, PAD, PAD, PAD, PAD))
 
     def to(self, device: torch.device) -> "ImageSet":
@@ -41,7 +41,7 @@ class ImageSet:
 
 @dataclass
 class Data:
-    """A data set: its two splits, the names of its classes, and a hash of these and of the training split."""
+    """A dataset: two splits, class names, and a hash of the class names and the training split."""
 
     train: ImageSet
     test: ImageSet
@@ -55,31 +55,32 @@ class Data:
 def train_batches(
     data: ImageSet, batch_size: int, seed: int, epoch: int, channels_last: bool = False
 ) -> Iterator[tuple[Tensor, Tensor]]:
-    """Shuffled, augmented, normalised batches (images float32 [B, 3, 32, 32], labels [B]); the last may be short."""
+    """Shuffled, augmented, normalized batches (images float32 [B, 3, 32, 32], labels [B]); the last may be smaller."""
     n, device = len(data), data.labels.device
-    draw = generator(seed, epoch, "data")
-    order = torch.randperm(n, generator=draw).to(device)
-    top, left = torch.randint(0, 2 * PAD + 1, (2, n, 1), generator=draw)
-    flip = torch.rand(n, 1, generator=draw) < 0.5
+    rng = generator(seed, epoch, "data")
+    order = torch.randperm(n, generator=rng).to(device)
+    top, left = torch.randint(0, 2 * PAD + 1, (2, n, 1), generator=rng)
+    flip = torch.rand(n, 1, generator=rng) < 0.5
     rows = (top + torch.arange(SIZE)).to(device)
     columns = left + torch.arange(SIZE)
     columns = torch.where(flip, columns.flip(1), columns).to(device)
     for i in range(0, n, batch_size):
-        chosen, part = order[i : i + batch_size], slice(i, i + batch_size)
-        # One gather picks the images, crops and flips them.
-        images = data.padded[chosen[:, None, None], rows[part, :, None], columns[part, None, :]]
-        yield normalise(images, channels_last), data.labels[chosen]
+        batch = slice(i, i + batch_size)
+        index = order[batch]
+        # A single gather selects, crops and flips the images.
+        images = data.padded[index[:, None, None], rows[batch, :, None], columns[batch, None, :]]
+        yield normalize(images, channels_last), data.labels[index]
 
 
 def eval_batches(data: ImageSet, batch_size: int = 500, channels_last: bool = False) -> Iterator[tuple[Tensor, Tensor]]:
-    """The images in order, normalised: (images float32 [B, 3, 32, 32], labels [B])."""
+    """Normalized batches in dataset order: (images float32 [B, 3, 32, 32], labels [B])."""
     for i in range(0, len(data), batch_size):
-        part = slice(i, i + batch_size)
-        yield normalise(data.images[part], channels_last), data.labels[part]
+        batch = slice(i, i + batch_size)
+        yield normalize(data.images[batch], channels_last), data.labels[batch]
 
 
-def normalise(images: Tensor, channels_last: bool = False, mean: tuple = MEAN, std: tuple = STD) -> Tensor:
-    """uint8 [B, H, W, 3] -> float32 [B, 3, H, W] of mean 0 and deviation 1 over the set with these moments."""
+def normalize(images: Tensor, channels_last: bool = False, mean: tuple = MEAN, std: tuple = STD) -> Tensor:
+    """uint8 [B, H, W, 3] -> float32 [B, 3, H, W]: (image / 255 - mean) / std per channel."""
     mean, std = _moments(images.device, mean, std)
     images = ((images / 255 - mean) / std).permute(0, 3, 1, 2)
     return images if channels_last else images.contiguous()
@@ -87,5 +88,5 @@ def normalise(images: Tensor, channels_last: bool = False, mean: tuple = MEAN, s
 
 @cache
 def _moments(device: torch.device, mean: tuple, std: tuple) -> tuple[Tensor, Tensor]:
-    """Kept on the device: to send them there for each batch would make the host wait."""
+    """Cached on the device: copying them for every batch would synchronize."""
     return torch.tensor(mean, device=device), torch.tensor(std, device=device)

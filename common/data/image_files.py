@@ -1,7 +1,7 @@
-"""Images that are read from their files in every epoch, by worker processes: sets too large for memory.
+"""Datasets too large for memory, read from image files by data loader workers in every epoch.
 
-Each image's augmentation is drawn from (seed, epoch, index) and the order from (seed, epoch), so the number of workers
-and a resume change nothing. With several ranks each reads its part of every global batch.
+Augmentation depends only on (seed, epoch, index) and the order only on (seed, epoch), so neither the number of workers
+nor resuming changes the batches. Each rank reads its shard of every global batch.
 """
 
 import hashlib
@@ -21,18 +21,18 @@ from torch.utils.data import DataLoader, Dataset
 from torchvision import transforms
 
 from ..randomness import generator, seed_of
-from ..run.errors import UserError, heed_signals
-from .batches import normalise
-from .sources import image_folder, open_rgb, spread
+from ..run.errors import UserError, raise_if_signaled
+from .batches import normalize
+from .sources import balanced_subset, image_folder, open_rgb
 
 MEAN = (0.485, 0.456, 0.406)  # of ImageNet
 STD = (0.229, 0.224, 0.225)
-EVAL_BATCH = 256  # images a rank
+EVAL_BATCH = 256  # images per rank
 
 
 @dataclass
 class FileData:
-    """A data set: paths and labels of both splits, the names of its classes, a hash of these and the training paths."""
+    """A dataset: (path, label) of both splits, class names, and a hash of the class names and training paths."""
 
     train: list[tuple[str, int]]
     test: list[tuple[str, int]]
@@ -41,31 +41,32 @@ class FileData:
 
 
 def list_files(directory: str | Path, subset: int | None = None, test_subset: int | None = None) -> FileData:
-    """The files of train/<class>/* and val/<class>/* (or test/); `subset`s are spread evenly over the classes.
+    """List the files of train/<class>/* and val/<class>/* (or test/), optionally a balanced subset of each split.
 
     Raises:
-        UserError: what is wrong with the directory or the numbers.
+        UserError: the directory or a subset size is invalid.
     """
     directory = Path(directory)
     train, test = image_folder(directory, test_names=("val", "test"))
     splits = []
     for folder, count, option in ((train, subset, "subset"), (test, test_subset, "test-subset")):
-        keep = spread(np.array(folder.targets), count, len(folder.classes), option)
+        keep = balanced_subset(np.array(folder.targets), count, len(folder.classes), option)
         splits.append([folder.samples[i] for i in keep])
-    # File names and not pixels, which would all have to be read.
+    # Hashes file names, since hashing pixels would mean reading every image.
     names = [*train.classes, *(path.removeprefix(f"{directory}{os.sep}") for path, _ in splits[0])]
     digest = hashlib.sha256("\n".join(names).encode(errors="surrogateescape"))
     return FileData(*splits, classes=train.classes, fingerprint=digest.hexdigest())
 
 
 class ImageFiles(Dataset):
-    """(epoch, index) -> image uint8 [size, size, 3] and its label; augmented if `seed` is given.
+    """Maps (epoch, index) to an image uint8 [size, size, 3] and its label.
 
-    Augmentation is RandomResizedCrop and a flip; else the shorter side becomes 256/224 of `size` and the centre is cut.
+    With a `seed` the image is augmented (RandomResizedCrop, horizontal flip); otherwise its shorter side is resized to
+    256/224 * `size` and the center is cropped.
     """
 
     def __init__(self, samples: list[tuple[str, int]], size: int, seed: int | None = None):
-        # Not a list: the reference counts of a million strings would make every worker copy them in time.
+        # Not a list: updating the reference counts of a million strings would copy their memory pages in every worker.
         self.paths = np.array([os.fsencode(path) for path, _ in samples])
         self.labels = np.array([label for _, label in samples])
         self.seed = seed
@@ -82,37 +83,37 @@ class ImageFiles(Dataset):
         epoch, index = key
         path, label = os.fsdecode(self.paths[index]), int(self.labels[index])
         with warnings.catch_warnings(), torch.random.fork_rng(devices=[]):
-            warnings.simplefilter("ignore")  # PIL's, on odd but readable files
+            warnings.simplefilter("ignore")  # PIL warns about unusual but readable files
             image = open_rgb(path)
             if self.seed is not None:  # torchvision's transforms draw from PyTorch's global generator
                 torch.default_generator.manual_seed(seed_of(self.seed, epoch, "augmentation", index))
             try:
                 image = self.transform(image)
             except MemoryError as error:
-                raise UserError(f"the image {path} is too large to be resized: remove or replace it") from error
+                raise UserError(f"the image {path} is too large to resize: remove or replace it") from error
         return torch.from_numpy(np.array(image)), label
 
 
 @dataclass
 class Shard:
-    """The batches of one rank in `epoch`, as lists of (epoch, index): every `world`-th image of each global batch.
+    """Batch sampler of one rank: lists of (epoch, index), every `world_size`-th image of each global batch.
 
-    A last batch that would leave a rank with a single image is left out: where the last maps have one pixel, as at 32
-    pixels, BatchNorm can make nothing of it.
+    The last batch is dropped if a rank would get only one image: BatchNorm cannot normalize a single value per channel,
+    which is what the last feature maps have at 32 pixels.
     """
 
     n: int
-    batch_size: int  # of all ranks together
+    batch_size: int  # global
     seed: int
     rank: int = 0
-    world: int = 1
+    world_size: int = 1
     epoch: int = 0
 
     @property
     def sizes(self) -> list[int]:
-        """Of the global batches of an epoch."""
+        """Sizes of an epoch's global batches."""
         sizes = [min(self.batch_size, self.n - i) for i in range(0, self.n, self.batch_size)]
-        return [size for size in sizes if size >= 2 * self.world]
+        return [size for size in sizes if size >= 2 * self.world_size]
 
     def __len__(self) -> int:
         return len(self.sizes)
@@ -120,42 +121,41 @@ class Shard:
     def __iter__(self) -> Iterator[list[tuple[int, int]]]:
         order = torch.randperm(self.n, generator=generator(self.seed, self.epoch, "data"))
         for batch, _ in zip(order.split(self.batch_size), self.sizes, strict=False):
-            yield [(self.epoch, i) for i in batch[self.rank :: self.world].tolist()]
+            yield [(self.epoch, i) for i in batch[self.rank :: self.world_size].tolist()]
 
 
 def train_loader(files: ImageFiles, shard: Shard, workers: int, device: torch.device) -> "DeviceBatches":
-    """The batches of `shard`, whose `epoch` is to be set before each pass."""
+    """The batches of `shard`; set `shard.epoch` before each epoch."""
     return DeviceBatches(_loader(files, shard, workers, device), device)
 
 
 def eval_loader(
-    files: ImageFiles, workers: int, device: torch.device, rank: int = 0, world: int = 1
+    files: ImageFiles, workers: int, device: torch.device, rank: int = 0, world_size: int = 1
 ) -> "DeviceBatches":
-    """Every `world`-th image, in order: no image falls to two ranks, and some ranks may have one less."""
-    mine = [(0, i) for i in range(rank, len(files), world)]
-    batches = [mine[i : i + EVAL_BATCH] for i in range(0, len(mine), EVAL_BATCH)]
+    """Every `world_size`-th image, in order. No image is duplicated, so some ranks may have one fewer."""
+    shard = [(0, i) for i in range(rank, len(files), world_size)]
+    batches = [shard[i : i + EVAL_BATCH] for i in range(0, len(shard), EVAL_BATCH)]
     return DeviceBatches(_loader(files, batches, workers, device), device)
 
 
 def _loader(
     files: ImageFiles, batches: Iterable[list[tuple[int, int]]], workers: int, device: torch.device
 ) -> DataLoader:
-    pinned = device.type == "cuda"
     return DataLoader(
         files,
         batch_sampler=batches,
         num_workers=workers,
-        pin_memory=pinned,
+        pin_memory=device.type == "cuda",
         persistent_workers=workers > 0,
         worker_init_fn=ignore_interrupts,
     )
 
 
 class DeviceBatches:
-    """Batches (images float32 [B, 3, H, W] in channels_last order, labels [B]) on the device, normalised there.
+    """Batches (images float32 [B, 3, H, W] in channels_last format, labels [B]), moved to the device and normalized.
 
     Attributes:
-        waited: seconds that the last pass spent waiting for data while the device had at most one step left to do.
+        waited: seconds of the last epoch spent waiting for data with at most one step queued on the device.
     """
 
     def __init__(self, loader: DataLoader, device: torch.device):
@@ -166,26 +166,26 @@ class DeviceBatches:
 
     def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
         self.waited = 0.0
-        batches, steps_before = iter(self.loader), []
+        batches, events = iter(self.loader), []
         while True:
-            if self.device.type == "cuda":  # else the host would run ahead, and wait while the device does not
-                steps_before.append(torch.cuda.Event(blocking=True))  # sleeping: readers need the cores
-                steps_before[-1].record()
-                if len(steps_before) > 1:
-                    steps_before.pop(0).synchronize()
-            began = time.monotonic()
+            if self.device.type == "cuda":  # keep the host from running ahead, or `waited` would count busy device time
+                events.append(torch.cuda.Event(blocking=True))  # sleeps instead of spinning: workers need the cores
+                events[-1].record()
+                if len(events) > 1:
+                    events.pop(0).synchronize()
+            start = time.monotonic()
             batch = next_batch(batches)
-            self.waited += time.monotonic() - began
+            self.waited += time.monotonic() - start
             if batch is None:
                 return
-            images, labels = (part.to(self.device, non_blocking=True) for part in batch)
-            yield normalise(images, channels_last=True, mean=MEAN, std=STD), labels
+            images, labels = (tensor.to(self.device, non_blocking=True) for tensor in batch)
+            yield normalize(images, channels_last=True, mean=MEAN, std=STD), labels
 
 
 def ignore_interrupts(_worker: int) -> None:
-    """A DataLoader's worker_init_fn. Ctrl-C reaches every process of a terminal; the main one ends its workers itself.
+    """worker_init_fn: ignore Ctrl-C, which the terminal sends to every process; the main process ends its workers.
 
-    One that met it would wait until all that it has read was fetched, and PyTorch five seconds for each.
+    A worker that handled it would wait until its batches are fetched, and PyTorch five seconds for each worker.
     """
     for name in ("SIGINT", "SIGHUP"):
         if hasattr(signal, name):
@@ -193,15 +193,15 @@ def ignore_interrupts(_worker: int) -> None:
 
 
 def next_batch(batches: Iterator) -> Any:
-    """The next batch of a DataLoader's iterator, None at its end.
+    """The next batch of a DataLoader iterator, or None at the end.
 
     Raises:
-        UserError: reading an image ended in one.
-        Terminated: a signal came while the readers were being started.
+        UserError: an image could not be read.
+        Terminated: a signal arrived while the workers were starting.
     """
-    heed_signals()
+    raise_if_signaled()
     try:
         return next(batches, None)
-    except UserError as error:  # from a worker it comes with that one's traceback before it
+    except UserError as error:  # a worker's error message includes its traceback
         line = str(error).strip().splitlines()[-1]
         raise UserError(line.removeprefix(f"{UserError.__module__}.UserError: ")) from None

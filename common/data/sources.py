@@ -1,4 +1,4 @@
-"""Where image sets come from: CIFAR, an image folder, or the made set; in host memory, as 32x32 RGB."""
+"""Loading CIFAR, an image folder or the synthetic dataset into host memory as 32x32 RGB images."""
 
 import hashlib
 import http.client
@@ -22,16 +22,16 @@ def load_data(name: str, directory: str | Path, subset: int | None = None, test_
     """Load "cifar100", "cifar10", "folder" or "synthetic" into host memory.
 
     Args:
-        directory: where torchvision keeps or puts CIFAR; for "folder", what holds train/ and test/ or val/.
-        subset, test_subset: how many images of a split to keep, spread evenly over the classes.
+        directory: torchvision's root for CIFAR, or the folder that contains train/ and test/ or val/.
+        subset, test_subset: number of training and test images to keep, balanced over the classes.
 
     Raises:
-        UserError: what is wrong with the directory or the numbers.
+        UserError: the directory or a subset size is invalid.
     """
     if name == "folder":
         train, test, classes = _folder(Path(directory))
     elif name == "synthetic":
-        # Only as many as are wanted are drawn: the first ones are spread over the classes as `spread` does it.
+        # Renders only the requested images: balanced_subset would select the same prefix.
         sizes = ((subset, SYNTHETIC_TRAIN), (test_subset, SYNTHETIC_TEST))
         train, test = (
             synthetic_images(n if n and len(CLASSES) <= n <= most else most, split)
@@ -42,7 +42,7 @@ def load_data(name: str, directory: str | Path, subset: int | None = None, test_
         train, test, classes = _cifar(name, Path(directory))
     kept = []
     for (images, labels), count, option in ((train, subset, "subset"), (test, test_subset, "test-subset")):
-        keep = spread(labels, count, len(classes), option)
+        keep = balanced_subset(labels, count, len(classes), option)
         kept.append((images[keep], labels[keep]))
     train, test = kept
     digest = hashlib.sha256("\n".join(classes).encode(errors="surrogateescape"))
@@ -55,18 +55,18 @@ def load_data(name: str, directory: str | Path, subset: int | None = None, test_
 def _cifar(name: str, directory: Path):
     cls = {"cifar100": datasets.CIFAR100, "cifar10": datasets.CIFAR10}[name]
     try:
-        # The files are checked against their published MD5 before they are read.
+        # torchvision verifies the MD5 of the files before reading them.
         splits = [cls(directory, train=train, download=True) for train in (True, False)]
     except (OSError, RuntimeError, http.client.HTTPException) as error:
         raise UserError(
-            f"{name} is not in {directory}, or is damaged, and could not be downloaded ({error}): check the network, "
-            f"or put {cls.filename} there (--data-dir), or try --dataset synthetic"
+            f"{name} is missing or damaged in {directory} and could not be downloaded ({error}): check the network, "
+            f"put {cls.filename} there (--data-dir), or try --dataset synthetic"
         ) from error
     return *((s.data, np.array(s.targets, np.int64)) for s in splits), splits[0].classes
 
 
 class _Folder(datasets.ImageFolder):
-    """torchvision's ImageFolder without hidden files and folders, which tools leave among the images."""
+    """torchvision's ImageFolder, ignoring hidden files and folders."""
 
     def __init__(self, root: Path):
         super().__init__(root, is_valid_file=self.is_image)
@@ -83,16 +83,16 @@ class _Folder(datasets.ImageFolder):
 
 
 def _folder(directory: Path):
-    """An image folder, resized to 32x32 where needed."""
+    """An image folder, with images resized to 32x32."""
     train, test = image_folder(directory)
     return *(_read_all(split.samples) for split in (train, test)), train.classes
 
 
 def image_folder(directory: Path, test_names: tuple[str, str] = ("test", "val")) -> list[datasets.ImageFolder]:
-    """torchvision's folders of train/<class>/* and of the test split, which may have either name.
+    """torchvision's ImageFolder of train/<class>/* and of the test split, the first of `test_names` that exists.
 
     Raises:
-        UserError: one of them is missing or empty, or their classes differ.
+        UserError: a split is missing or empty, or their classes differ.
     """
     splits = []
     for names in (("train",), test_names):
@@ -102,19 +102,19 @@ def image_folder(directory: Path, test_names: tuple[str, str] = ("test", "val"))
         except OSError as error:
             text = str(error).splitlines()[0]
             raise UserError(
-                f"{split} is no image folder ({text}): --data-dir needs train/ and test/ or val/"
+                f"{split} is not an image folder ({text}): --data-dir must contain train/ and test/ or val/"
             ) from error
     train, test = splits
     if train.classes != test.classes:
         odd = sorted(set(train.classes) ^ set(test.classes))[0]
-        raise UserError(f"{directory}: train and test must have the same classes, but {odd!r} is only in one of them")
+        raise UserError(f"{directory}: train and test must have the same classes, but only one of them has {odd!r}")
     return splits
 
 
 def _read_all(samples: list[tuple[str, int]]) -> tuple[np.ndarray, np.ndarray]:
     paths, labels = zip(*samples, strict=True)
     with warnings.catch_warnings(), ThreadPoolExecutor() as pool:
-        warnings.simplefilter("ignore")  # PIL's, on odd but readable files
+        warnings.simplefilter("ignore")  # PIL warns about unusual but readable files
         images = list(pool.map(_read, paths))
     return np.stack(images), np.array(labels, np.int64)
 
@@ -127,36 +127,34 @@ def _read(path: str) -> np.ndarray:
 
 
 def open_rgb(path: str) -> Image.Image:
-    """The image in 8-bit RGB, whatever it was.
+    """Read an image and convert it to 8-bit RGB.
 
     Raises:
-        UserError: it cannot be read, and is named.
+        UserError: the image cannot be read; the message names it.
     """
     try:
         image = Image.open(path)
-        if image.mode.startswith("I;16"):  # 16 bits of gray, which PIL would cut off at 255
+        if image.mode.startswith("I;16"):  # 16-bit grayscale, which PIL would clip at 255
             image = Image.fromarray((np.asarray(image) // 257).astype(np.uint8))
         if image.mode in ("I", "F"):
-            raise ValueError("its pixels are 32-bit numbers of unknown range")
+            raise ValueError("its 32-bit pixels have an unknown range")
         return image.convert("RGB")
-    except Exception as error:  # a damaged file can make its decoder stumble over anything
+    except Exception as error:  # decoders raise all kinds of exceptions on damaged files
         name = path.replace("\n", "\\n")
         raise UserError(f"cannot read the image {name} ({error}): remove or replace it") from error
 
 
-def spread(labels: np.ndarray, count: int | None, num_classes: int, option: str) -> np.ndarray:
-    """Indices of the first images of every class, `count` (None: all) of them, as evenly as it goes, in their order.
+def balanced_subset(labels: np.ndarray, count: int | None, num_classes: int, option: str) -> np.ndarray:
+    """Sorted indices of `count` images (None: all), the first of each class and as balanced as possible.
 
     Raises:
-        UserError: there are not as many, or fewer are wanted than there are classes; `option` is the one to blame.
+        UserError: `count` is less than the number of classes or more than that of images; the message names `option`.
     """
     if count is None:
         return np.arange(len(labels))
     if not num_classes <= count <= len(labels):
-        raise UserError(
-            f"--{option} {count} must lie between {num_classes} (the classes) and {len(labels)} (the images)"
-        )
-    by_rank = np.empty(len(labels), np.int64)  # the how-maniest image of its class each one is
+        raise UserError(f"--{option} {count}: it must be between {num_classes} (classes) and {len(labels)} (images)")
+    index_in_class = np.empty(len(labels), np.int64)
     for c in range(num_classes):
-        by_rank[labels == c] = np.arange((labels == c).sum())
-    return np.sort(np.lexsort((labels, by_rank))[:count])
+        index_in_class[labels == c] = np.arange((labels == c).sum())
+    return np.sort(np.lexsort((labels, index_in_class))[:count])

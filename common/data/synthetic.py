@@ -1,15 +1,14 @@
-"""A made image set that needs no download: 20 classes of textured, cluttered, randomly posed shapes, 32x32 RGB.
+"""A synthetic dataset that needs no download: 20 classes of textured shapes among clutter, 32x32 RGB.
 
-A class is one of ten outlines filled with one of two textures. Where it lies, how large, how turned and how
-stretched it is, its colours and those of the ground, the clutter around it and a bar across it are drawn for each
-image. It exists for try-outs and tests; figures on it say nothing about photos.
+A class is one of ten outlines filled with one of two textures. Position, size, rotation, stretch, colors, background,
+clutter and an occluding bar are random. For quick checks and tests; results on it do not transfer to photos.
 """
 
 import numpy as np
 
 SIZE = 32
 SPLITS = ("train", "test")
-BLOCK = 100  # images drawn at once
+BLOCK = 100  # images rendered at once
 SHAPES = (
     "disc",
     "ellipse",
@@ -29,36 +28,36 @@ CLASSES = [f"{texture}_{shape}" for texture in TEXTURES for shape in SHAPES]
 def synthetic_images(n: int, split: str) -> tuple[np.ndarray, np.ndarray]:
     """The first `n` images uint8 [n, 32, 32, 3] of split "train" or "test", and their labels int64 [n].
 
-    The classes stand in turn, so every prefix is spread evenly over them.
+    Classes alternate, so every prefix is balanced.
     """
     labels = np.arange(n) % len(CLASSES)
     seed = SPLITS.index(split)
-    # Each block has a generator of its own and is drawn whole, so that a shorter set is the start of a longer one.
+    # Each block has its own generator and is rendered in full, so a smaller dataset is a prefix of a larger one.
     blocks = [
-        _draw(np.arange(i, i + BLOCK) % len(CLASSES), np.random.default_rng([seed, i])) for i in range(0, n, BLOCK)
+        _render(np.arange(i, i + BLOCK) % len(CLASSES), np.random.default_rng([seed, i])) for i in range(0, n, BLOCK)
     ]
     return np.concatenate(blocks)[:n], labels.astype(np.int64)
 
 
-def _draw(labels: np.ndarray, rng: np.random.Generator) -> np.ndarray:
+def _render(labels: np.ndarray, rng: np.random.Generator) -> np.ndarray:
     n = len(labels)
     x, y = np.meshgrid(*2 * [np.arange(SIZE, dtype=np.float32) - (SIZE - 1) / 2])
 
-    # The ground: a coarse pattern of random colours, and clutter: two small pieces of other textured shapes.
+    # The background: coarse color noise and two small textured shapes as clutter.
     image = _coarse_noise(n, rng)
     for _ in range(2):
         shape, texture = rng.integers(0, len(SHAPES), n), rng.integers(0, len(TEXTURES), n)
         angle = rng.uniform(0, 2 * np.pi, n)
-        centre = _column(15 * np.cos(angle)), _column(15 * np.sin(angle))
-        paste(image, x - centre[0], y - centre[1], shape, texture, rng.uniform(2.5, 5, n), rng)
+        dx, dy = _column(15 * np.cos(angle)), _column(15 * np.sin(angle))
+        paste(image, x - dx, y - dy, shape, texture, rng.uniform(2.5, 5, n), rng)
 
-    # The object, then a bar over part of it.
+    # The object and a bar that occludes part of it.
     shape, texture = labels % len(SHAPES), labels // len(SHAPES)
-    centre = _column(rng.uniform(-3, 3, n)), _column(rng.uniform(-3, 3, n))
-    paste(image, x - centre[0], y - centre[1], shape, texture, rng.uniform(9, 13, n), rng)
+    dx, dy = _column(rng.uniform(-3, 3, n)), _column(rng.uniform(-3, 3, n))
+    paste(image, x - dx, y - dy, shape, texture, rng.uniform(9, 13, n), rng)
     angle, offset = _column(rng.uniform(0, np.pi, n)), _column(rng.uniform(-12, 12, n))
     bar = np.clip(1.5 - np.abs(x * np.cos(angle) + y * np.sin(angle) - offset), 0, 1)[..., None]
-    image += bar * (_colour(n, rng) - image)
+    image += bar * (_random_color(n, rng) - image)
 
     image += 0.04 * rng.standard_normal(image.shape, np.float32)
     return (np.clip(image, 0, 1) * 255).astype(np.uint8)
@@ -73,22 +72,22 @@ def paste(
     radius: np.ndarray,
     rng: np.random.Generator,
 ) -> np.ndarray:
-    """Paint one textured shape per image around (x, y) = 0, at a random angle and stretch, in place.
+    """Paint one textured shape per image, centered at (x, y) = (0, 0) with random rotation and stretch, in place.
 
     Args:
-        image: float32 [n, H, W, 3] in 0..1.
-        x, y: the pixels' places, [H, W] or [n, H, W].
-        shape, texture: [n], numbers in SHAPES and TEXTURES.
+        image: float32 [n, H, W, 3] in [0, 1].
+        x, y: pixel coordinates, [H, W] or [n, H, W].
+        shape, texture: [n], indices into SHAPES and TEXTURES.
         radius: [n], in the units of x and y.
 
     Returns:
-        How far the shape covers each pixel, float32 [n, H, W, 1] in 0..1.
+        The shape's coverage of each pixel, float32 [n, H, W, 1] in [0, 1].
     """
     n = len(image)
     turn, stretch = _column(rng.uniform(0, 2 * np.pi, n)), _column(rng.uniform(0.85, 1.18, n))
     u = (x * np.cos(turn) + y * np.sin(turn)) * stretch
     v = (y * np.cos(turn) - x * np.sin(turn)) / stretch
-    inside = np.clip(_signed_distance(u, v, shape, _column(radius)) + 0.5, 0, 1)[..., None]
+    coverage = np.clip(_signed_distance(u, v, shape, _column(radius)) + 0.5, 0, 1)[..., None]
 
     turn, phase = _column(rng.uniform(0, 2 * np.pi, n)), _column(rng.uniform(0, 2 * np.pi, n))
     frequency = 2 * np.pi / _column(rng.uniform(4.5, 7, n))
@@ -96,14 +95,14 @@ def paste(
     across = np.sin(frequency * (y * np.cos(turn) - x * np.sin(turn)) + phase)
     pattern = np.where(_column(texture) == TEXTURES.index("striped"), stripes, stripes * across * 1.5)
     mix = np.clip(0.5 + 1.5 * pattern, 0, 1)[..., None]
-    colour_a = _colour(n, rng)
-    colour_b = np.mod(colour_a + 0.35 + 0.3 * _colour(n, rng), 1)  # never near to the first
-    image += inside * (colour_a + mix * (colour_b - colour_a) - image)
-    return inside
+    color_a = _random_color(n, rng)
+    color_b = np.mod(color_a + 0.35 + 0.3 * _random_color(n, rng), 1)  # never close to color_a
+    image += coverage * (color_a + mix * (color_b - color_a) - image)
+    return coverage
 
 
 def _signed_distance(u: np.ndarray, v: np.ndarray, shape: np.ndarray, radius: np.ndarray) -> np.ndarray:
-    """Roughly the distance in pixels to the outline of each image's shape, positive inside: [n, H, W]."""
+    """Approximate signed distance in pixels to the outline of each image's shape, positive inside: [n, H, W]."""
     r, theta = np.hypot(u, v), np.arctan2(v, u)
 
     def polygon(sides):
@@ -126,21 +125,21 @@ def _signed_distance(u: np.ndarray, v: np.ndarray, shape: np.ndarray, radius: np
     return np.choose(_column(shape), [distances[name] for name in SHAPES])
 
 
-def _colour(n: int, rng: np.random.Generator) -> np.ndarray:
+def _random_color(n: int, rng: np.random.Generator) -> np.ndarray:
     return rng.random((n, 1, 1, 3), np.float32)
 
 
 def _coarse_noise(n: int, rng: np.random.Generator) -> np.ndarray:
-    """A 5x5 grid of random colours, bilinearly enlarged: [n, 32, 32, 3]."""
+    """A 5x5 grid of random colors, bilinearly upsampled: [n, 32, 32, 3]."""
     grid = 0.25 + 0.5 * rng.random((n, 5, 5, 3), np.float32)
-    at = np.linspace(0, 4, SIZE, dtype=np.float32)
-    low = np.minimum(at.astype(int), 3)
-    part = at - low.astype(np.float32)
-    rows = grid[:, low] * (1 - part)[:, None, None] + grid[:, low + 1] * part[:, None, None]
-    return rows[:, :, low] * (1 - part)[:, None] + rows[:, :, low + 1] * part[:, None]
+    position = np.linspace(0, 4, SIZE, dtype=np.float32)
+    low = np.minimum(position.astype(int), 3)
+    weight = position - low.astype(np.float32)
+    rows = grid[:, low] * (1 - weight)[:, None, None] + grid[:, low + 1] * weight[:, None, None]
+    return rows[:, :, low] * (1 - weight)[:, None] + rows[:, :, low + 1] * weight[:, None]
 
 
 def _column(values: np.ndarray) -> np.ndarray:
-    """[n] -> [n, 1, 1], in float32 if they are real numbers."""
+    """[n] -> [n, 1, 1], floats as float32."""
     values = np.asarray(values)
     return values.astype(np.float32 if values.dtype.kind == "f" else values.dtype)[:, None, None]

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torchvision.models.detection import FasterRCNN
 
-from ..run.distributed import all_of_ranks, from_rank_0, rank
+from ..run.distributed import all_gather, broadcast, rank
 from ..run.errors import UserError
 from .images import Sample
 
@@ -35,8 +35,8 @@ def evaluate(
         truth: the whole test split (CocoData.truth).
     """
     device = next(net.parameters()).device
-    found = torch.cat(all_of_ranks(detect(net, batches, indices)))
-    return from_rank_0(average_precision(found, truth) if rank() == 0 else None, device)
+    found = torch.cat(all_gather(detect(net, batches, indices)))
+    return broadcast(average_precision(found, truth) if rank() == 0 else None, device)
 
 
 @torch.no_grad()

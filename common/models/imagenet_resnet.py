@@ -1,4 +1,4 @@
-"""torchvision's ResNets, cut into stages: resnet18, resnet34, resnet50 under torchvision's parameter names."""
+"""torchvision's resnet18, resnet34 and resnet50 split into stages, with torchvision's parameter names."""
 
 from torch import Tensor, nn
 from torchvision import models
@@ -7,11 +7,11 @@ from .staged import StagedNet
 
 
 class ImageNetResNet(StagedNet):
-    """Stem with pooling | layer1 | layer2 | layer3 | layer4; features after their ReLU."""
+    """Stages: stem with pooling | layer1 | layer2 | layer3 | layer4. Features are post-ReLU."""
 
     num_stages = 5
     post_relu = True
-    channels_last = True  # not measured: imagenet.py takes it for all
+    channels_last = True  # not measured: imagenet.py always uses it
 
     def __init__(self, name: str, num_classes: int):
         super().__init__()

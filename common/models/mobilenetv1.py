@@ -4,14 +4,14 @@ from torch import Tensor, nn
 
 from .staged import StagedNet
 
-# output channels and stride of the 13 depthwise separable layers that follow the stem
+# output channels and stride of the 13 depthwise separable layers after the stem
 LAYERS = [(64, 1), (128, 2), (128, 1), (256, 2), (256, 1), (512, 2), *[(512, 1)] * 5, (1024, 2), (1024, 1)]
-# which of the 14 layers each stage runs: from the first to before the last number
+# the layers of each stage, as [start, end)
 STAGE_LAYERS = {1: (0, 1), 2: (1, 4), 3: (4, 6), 4: (6, 12), 5: (12, 14)}
 
 
 def separable(c_in: int, c_out: int, stride: int) -> nn.Sequential:
-    """A depthwise 3x3 and a 1x1 convolution, BatchNorm and ReLU after each."""
+    """A depthwise 3x3 and a 1x1 convolution, each followed by BatchNorm and ReLU."""
     return nn.Sequential(
         nn.Conv2d(c_in, c_in, 3, stride, 1, groups=c_in, bias=False),
         nn.BatchNorm2d(c_in),
@@ -23,11 +23,11 @@ def separable(c_in: int, c_out: int, stride: int) -> nn.Sequential:
 
 
 class MobileNetV1(StagedNet):
-    """Layers 0 | 1-3 | 4-5 | 6-11 | 12-13; features after their ReLU."""
+    """Stages: layers 0 | 1-3 | 4-5 | 6-11 | 12-13. Features are post-ReLU."""
 
     num_stages = 5
     post_relu = True
-    channels_last = True  # not measured: imagenet.py takes it for all
+    channels_last = True  # not measured: imagenet.py always uses it
 
     def __init__(self, num_classes: int):
         super().__init__()

@@ -1,4 +1,4 @@
-"""MobileNetV2 for 32x32 images: width 0.5, expansion 6, first stride 2."""
+"""MobileNetV2 for 32x32 images: width multiplier 0.5, expansion 6, stem stride 2."""
 
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -6,14 +6,14 @@ from torch import Tensor, nn
 from .staged import StagedNet, init_classifier, init_fan_out
 
 WIDTH = 0.5
-# expansion, output channels at width 1, blocks, stride of the first block
+# expansion, output channels at width 1, number of blocks, stride of the first block
 SETTINGS = [(1, 16, 1, 1), (6, 24, 2, 1), (6, 32, 3, 2), (6, 64, 4, 2), (6, 96, 3, 1), (6, 160, 3, 2), (6, 320, 1, 1)]
-# which of the seven groups of blocks each stage runs
+# the groups of blocks (indices into SETTINGS) in each stage
 STAGE_GROUPS = {2: (0, 1), 3: (2,), 4: (3, 4), 5: (5, 6)}
 
 
 class InvertedResidual(nn.Module):
-    """Expand by a 1x1, filter depthwise, project by a 1x1 convolution without activation."""
+    """1x1 expansion, 3x3 depthwise convolution, linear 1x1 projection."""
 
     def __init__(self, c_in: int, c_out: int, stride: int, expansion: int):
         super().__init__()
@@ -35,7 +35,7 @@ class InvertedResidual(nn.Module):
 
 
 class MobileNetV2(StagedNet):
-    """conv1 | blocks 0-1 | 2 | 3-4 | 5-6 and conv2. Only stage 2 starts with a ReLU: the blocks end linear."""
+    """Stages: conv1 | blocks 0-1 | 2 | 3-4 | 5-6 and conv2. Only stage 2 starts with a ReLU: blocks end linearly."""
 
     num_stages = 5
     post_relu = False
@@ -73,7 +73,7 @@ class MobileNetV2(StagedNet):
 
 
 def _accept_bare_classifier(net, state_dict, prefix, *_) -> None:
-    """Checkpoints name the classifier `classifier.0.*` or `classifier.*`; both load."""
+    """Accept both names of the classifier found in checkpoints: `classifier.0.*` and `classifier.*`."""
     for name in ("weight", "bias"):
         if (old := f"{prefix}classifier.{name}") in state_dict:
             state_dict[f"{prefix}classifier.0.{name}"] = state_dict.pop(old)

@@ -1,4 +1,4 @@
-"""CIFAR ResNets with basic blocks: resnet8 ... resnet110 and the four times wider resnet8x4, resnet32x4."""
+"""CIFAR ResNets with basic blocks: resnet8 to resnet110, and the wider resnet8x4 and resnet32x4."""
 
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -7,7 +7,7 @@ from .staged import StagedNet, init_fan_out
 
 
 class BasicBlock(nn.Module):
-    """Two 3x3 convolutions and a shortcut; post-ReLU in, post-ReLU out."""
+    """Two 3x3 convolutions and a shortcut; post-ReLU input and output."""
 
     def __init__(self, c_in: int, c_out: int, stride: int):
         super().__init__()
@@ -27,13 +27,13 @@ class BasicBlock(nn.Module):
 
 
 def group(c_in: int, c_out: int, blocks: int, stride: int) -> nn.Sequential:
-    """`blocks` basic blocks, of which the first changes channels and size: [B, c_in, H, W] to [B, c_out, ...]."""
+    """`blocks` basic blocks; the first changes channels and size: [B, c_in, H, W] -> [B, c_out, H/stride, W/stride]."""
     first = BasicBlock(c_in, c_out, stride)
     return nn.Sequential(first, *(BasicBlock(c_out, c_out, 1) for _ in range(blocks - 1)))
 
 
 class ResNet(StagedNet):
-    """Stem, then three groups of (depth - 2) / 6 basic blocks; widths are those of stem and groups."""
+    """Stages: stem | three groups of (depth - 2) / 6 basic blocks. `widths` are the channels of stem and groups."""
 
     num_stages = 4
     post_relu = True

@@ -1,4 +1,4 @@
-"""The CIFAR ResNet50: bottleneck blocks, a 3x3 stem without pooling, five stages."""
+"""ResNet50 for 32x32 images: bottleneck blocks, a 3x3 stem without pooling, five stages."""
 
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -9,7 +9,7 @@ EXPANSION = 4
 
 
 class Bottleneck(nn.Module):
-    """1x1, 3x3 and 1x1 convolution with a shortcut; post-ReLU in, post-ReLU out."""
+    """1x1, 3x3 and 1x1 convolutions and a shortcut; post-ReLU input and output."""
 
     def __init__(self, c_in: int, width: int, stride: int):
         super().__init__()
@@ -32,7 +32,7 @@ class Bottleneck(nn.Module):
 
 
 class ResNet50(StagedNet):
-    """Stem | 3 | 4 | 6 | 3 bottleneck blocks."""
+    """Stages: stem | 3 | 4 | 6 | 3 bottleneck blocks."""
 
     num_stages = 5
     post_relu = True

@@ -1,4 +1,4 @@
-"""ShuffleNet V1 (3 groups, widths 240/480/960) and V2 (size 1) for 32x32 images."""
+"""ShuffleNet V1 (3 groups, widths 240/480/960) and V2 (1x) for 32x32 images."""
 
 import torch
 import torch.nn.functional as F
@@ -8,13 +8,13 @@ from .staged import StagedNet
 
 
 def shuffle(x: Tensor, groups: int) -> Tensor:
-    """Interleave the channels of `groups` groups: [B, C, H, W] -> [B, C, H, W]."""
+    """Channel shuffle across `groups` groups: [B, C, H, W] -> [B, C, H, W]."""
     b, c, h, w = x.shape
     return x.view(b, groups, c // groups, h, w).transpose(1, 2).reshape(b, c, h, w)
 
 
 class ShuffleV1Block(nn.Module):
-    """Grouped 1x1, shuffle, depthwise 3x3, grouped 1x1; post-ReLU in, pre-ReLU out.
+    """Grouped 1x1, shuffle, depthwise 3x3, grouped 1x1; post-ReLU input, pre-ReLU output.
 
     With stride 2 the average-pooled input is concatenated instead of added.
     """
@@ -41,7 +41,7 @@ class ShuffleV1Block(nn.Module):
 
 
 class ShuffleV1(StagedNet):
-    """Stem (1x1) | 4 | 8 | 4 blocks, every feature before its ReLU."""
+    """Stages: 1x1 stem | 4 | 8 | 4 blocks. Features are pre-ReLU."""
 
     num_stages = 4
     post_relu = False
@@ -53,7 +53,7 @@ class ShuffleV1(StagedNet):
         self.bn1 = nn.BatchNorm2d(24)
         c_in = 24
         for i, (width, blocks) in enumerate(zip(widths, (4, 8, 4), strict=True), 1):
-            # The first block concatenates its pooled input, so it makes only the channels that are missing.
+            # The first block concatenates its pooled input, so its convolutions output only the remaining channels.
             group = [ShuffleV1Block(c_in, width - c_in, 2, groups)]
             group += [ShuffleV1Block(width, width, 1, groups) for _ in range(blocks - 1)]
             setattr(self, f"layer{i}", nn.Sequential(*group))
@@ -73,7 +73,7 @@ class ShuffleV1(StagedNet):
 
 
 class ShuffleV2Block(nn.Module):
-    """Half of the channels pass through, the other half is transformed; post-ReLU in, post-ReLU out."""
+    """Half of the channels pass through, the other half is transformed; post-ReLU input and output."""
 
     def __init__(self, channels: int):
         super().__init__()
@@ -94,7 +94,7 @@ class ShuffleV2Block(nn.Module):
 
 
 class ShuffleV2Down(nn.Module):
-    """Both halves see all channels and halve the size; post-ReLU in, post-ReLU out."""
+    """Two branches, each on all input channels with stride 2; post-ReLU input and output."""
 
     def __init__(self, c_in: int, c_out: int):
         super().__init__()
@@ -118,7 +118,7 @@ class ShuffleV2Down(nn.Module):
 
 
 class ShuffleV2(StagedNet):
-    """Stem (1x1) | 1 + 3 | 1 + 7 | 1 + 3 blocks; the final 1x1 convolution belongs to stage 4."""
+    """Stages: 1x1 stem | 1 + 3 | 1 + 7 | 1 + 3 blocks. The final 1x1 convolution belongs to stage 4."""
 
     num_stages = 4
     post_relu = True

@@ -1,4 +1,4 @@
-"""The interface through which FCFD sees a network: N stages and a classifier (Sec. 2)."""
+"""The network interface of FCFD: N stages and a classifier (Sec. 2)."""
 
 from abc import ABC, abstractmethod
 
@@ -10,13 +10,13 @@ from torch import Tensor, nn
 class StagedNet(nn.Module, ABC):
     """A network M = C . M^N . ... . M^1 whose intermediate features F^k = M^k(F^(k-1)) can be exchanged.
 
-    A subclass sets the first three attributes and writes `stage` and `classifier_layer`.
+    Subclasses set the first three attributes and implement `stage` and `classifier_layer`.
 
     Attributes:
         num_stages: N; the stem is stage 1.
-        post_relu: whether the features F^k are handed over after their ReLU. If not, stage k + 1 applies it.
-        channels_last: whether this family trains faster in the channels_last memory format (measured on the CPU).
-        projected: whether stage N ends with SimKD's projector, so that F^N is in a teacher's space (common/simkd.py).
+        post_relu: whether the features F^k are taken after their ReLU. If not, stage k + 1 applies it.
+        channels_last: whether this family trains faster in channels_last memory format (measured on the CPU).
+        projected: whether stage N ends with SimKD's projector into the teacher's feature space (common/simkd.py).
     """
 
     num_stages: int
@@ -26,15 +26,15 @@ class StagedNet(nn.Module, ABC):
 
     @abstractmethod
     def stage(self, k: int, x: Tensor) -> Tensor:
-        """M^k: F^(k-1) -> F^k for k = 1..N, where F^0 is the image [B, 3, H, W]; F^k is [B, C_k, H_k, W_k]."""
+        """M^k: F^(k-1) -> F^k [B, C_k, H_k, W_k] for k = 1..N; F^0 is the image batch [B, 3, H, W]."""
 
     @property
     @abstractmethod
     def classifier_layer(self) -> nn.Module:
-        """The linear layer, [B, C_N] -> [B, num_classes], under whatever name checkpoints give it."""
+        """The linear layer [B, C_N] -> [B, num_classes], whose attribute name depends on the network."""
 
     def classify(self, feature: Tensor) -> Tensor:
-        """C: F^N [B, C_N, H_N, W_N] -> logits [B, num_classes]; the ReLU changes nothing on post-ReLU features."""
+        """C: F^N [B, C_N, H_N, W_N] -> logits [B, num_classes]. Its ReLU is a no-op on post-ReLU features."""
         return self.classifier_layer(pool(feature))
 
     def features(self, x: Tensor) -> list[Tensor]:
@@ -51,12 +51,12 @@ class StagedNet(nn.Module, ABC):
 
 
 def pool(feature: Tensor) -> Tensor:
-    """ReLU and global average pooling, as every classifier here begins: [B, C, H, W] -> [B, C]."""
+    """ReLU and global average pooling, the first step of every classifier here: [B, C, H, W] -> [B, C]."""
     return torch.flatten(F.adaptive_avg_pool2d(F.relu(feature), 1), 1)
 
 
 def init_fan_out(net: nn.Module) -> None:
-    """Draw every convolution from N(0, sqrt(2 / (k^2 C_out))): Kaiming normal, fan_out. Biases become 0."""
+    """Initialize convolutions with Kaiming normal, fan_out: standard deviation sqrt(2 / (k^2 C_out)), zero bias."""
     for layer in net.modules():
         if isinstance(layer, nn.Conv2d):
             nn.init.kaiming_normal_(layer.weight, mode="fan_out", nonlinearity="relu")
@@ -65,6 +65,6 @@ def init_fan_out(net: nn.Module) -> None:
 
 
 def init_classifier(layer: nn.Linear) -> None:
-    """Draw a classifier from N(0, 0.01) with bias 0 (VGG, MobileNetV2)."""
+    """Initialize a classifier with standard deviation 0.01 and zero bias (VGG, MobileNetV2)."""
     nn.init.normal_(layer.weight, 0, 0.01)
     nn.init.zeros_(layer.bias)

@@ -9,7 +9,7 @@ WIDTHS = (64, 128, 256, 512, 512)
 
 
 class VGG(StagedNet):
-    """Five stages of convolutions at 32, 16, 8, 4 and 4 pixels; every stage ends before its last ReLU."""
+    """Five stages of convolutions at 32, 16, 8, 4 and 4 pixels. Features are pre-ReLU."""
 
     num_stages = 5
     post_relu = False

@@ -1,4 +1,4 @@
-"""Wide residual networks: wrn_16_1, wrn_16_2, wrn_40_1, wrn_40_2 (pre-activation blocks)."""
+"""Wide ResNets with pre-activation blocks: wrn_16_1, wrn_16_2, wrn_40_1 and wrn_40_2."""
 
 from collections import OrderedDict
 
@@ -9,7 +9,7 @@ from .staged import StagedNet, init_fan_out
 
 
 class PreActBlock(nn.Module):
-    """BN, ReLU, 3x3 convolution, twice, and a shortcut; pre-BN in, pre-BN out."""
+    """Twice BN, ReLU and a 3x3 convolution, and a shortcut; pre-BN input and output."""
 
     def __init__(self, c_in: int, c_out: int, stride: int):
         super().__init__()
@@ -22,12 +22,12 @@ class PreActBlock(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         activated = F.relu(self.bn1(x), inplace=True)
         out = self.conv2(F.relu(self.bn2(self.conv1(activated)), inplace=True))
-        # A block that changes the width sends the activated input through its shortcut, any other one x itself.
+        # If the width changes, the shortcut takes the activated input; otherwise it is x itself.
         return out + (x if self.convShortcut is None else self.convShortcut(activated))
 
 
 class WideResNet(StagedNet):
-    """Stem, then three groups of (depth - 4) / 6 blocks; the final BatchNorm belongs to stage 4."""
+    """Stages: stem | three groups of (depth - 4) / 6 blocks. The final BatchNorm belongs to stage 4."""
 
     num_stages = 4
     post_relu = False

@@ -1,4 +1,4 @@
-"""Opening the device to train on."""
+"""The device to train on."""
 
 import os
 
@@ -6,30 +6,30 @@ import torch
 
 from .errors import UserError
 
-AMP = {"fp16": torch.float16, "bf16": torch.bfloat16, "off": None}  # the type that autocast computes in
+AMP = {"fp16": torch.float16, "bf16": torch.bfloat16, "off": None}  # autocast dtype
 
 
 def check_device(name: str) -> None:
-    """Raise a UserError if there is no such device, without opening it."""
+    """Raise a UserError if the device does not exist, without initializing it."""
     try:
         device = torch.device(name)
         if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
-            raise RuntimeError("there are fewer")
+            raise RuntimeError("no GPU with this index")
         if device.type not in ("cpu", "cuda", "mps"):
-            raise RuntimeError(f"networks are not trained on {device.type}")
+            raise RuntimeError(f"training on {device.type} is not supported")
     except RuntimeError as error:
         raise UserError(f"there is no device {name!r} here: try --device cpu") from error
 
 
 def open_device(name: str, one_size: bool = True) -> torch.device:
-    """The device "cpu", "cuda", "cuda:N" or "mps".
+    """Initialize the device "cpu", "cuda", "cuda:N" or "mps".
 
     Args:
-        one_size: whether batches all have one size, but for the last of an epoch. Then cuDNN looks for its fastest
-            algorithms, which it would do anew for each size.
+        one_size: whether all batches except an epoch's last have the same size. If so, cuDNN benchmarks its algorithms,
+            which it would repeat for every new size.
 
     Raises:
-        UserError: it is not there.
+        UserError: the device does not exist.
     """
     check_device(name)
     device = torch.device(name)
@@ -41,6 +41,6 @@ def open_device(name: str, one_size: bool = True) -> torch.device:
     return device
 
 
-def cores() -> int:
-    """How many this process may use."""
+def num_cores() -> int:
+    """The number of CPU cores available to this process."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1

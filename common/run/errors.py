@@ -1,4 +1,4 @@
-"""What ends a script in one line and an exit code."""
+"""Exceptions that end a script with a one-line message and an exit code."""
 
 import contextlib
 import errno
@@ -11,16 +11,16 @@ from collections.abc import Callable, Iterator
 
 import torch.distributed as dist
 
-TOO_MANY_FILES = "error: too many files are open: try fewer --workers, or a higher ulimit -n"
-AFTER_INTERRUPT = "epochs that were finished are kept, go on with --resume (without it if none was)"
+TOO_MANY_FILES = "error: too many open files: try fewer --workers or a higher ulimit -n"
+AFTER_INTERRUPT = "finished epochs are kept; continue with --resume (without it if none finished)"
 
 
 class UserError(ValueError):
-    """The input was wrong. The message is one line that names the fault and the remedy; exit code 2."""
+    """Invalid input. The message is one line with the problem and how to fix it; exit code 2."""
 
 
 class OtherNetworkError(UserError):
-    """A checkpoint holds another network, or one of another number of classes."""
+    """A checkpoint is of another network or number of classes."""
 
 
 @contextlib.contextmanager
@@ -35,20 +35,20 @@ def user_errors() -> Iterator[None]:
 
 
 class LossNotFiniteError(ArithmeticError):
-    """Training cannot go on; what was saved before is good. Exit code 1."""
+    """Training cannot continue; earlier checkpoints are good. Exit code 1."""
 
 
 class Terminated(KeyboardInterrupt):
-    """A signal, the number it holds, came: Ctrl-C, or SIGTERM or SIGHUP, as from a cluster whose time is up."""
+    """SIGINT, SIGTERM or SIGHUP was received; the argument is the signal number."""
 
 
-received: list[int] = []  # the signals that came
+received_signals: list[int] = []
 
 
-def heed_signals() -> None:
-    """Raise Terminated if a signal came whose exception was lost, ignored by Python in a hook while a worker forks."""
-    if received:
-        raise Terminated(received[0])
+def raise_if_signaled() -> None:
+    """Raise Terminated if a signal's exception was lost: Python ignores those raised in a fork hook."""
+    if received_signals:
+        raise Terminated(received_signals[0])
 
 
 def exit_code(
@@ -57,90 +57,89 @@ def exit_code(
     rank: int = 0,
     smaller: str = "fewer mixed paths (--num-paths)",
 ) -> int:
-    """Run a script and return its exit code, having printed a line on what went wrong.
+    """Run a script and return its exit code, after printing one line if it failed.
 
-    0: done, or stopped by --max-minutes; 1: the loss stopped being finite, or another process of the job is gone; 2:
-    wrong input, a file that cannot be read or written, or too little memory; 130: Ctrl-C; 143: SIGTERM; 129: SIGHUP;
-    141: whatever read the output went away.
+    0: finished, or stopped by --max-minutes; 1: non-finite loss, or another process of the job died; 2: invalid input,
+    unreadable or unwritable file, or out of memory; 129: SIGHUP; 130: Ctrl-C; 141: closed output pipe; 143: SIGTERM.
 
     Args:
-        interrupted: what to say of an interrupt.
-        rank: the number of this process among several (common/run/distributed.py).
-        smaller: what takes less memory, beside a smaller batch.
+        interrupted: the message after an interrupt.
+        rank: the rank of this process (common/run/distributed.py).
+        smaller: what saves memory besides a smaller batch, for the out-of-memory message.
     """
 
-    def say(text: str) -> None:
-        text = text.replace("\n", "\\n")  # as in a file's name
+    def report(text: str) -> None:
+        text = text.replace("\n", "\\n")  # in file names, for example
         if rank:
-            # What all ranks find is said by rank 0, with which torchrun ends this one, silently, while it sleeps. What
-            # this one found alone it says afterwards.
+            # An error on all ranks is reported by rank 0; torchrun then kills this process while it sleeps. An error
+            # on this rank only is printed after the wait.
             signal.signal(signal.SIGTERM, signal.SIG_DFL)
             time.sleep(10)
         print(f"(rank {rank}) {text}" if rank else text, file=sys.stderr, flush=True)
 
     def terminate(number, _):
-        forget_workers()
-        received.append(number)
+        ignore_worker_exits()
+        received_signals.append(number)
         raise Terminated(number)
 
-    def forget_workers() -> None:
-        # If a DataLoader's worker dies PyTorch raises an error wherever this process is. From here on they may all die.
+    def ignore_worker_exits() -> None:
+        # When a DataLoader worker dies, PyTorch's handler raises wherever this process is; from now on they may die.
         if threading.current_thread() is threading.main_thread() and hasattr(signal, "SIGCHLD"):
             signal.signal(signal.SIGCHLD, lambda *_: None)
 
-    before = {}
-    if threading.current_thread() is threading.main_thread():  # the only one that may set handlers
+    previous_handlers = {}
+    if threading.current_thread() is threading.main_thread():  # only the main thread can set handlers
         for number in (signal.SIGINT, signal.SIGTERM, getattr(signal, "SIGHUP", signal.SIGTERM)):
-            if signal.getsignal(number) != signal.SIG_IGN:  # as nohup has it
-                before[number] = signal.signal(number, terminate)
-    sys.stdout = sys.stdout or open(os.devnull, "w")  # noqa: SIM115  closed by whoever started the script
+            if signal.getsignal(number) != signal.SIG_IGN:  # nohup ignores SIGHUP
+                previous_handlers[number] = signal.signal(number, terminate)
+    sys.stdout = sys.stdout or open(os.devnull, "w")  # noqa: SIM115  the caller closed it
     sys.stderr = sys.stderr or open(os.devnull, "w")  # noqa: SIM115
     for stream in filter(None, (sys.stdout, sys.stderr)):
         if hasattr(stream, "reconfigure"):
-            stream.reconfigure(errors="backslashreplace")  # a terminal that lacks a letter is no reason to stop
+            stream.reconfigure(errors="backslashreplace")  # do not fail on characters the terminal cannot encode
     try:
         try:
             script()
         except BaseException:
-            forget_workers()
+            ignore_worker_exits()
             raise
     except UserError as error:
-        say(f"error: {error}")
+        report(f"error: {error}")
         return 2
     except LossNotFiniteError as error:
-        say(f"error: the loss stopped being finite {error}; what was saved before that is kept")
+        report(f"error: non-finite loss {error}; earlier checkpoints are kept")
         return 1
     except KeyboardInterrupt as interrupt:
         if rank == 0:
-            ended = "ended with the other processes of the job" if dist.is_initialized() else "interrupted"
-            say(f"{ended}: {interrupted}")
+            ended = "terminated with the other processes of the job" if dist.is_initialized() else "interrupted"
+            report(f"{ended}: {interrupted}")
         return 128 + (interrupt.args[0] if isinstance(interrupt, Terminated) else signal.SIGINT)
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # or Python complains again at exit
         return 141
     except OSError as error:
         if error.errno == errno.EMFILE:
-            say(TOO_MANY_FILES)
+            report(TOO_MANY_FILES)
             return 2
-        say(f"error: {error}: check the path, its permissions and the space that is left")
+        report(f"error: {error}: check the path, its permissions and the free space")
         return 2
     except (RuntimeError, MemoryError) as error:
         text = str(error)
         if isinstance(error, MemoryError) or any(w in text.lower() for w in ("out of memory", "allocate memory")):
-            say(f"error: out of memory: try a smaller --batch-size, or {smaller}")
+            report(f"error: out of memory: try a smaller --batch-size, or {smaller}")
             return 2
         if "Too many open files" in text:
-            say(TOO_MANY_FILES)
+            report(TOO_MANY_FILES)
             return 2
         if "DataLoader worker (pid" in text:
-            say("error: a process that reads images died, perhaps for want of (shared) memory: try fewer --workers")
+            report("error: a data loader worker died, perhaps from lack of (shared) memory: try fewer --workers")
             return 2
         if dist.is_initialized() and (isinstance(error, dist.DistError) or "gloo" in text):
-            say(f"error: another process of this job is gone: look for its message, then {interrupted}")
+            report(f"error: another process of this job died: see its message; {interrupted}")
             return 1
         raise
     finally:
-        received.clear()
-        for number, handler in before.items():
+        received_signals.clear()
+        for number, handler in previous_handlers.items():
             signal.signal(number, handler)
     return 0

@@ -1,4 +1,4 @@
-"""Accuracy on a test set."""
+"""Top-1 and top-5 accuracy."""
 
 from collections.abc import Iterable
 
@@ -7,28 +7,28 @@ from torch import Tensor, nn
 
 
 def evaluate(net: nn.Module, batches: Iterable[tuple[Tensor, Tensor]]) -> dict[str, float]:
-    """Top-1 and top-5 accuracy in percent, by the net's running statistics; leaves it in evaluation mode.
+    """Top-1 and top-5 accuracy in percent. Leaves the network in evaluation mode.
 
     Args:
-        batches: images [B, 3, H, W] and labels [B] on the net's device. The hits are summed there.
+        batches: images [B, 3, H, W] and labels [B] on the network's device, where the counts accumulate.
     """
     return accuracy(count_hits(net, batches))
 
 
 @torch.no_grad()
 def count_hits(net: nn.Module, batches: Iterable[tuple[Tensor, Tensor]]) -> Tensor:
-    """int64 [top-1 hits, top-5 hits, images], on the batches' device; such counts of parts of a set add up."""
+    """int64 [top-1 correct, top-5 correct, images] on the batches' device. Counts of several shards can be summed."""
     net.eval()
     counts = torch.zeros(3, dtype=torch.int64)
     for images, labels in batches:
         logits = net(images)
-        hit = logits.topk(min(5, logits.shape[1])).indices == labels[:, None]
-        seen = torch.full_like(labels[0], len(labels))
-        counts = counts.to(seen.device) + torch.stack([hit[:, 0].sum(), hit.sum(), seen])
+        correct = logits.topk(min(5, logits.shape[1])).indices == labels[:, None]
+        total = torch.full_like(labels[0], len(labels))
+        counts = counts.to(total.device) + torch.stack([correct[:, 0].sum(), correct.sum(), total])
     return counts
 
 
 def accuracy(counts: Tensor) -> dict[str, float]:
-    """Hits as `count_hits` gives them, in percent."""
+    """Convert the counts from `count_hits` to percent."""
     top1, top5, images = counts.tolist()
     return {"top1": 100 * top1 / images, "top5": 100 * top5 / images}
