@@ -19,7 +19,7 @@ from tqdm import tqdm
 
 from common.bridges import build_bridges
 from common.data.batches import SIZE, Data, eval_batches, train_batches
-from common.data.sources import load_data, load_test
+from common.data.sources import load_data
 from common.fcfd import EQ_9, TERMS, fcfd_terms, forward_paths, needs_all_bridges, plan_paths, term_weights
 from common.losses import dkd, kl
 from common.models import NETWORKS, build
@@ -148,8 +148,6 @@ def build_networks(args: Namespace, num_classes: int):
     bridges = None
     if args.num_paths or needs_all_bridges(weights):
         bridges = build_bridges(teacher, student, SIZE, [path.k for path in candidates if path.delta == 0])
-    for net in (student, teacher):
-        track_paths(net, sorted({path.k for path in candidates}))
     return student, teacher, bridges, candidates, weights
 
 
@@ -218,8 +216,11 @@ def train(args: Namespace, data: Data | None = None) -> bool:
                 return False
             load_network(teacher, args.teacher_ckpt, args.teacher)
 
-        networks = [net for net in (student, teacher, bridges) if net is not None]
-        channels_last = all(net.channels_last for net in (student, teacher) if net is not None)
+        pair = [net for net in (student, teacher) if net is not None]
+        networks = pair if bridges is None else [*pair, bridges]
+        channels_last = all(net.channels_last for net in pair)
+        for net in pair:
+            track_paths(net, sorted({path.k for path in candidates}))
         for net in networks:
             net.to(device, memory_format=torch.channels_last if channels_last else torch.preserve_format)
         parameters = [p for net in networks for p in net.parameters() if p.requires_grad]

@@ -243,7 +243,8 @@ def stored_options(args: Namespace, script: str = "cifar100", unit: str = "epoch
     Raises:
         UserError: as `read_state`.
     """
-    return broadcast(read_state(Path(args.out), script, unit)["config"] if rank() == 0 else None)
+    stored = broadcast(read_state(Path(args.out), script, unit)["config"] if rank() == 0 else None)
+    return stored | {"out": args.out}
 
 
 def print_epoch(state: dict[str, Any]) -> None:
