@@ -19,7 +19,7 @@ from tqdm import tqdm
 
 from common.bridges import build_bridges
 from common.data.batches import SIZE, Data, eval_batches, train_batches
-from common.data.sources import load_data
+from common.data.sources import load_data, load_test
 from common.fcfd import EQ_9, TERMS, fcfd_terms, forward_paths, needs_all_bridges, plan_paths, term_weights
 from common.losses import dkd, kl
 from common.models import NETWORKS, build

@@ -27,6 +27,7 @@ from common.data.image_files import (
     Shard,
     eval_loader,
     list_files,
+    list_test_files,
     train_loader,
 )
 from common.fcfd import EQ_9, TERMS, fcfd_terms, forward_paths, needs_all_bridges, plan_paths, term_weights

@@ -2,6 +2,7 @@
 
 import hashlib
 import pickle
+import shutil
 import urllib.error
 from collections import Counter
 
@@ -14,7 +15,7 @@ from torchvision.transforms import functional
 
 from common.data import sources
 from common.data.batches import MEAN, PAD, STD, ImageSet, eval_batches, normalize, train_batches
-from common.data.sources import load_data
+from common.data.sources import load_data, load_test
 from common.data.synthetic import CLASSES, synthetic_images
 from common.run.errors import UserError
 
@@ -114,8 +115,7 @@ def test_synthetic_is_a_fixed_set_whose_start_is_a_smaller_one():
 
 
 def test_synthetic_subsets_are_those_of_the_whole_set(monkeypatch):
-    monkeypatch.setattr(sources, "SYNTHETIC_TRAIN", 200)
-    monkeypatch.setattr(sources, "SYNTHETIC_TEST", 100)
+    monkeypatch.setattr(sources, "SYNTHETIC_SIZES", {"train": 200, "test": 100})
     whole, part = load_data("synthetic", ""), load_data("synthetic", "", subset=50, test_subset=30)
     assert whole.classes == CLASSES
     assert (len(whole.train), len(whole.test), len(part.train), len(part.test)) == (200, 100, 50, 30)
@@ -128,10 +128,30 @@ def test_synthetic_subsets_are_those_of_the_whole_set(monkeypatch):
 
 @pytest.mark.parametrize("subset", [19, 201, 0, -5])
 def test_subsets_out_of_range(monkeypatch, subset):
-    monkeypatch.setattr(sources, "SYNTHETIC_TRAIN", 200)
-    monkeypatch.setattr(sources, "SYNTHETIC_TEST", 100)
+    monkeypatch.setattr(sources, "SYNTHETIC_SIZES", {"train": 200, "test": 100})
     with pytest.raises(UserError, match=r"between 20 .* and 200"):
         load_data("synthetic", "", subset=subset)
+
+
+def assert_test_split(result, data):
+    """`result`, from load_test, is the test split of `data`."""
+    test, classes = result
+    assert classes == data.classes
+    assert torch.equal(test.images, data.test.images)
+    assert torch.equal(test.labels, data.test.labels)
+
+
+@pytest.mark.parametrize("count", [None, 30])
+def test_synthetic_test_split_alone(monkeypatch, count):
+    monkeypatch.setattr(sources, "SYNTHETIC_SIZES", {"train": 200, "test": 100})
+    data = load_data("synthetic", "", test_subset=count)
+
+    def test_only(n, split):
+        assert split == "test"
+        return synthetic_images(n, split)
+
+    monkeypatch.setattr(sources, "synthetic_images", test_only)
+    assert_test_split(load_test("synthetic", "", count), data)
 
 
 # ---------------------------------------------------------------------------------------------------- folder
@@ -192,6 +212,22 @@ def test_folder_subset_is_spread_over_unequal_classes(tmp_path):
     assert load_data("folder", tmp_path, subset=6).train.labels.tolist() == [0, 0, 0, 0, 1, 1]
 
 
+@pytest.mark.parametrize("test_split", ["test", "val"])
+@pytest.mark.parametrize("count", [None, 4])
+def test_folder_without_train(tmp_path, test_split, count):
+    write_folder(tmp_path, ("train", test_split), size=(40, 36))
+    data = load_data("folder", tmp_path, test_subset=count)
+    shutil.rmtree(tmp_path / "train")
+    assert_test_split(load_test("folder", tmp_path, count), data)
+    with pytest.raises(UserError, match=r"train is not an image folder .* train/ and test/ or val/"):
+        load_data("folder", tmp_path)
+    with pytest.raises(UserError, match=r"--test-subset 7: it must be between 2 .* and 6"):
+        load_test("folder", tmp_path, 7)
+    (tmp_path / test_split).rename(tmp_path / "other")
+    with pytest.raises(UserError, match=r"test is not an image folder .*must contain test/ or val/$"):
+        load_test("folder", tmp_path)
+
+
 def test_folder_errors_name_what_is_wrong(tmp_path):
     with pytest.raises(UserError, match="train"):
         load_data("folder", tmp_path / "missing")
@@ -240,6 +276,7 @@ def test_cifar100_files(tmp_path, monkeypatch):
     assert (len(data.train), len(data.test)) == (200, 100)
     assert np.array_equal(data.train.images[5].permute(2, 0, 1).flatten().numpy(), pixels[5])
     assert data.test.labels.tolist() == list(range(100))
+    assert_test_split(load_test("cifar100", tmp_path), data)
 
 
 def test_damaged_or_missing_cifar_without_network(tmp_path, monkeypatch):

@@ -1,5 +1,6 @@
 """Images read from files: the same whatever the number of processes, each one once whatever the number of ranks."""
 
+import shutil
 import signal
 
 import numpy as np
@@ -11,7 +12,7 @@ from torchvision import transforms
 from torchvision.transforms import functional
 
 from common.data.batches import normalize
-from common.data.image_files import MEAN, STD, ImageFiles, Shard, eval_loader, list_files, train_loader
+from common.data.image_files import MEAN, STD, ImageFiles, Shard, eval_loader, list_files, list_test_files, train_loader
 from common.randomness import seed_of
 from common.run.errors import UserError
 
@@ -159,6 +160,19 @@ def test_subsets_and_both_names_of_the_test_split(tmp_path):
     (tmp_path / "test").rename(tmp_path / "other")
     with pytest.raises(UserError, match="val is not an image folder"):
         list_files(tmp_path)
+
+
+def test_test_files_without_train(tmp_path):
+    image_files(tmp_path, {"train": 4, "val": 3})
+    for count in (None, 4):
+        data = list_files(tmp_path, test_subset=count)
+        assert list_test_files(tmp_path, count) == (data.test, data.classes)
+    shutil.rmtree(tmp_path / "train")
+    assert list_test_files(tmp_path, 4) == (data.test, data.classes)
+    with pytest.raises(UserError, match="train is not an image folder"):
+        list_files(tmp_path)
+    with pytest.raises(UserError, match="--test-subset 10"):
+        list_test_files(tmp_path, 10)
 
 
 def test_workers_leave_ctrl_c_to_the_process_that_fetches():

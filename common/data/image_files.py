@@ -23,7 +23,8 @@ from torchvision import transforms
 from ..randomness import generator, seed_of
 from ..run.errors import UserError, raise_if_signaled
 from .batches import normalize
-from .sources import balanced_subset, image_folder, open_rgb
+from .folders import image_folders
+from .sources import SUBSET_OPTIONS, balanced_subset, open_rgb
 
 MEAN = (0.485, 0.456, 0.406)  # of ImageNet
 STD = (0.229, 0.224, 0.225)
@@ -46,16 +47,30 @@ def list_files(directory: str | Path, subset: int | None = None, test_subset: in
     Raises:
         UserError: the directory or a subset size is invalid.
     """
-    directory = Path(directory)
-    train, test = image_folder(directory, test_names=("val", "test"))
-    splits = []
-    for folder, count, option in ((train, subset, "subset"), (test, test_subset, "test-subset")):
-        keep = balanced_subset(np.array(folder.targets), count, len(folder.classes), option)
-        splits.append([folder.samples[i] for i in keep])
+    (train, test), classes = _list_splits(directory, {"train": subset, "test": test_subset})
     # Hashes file names, since hashing pixels would mean reading every image.
-    names = [*train.classes, *(path.removeprefix(f"{directory}{os.sep}") for path, _ in splits[0])]
+    names = [*classes, *(path.removeprefix(f"{Path(directory)}{os.sep}") for path, _ in train)]
     digest = hashlib.sha256("\n".join(names).encode(errors="surrogateescape"))
-    return FileData(*splits, classes=train.classes, fingerprint=digest.hexdigest())
+    return FileData(train, test, classes, fingerprint=digest.hexdigest())
+
+
+def list_test_files(directory: str | Path, test_subset: int | None = None) -> tuple[list[tuple[str, int]], list[str]]:
+    """List only the (path, label) pairs of the test split and the class names. No train/ is needed.
+
+    Raises:
+        UserError: the directory or the subset size is invalid.
+    """
+    [test], classes = _list_splits(directory, {"test": test_subset})
+    return test, classes
+
+
+def _list_splits(directory: str | Path, counts: dict[str, int | None]) -> tuple[list[list[tuple[str, int]]], list[str]]:
+    folders = image_folders(Path(directory), counts, test_names=("val", "test"))
+    samples = []
+    for folder, (split, count) in zip(folders, counts.items(), strict=True):
+        keep = balanced_subset(np.array(folder.targets), count, len(folder.classes), SUBSET_OPTIONS[split])
+        samples.append([folder.samples[i] for i in keep])
+    return samples, folders[0].classes
 
 
 class ImageFiles(Dataset):

@@ -3,6 +3,7 @@
 import hashlib
 import http.client
 import warnings
+from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -13,9 +14,11 @@ from torchvision import datasets
 
 from ..run.errors import UserError
 from .batches import SIZE, Data, ImageSet
+from .folders import image_folders
 from .synthetic import CLASSES, synthetic_images
 
-SYNTHETIC_TRAIN, SYNTHETIC_TEST = 5000, 2000  # images
+SYNTHETIC_SIZES = {"train": 5000, "test": 2000}  # images
+SUBSET_OPTIONS = {"train": "subset", "test": "test-subset"}
 
 
 def load_data(name: str, directory: str | Path, subset: int | None = None, test_subset: int | None = None) -> Data:
@@ -28,87 +31,56 @@ def load_data(name: str, directory: str | Path, subset: int | None = None, test_
     Raises:
         UserError: the directory or a subset size is invalid.
     """
-    if name == "folder":
-        train, test, classes = _folder(Path(directory))
-    elif name == "synthetic":
-        # Renders only the requested images: balanced_subset would select the same prefix.
-        sizes = ((subset, SYNTHETIC_TRAIN), (test_subset, SYNTHETIC_TEST))
-        train, test = (
-            synthetic_images(n if n and len(CLASSES) <= n <= most else most, split)
-            for split, (n, most) in zip(("train", "test"), sizes, strict=True)
-        )
-        classes = CLASSES
-    else:
-        train, test, classes = _cifar(name, Path(directory))
-    kept = []
-    for (images, labels), count, option in ((train, subset, "subset"), (test, test_subset, "test-subset")):
-        keep = balanced_subset(labels, count, len(classes), option)
-        kept.append((images[keep], labels[keep]))
-    train, test = kept
+    (train, test), classes = _load(name, directory, {"train": subset, "test": test_subset})
     digest = hashlib.sha256("\n".join(classes).encode(errors="surrogateescape"))
-    for array in train:
-        digest.update(np.ascontiguousarray(array))
-    splits = [ImageSet(*map(torch.from_numpy, split)) for split in (train, test)]
-    return Data(*splits, classes=list(classes), fingerprint=digest.hexdigest())
+    for tensor in (train.images, train.labels):
+        digest.update(tensor.contiguous().numpy())
+    return Data(train, test, classes, fingerprint=digest.hexdigest())
 
 
-def _cifar(name: str, directory: Path):
+def load_test(name: str, directory: str | Path, test_subset: int | None = None) -> tuple[ImageSet, list[str]]:
+    """Load only the test split and the class names. A "folder" needs no train/.
+
+    Raises:
+        UserError: the directory or the subset size is invalid.
+    """
+    [test], classes = _load(name, directory, {"test": test_subset})
+    return test, classes
+
+
+def _load(name: str, directory: str | Path, counts: dict[str, int | None]) -> tuple[list[ImageSet], list[str]]:
+    """Load the splits in `counts`, which maps "train" and "test" to a number of images (None: all)."""
+    if name == "folder":
+        folders = image_folders(Path(directory), counts)
+        arrays, classes = [_read_all(folder.samples) for folder in folders], folders[0].classes
+    elif name == "synthetic":
+        arrays, classes = [_synthetic(split, count) for split, count in counts.items()], CLASSES
+    else:
+        arrays, classes = _cifar(name, Path(directory), counts)
+    splits = []
+    for (images, labels), (split, count) in zip(arrays, counts.items(), strict=True):
+        keep = balanced_subset(labels, count, len(classes), SUBSET_OPTIONS[split])
+        splits.append(ImageSet(torch.from_numpy(images[keep]), torch.from_numpy(labels[keep])))
+    return splits, list(classes)
+
+
+def _synthetic(split: str, count: int | None) -> tuple[np.ndarray, np.ndarray]:
+    # Renders only the requested images: balanced_subset would select the same prefix.
+    size = SYNTHETIC_SIZES[split]
+    return synthetic_images(count if count in range(len(CLASSES), size + 1) else size, split)
+
+
+def _cifar(name: str, directory: Path, splits: Iterable[str]) -> tuple[list[tuple[np.ndarray, np.ndarray]], list[str]]:
     cls = {"cifar100": datasets.CIFAR100, "cifar10": datasets.CIFAR10}[name]
     try:
         # torchvision verifies the MD5 of the files before reading them.
-        splits = [cls(directory, train=train, download=True) for train in (True, False)]
+        loaded = [cls(directory, train=split == "train", download=True) for split in splits]
     except (OSError, RuntimeError, http.client.HTTPException) as error:
         raise UserError(
             f"{name} is missing or damaged in {directory} and could not be downloaded ({error}): check the network, "
             f"put {cls.filename} there (--data-dir), or try --dataset synthetic"
         ) from error
-    return *((s.data, np.array(s.targets, np.int64)) for s in splits), splits[0].classes
-
-
-class _Folder(datasets.ImageFolder):
-    """torchvision's ImageFolder, ignoring hidden files and folders."""
-
-    def __init__(self, root: Path):
-        super().__init__(root, is_valid_file=self.is_image)
-
-    @staticmethod
-    def is_image(path: str) -> bool:
-        return not Path(path).name.startswith(".") and path.lower().endswith(datasets.folder.IMG_EXTENSIONS)
-
-    def find_classes(self, directory: str) -> tuple[list[str], dict[str, int]]:
-        classes = sorted(p.name for p in Path(directory).iterdir() if p.is_dir() and not p.name.startswith("."))
-        if not classes:
-            raise FileNotFoundError(f"no class folder in {directory}")
-        return classes, {name: i for i, name in enumerate(classes)}
-
-
-def _folder(directory: Path):
-    """An image folder, with images resized to 32x32."""
-    train, test = image_folder(directory)
-    return *(_read_all(split.samples) for split in (train, test)), train.classes
-
-
-def image_folder(directory: Path, test_names: tuple[str, str] = ("test", "val")) -> list[datasets.ImageFolder]:
-    """torchvision's ImageFolder of train/<class>/* and of the test split, the first of `test_names` that exists.
-
-    Raises:
-        UserError: a split is missing or empty, or their classes differ.
-    """
-    splits = []
-    for names in (("train",), test_names):
-        split = next((directory / name for name in names if (directory / name).is_dir()), directory / names[0])
-        try:
-            splits.append(_Folder(split))
-        except OSError as error:
-            text = str(error).splitlines()[0]
-            raise UserError(
-                f"{split} is not an image folder ({text}): --data-dir must contain train/ and test/ or val/"
-            ) from error
-    train, test = splits
-    if train.classes != test.classes:
-        odd = sorted(set(train.classes) ^ set(test.classes))[0]
-        raise UserError(f"{directory}: train and test must have the same classes, but only one of them has {odd!r}")
-    return splits
+    return [(dataset.data, np.array(dataset.targets, np.int64)) for dataset in loaded], loaded[0].classes
 
 
 def _read_all(samples: list[tuple[str, int]]) -> tuple[np.ndarray, np.ndarray]:

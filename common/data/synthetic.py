@@ -9,18 +9,7 @@ import numpy as np
 SIZE = 32
 SPLITS = ("train", "test")
 BLOCK = 100  # images rendered at once
-SHAPES = (
-    "disc",
-    "ellipse",
-    "ring",
-    "crescent",
-    "triangle",
-    "square",
-    "hexagon",
-    "trefoil",
-    "star",
-    "cross",
-)
+SHAPES = ("disc", "ellipse", "ring", "crescent", "triangle", "square", "hexagon", "trefoil", "star", "cross")
 TEXTURES = ("striped", "checked")
 CLASSES = [f"{texture}_{shape}" for texture in TEXTURES for shape in SHAPES]
 
@@ -56,7 +45,7 @@ def _render(labels: np.ndarray, rng: np.random.Generator) -> np.ndarray:
     dx, dy = _column(rng.uniform(-3, 3, n)), _column(rng.uniform(-3, 3, n))
     paste(image, x - dx, y - dy, shape, texture, rng.uniform(9, 13, n), rng)
     angle, offset = _column(rng.uniform(0, np.pi, n)), _column(rng.uniform(-12, 12, n))
-    bar = np.clip(1.5 - np.abs(x * np.cos(angle) + y * np.sin(angle) - offset), 0, 1)[..., None]
+    bar = np.clip(1.5 - np.abs(_rotate(x, y, angle)[0] - offset), 0, 1)[..., None]
     image += bar * (_random_color(n, rng) - image)
 
     image += 0.04 * rng.standard_normal(image.shape, np.float32)
@@ -84,21 +73,23 @@ def paste(
         The shape's coverage of each pixel, float32 [n, H, W, 1] in [0, 1].
     """
     n = len(image)
-    turn, stretch = _column(rng.uniform(0, 2 * np.pi, n)), _column(rng.uniform(0.85, 1.18, n))
-    u = (x * np.cos(turn) + y * np.sin(turn)) * stretch
-    v = (y * np.cos(turn) - x * np.sin(turn)) / stretch
-    coverage = np.clip(_signed_distance(u, v, shape, _column(radius)) + 0.5, 0, 1)[..., None]
+    angle, stretch = _column(rng.uniform(0, 2 * np.pi, n)), _column(rng.uniform(0.85, 1.18, n))
+    u, v = _rotate(x, y, angle)
+    coverage = np.clip(_signed_distance(u * stretch, v / stretch, shape, _column(radius)) + 0.5, 0, 1)[..., None]
 
-    turn, phase = _column(rng.uniform(0, 2 * np.pi, n)), _column(rng.uniform(0, 2 * np.pi, n))
+    angle, phase = _column(rng.uniform(0, 2 * np.pi, n)), _column(rng.uniform(0, 2 * np.pi, n))
     frequency = 2 * np.pi / _column(rng.uniform(4.5, 7, n))
-    stripes = np.sin(frequency * (x * np.cos(turn) + y * np.sin(turn)) + phase)
-    across = np.sin(frequency * (y * np.cos(turn) - x * np.sin(turn)) + phase)
-    pattern = np.where(_column(texture) == TEXTURES.index("striped"), stripes, stripes * across * 1.5)
+    stripes, cross_stripes = (np.sin(frequency * axis + phase) for axis in _rotate(x, y, angle))
+    pattern = np.where(_column(texture) == TEXTURES.index("striped"), stripes, stripes * cross_stripes * 1.5)
     mix = np.clip(0.5 + 1.5 * pattern, 0, 1)[..., None]
     color_a = _random_color(n, rng)
     color_b = np.mod(color_a + 0.35 + 0.3 * _random_color(n, rng), 1)  # never close to color_a
     image += coverage * (color_a + mix * (color_b - color_a) - image)
     return coverage
+
+
+def _rotate(x: np.ndarray, y: np.ndarray, angle: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    return x * np.cos(angle) + y * np.sin(angle), y * np.cos(angle) - x * np.sin(angle)
 
 
 def _signed_distance(u: np.ndarray, v: np.ndarray, shape: np.ndarray, radius: np.ndarray) -> np.ndarray:
@@ -109,7 +100,6 @@ def _signed_distance(u: np.ndarray, v: np.ndarray, shape: np.ndarray, radius: np
         sector = np.mod(theta, 2 * np.pi / sides) - np.pi / sides
         return radius * 1.1 * np.cos(np.pi / sides) - r * np.cos(sector)
 
-    cross = np.minimum(radius - np.maximum(abs(u), abs(v)), 0.35 * radius - np.minimum(abs(u), abs(v)))
     distances = {
         "disc": radius - r,
         "ellipse": radius - np.hypot(u * 0.8, v * 1.9),
@@ -120,7 +110,7 @@ def _signed_distance(u: np.ndarray, v: np.ndarray, shape: np.ndarray, radius: np
         "hexagon": polygon(6),
         "trefoil": radius * (0.7 + 0.35 * np.cos(3 * theta)) - r,
         "star": radius * (0.75 + 0.3 * np.cos(5 * theta)) - r,
-        "cross": cross,
+        "cross": np.minimum(radius - np.maximum(abs(u), abs(v)), 0.35 * radius - np.minimum(abs(u), abs(v))),
     }
     return np.choose(_column(shape), [distances[name] for name in SHAPES])
 

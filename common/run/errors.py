@@ -1,7 +1,6 @@
 """Exceptions that end a script with a one-line message and an exit code."""
 
 import contextlib
-import errno
 import os
 import signal
 import sys
@@ -11,7 +10,6 @@ from collections.abc import Callable, Iterator
 
 import torch.distributed as dist
 
-TOO_MANY_FILES = "error: too many open files: try fewer --workers or a higher ulimit -n"
 AFTER_INTERRUPT = "finished epochs are kept; continue with --resume (without it if none finished)"
 
 
@@ -67,79 +65,89 @@ def exit_code(
         rank: the rank of this process (common/run/distributed.py).
         smaller: what saves memory besides a smaller batch, for the out-of-memory message.
     """
+    sys.stdout = sys.stdout or open(os.devnull, "w")  # noqa: SIM115  the caller closed it
+    sys.stderr = sys.stderr or open(os.devnull, "w")  # noqa: SIM115
+    for stream in (sys.stdout, sys.stderr):
+        if hasattr(stream, "reconfigure"):
+            stream.reconfigure(errors="backslashreplace")  # do not fail on characters the terminal cannot encode
+    with _signal_handlers():
+        try:
+            script()
+            return 0
+        except BaseException as error:
+            _ignore_worker_exits()
+            code, message = _diagnose(error, interrupted, smaller)
+            if code is None:
+                raise
+            if isinstance(error, BrokenPipeError):
+                os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # or Python complains again at exit
+            elif rank == 0 or not isinstance(error, KeyboardInterrupt):
+                _report(message, rank)
+            return code
 
-    def report(text: str) -> None:
-        text = text.replace("\n", "\\n")  # in file names, for example
-        if rank:
-            # An error on all ranks is reported by rank 0; torchrun then kills this process while it sleeps. An error
-            # on this rank only is printed after the wait.
-            signal.signal(signal.SIGTERM, signal.SIG_DFL)
-            time.sleep(10)
-        print(f"(rank {rank}) {text}" if rank else text, file=sys.stderr, flush=True)
+
+def _diagnose(error: BaseException, interrupted: str, smaller: str) -> tuple[int | None, str]:
+    """Exit code and message for an exception; code None for a bug, whose traceback must be shown."""
+    text = str(error)
+    lowered = text.lower()
+    out_of_memory = isinstance(error, MemoryError) or "out of memory" in lowered or "allocate memory" in lowered
+    match error:
+        case UserError():
+            return 2, f"error: {text}"
+        case LossNotFiniteError():
+            return 1, f"error: non-finite loss {text}; earlier checkpoints are kept"
+        case KeyboardInterrupt():
+            number = error.args[0] if isinstance(error, Terminated) else signal.SIGINT
+            ended = "terminated with the other processes of the job" if dist.is_initialized() else "interrupted"
+            return 128 + number, f"{ended}: {interrupted}"
+        case BrokenPipeError():
+            return 141, ""
+        case OSError() | RuntimeError() if "Too many open files" in text:
+            return 2, "error: too many open files: try fewer --workers or a higher ulimit -n"
+        case OSError():
+            return 2, f"error: {text}: check the path, its permissions and the free space"
+        case RuntimeError() | MemoryError() if out_of_memory:
+            return 2, f"error: out of memory: try a smaller --batch-size, or {smaller}"
+        case RuntimeError() if "DataLoader worker (pid" in text:
+            return 2, "error: a data loader worker died, perhaps from lack of (shared) memory: try fewer --workers"
+        case RuntimeError() if dist.is_initialized() and (isinstance(error, dist.DistError) or "gloo" in text):
+            return 1, f"error: another process of this job died: see its message; {interrupted}"
+    return None, ""
+
+
+def _report(message: str, rank: int) -> None:
+    message = message.replace("\n", "\\n")  # in file names, for example
+    if rank:
+        # An error on all ranks is reported by rank 0; torchrun then kills this process while it sleeps. An error on
+        # this rank only is printed after the wait.
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)
+        time.sleep(10)
+    print(f"(rank {rank}) {message}" if rank else message, file=sys.stderr, flush=True)
+
+
+@contextlib.contextmanager
+def _signal_handlers() -> Iterator[None]:
+    """Raise Terminated on SIGINT, SIGTERM and SIGHUP, except those ignored so far, as SIGHUP is under nohup."""
 
     def terminate(number, _):
-        ignore_worker_exits()
+        _ignore_worker_exits()
         received_signals.append(number)
         raise Terminated(number)
 
-    def ignore_worker_exits() -> None:
-        # When a DataLoader worker dies, PyTorch's handler raises wherever this process is; from now on they may die.
-        if threading.current_thread() is threading.main_thread() and hasattr(signal, "SIGCHLD"):
-            signal.signal(signal.SIGCHLD, lambda *_: None)
-
-    previous_handlers = {}
+    previous = {}
     if threading.current_thread() is threading.main_thread():  # only the main thread can set handlers
         for number in (signal.SIGINT, signal.SIGTERM, getattr(signal, "SIGHUP", signal.SIGTERM)):
-            if signal.getsignal(number) != signal.SIG_IGN:  # nohup ignores SIGHUP
-                previous_handlers[number] = signal.signal(number, terminate)
-    sys.stdout = sys.stdout or open(os.devnull, "w")  # noqa: SIM115  the caller closed it
-    sys.stderr = sys.stderr or open(os.devnull, "w")  # noqa: SIM115
-    for stream in filter(None, (sys.stdout, sys.stderr)):
-        if hasattr(stream, "reconfigure"):
-            stream.reconfigure(errors="backslashreplace")  # do not fail on characters the terminal cannot encode
+            if signal.getsignal(number) != signal.SIG_IGN:
+                previous[number] = signal.signal(number, terminate)
     try:
-        try:
-            script()
-        except BaseException:
-            ignore_worker_exits()
-            raise
-    except UserError as error:
-        report(f"error: {error}")
-        return 2
-    except LossNotFiniteError as error:
-        report(f"error: non-finite loss {error}; earlier checkpoints are kept")
-        return 1
-    except KeyboardInterrupt as interrupt:
-        if rank == 0:
-            ended = "terminated with the other processes of the job" if dist.is_initialized() else "interrupted"
-            report(f"{ended}: {interrupted}")
-        return 128 + (interrupt.args[0] if isinstance(interrupt, Terminated) else signal.SIGINT)
-    except BrokenPipeError:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # or Python complains again at exit
-        return 141
-    except OSError as error:
-        if error.errno == errno.EMFILE:
-            report(TOO_MANY_FILES)
-            return 2
-        report(f"error: {error}: check the path, its permissions and the free space")
-        return 2
-    except (RuntimeError, MemoryError) as error:
-        text = str(error)
-        if isinstance(error, MemoryError) or any(w in text.lower() for w in ("out of memory", "allocate memory")):
-            report(f"error: out of memory: try a smaller --batch-size, or {smaller}")
-            return 2
-        if "Too many open files" in text:
-            report(TOO_MANY_FILES)
-            return 2
-        if "DataLoader worker (pid" in text:
-            report("error: a data loader worker died, perhaps from lack of (shared) memory: try fewer --workers")
-            return 2
-        if dist.is_initialized() and (isinstance(error, dist.DistError) or "gloo" in text):
-            report(f"error: another process of this job died: see its message; {interrupted}")
-            return 1
-        raise
+        yield
     finally:
         received_signals.clear()
-        for number, handler in previous_handlers.items():
+        for number, handler in previous.items():
             signal.signal(number, handler)
-    return 0
+
+
+def _ignore_worker_exits() -> None:
+    # When a DataLoader worker dies, PyTorch's handler raises wherever this process is; from now on they may die.
+    if threading.current_thread() is threading.main_thread() and hasattr(signal, "SIGCHLD"):
+        signal.signal(signal.SIGCHLD, lambda *_: None)
