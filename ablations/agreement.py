@@ -1,10 +1,10 @@
-"""How closely students follow their teacher on test images, beside how often they are right.
+"""How closely students match their teacher's predictions on test images, and how accurate they are.
 
     python ablations/agreement.py --teacher TEACHER_RUN STUDENT_RUN...
 
-All are folders of cifar100.py's runs on the same data; a teacher's is that of its own training. Agreement is the share
-of test images on which both give the same answer; the KL is that of L_kd, T^2 KL(p_t || p_s), at T = 4 for all. Runs
-whose names differ in the seed alone are one row: mean ± sample standard deviation.
+All are folders of cifar100.py runs on the same data; the teacher's is the run that trained it. Agreement is the share
+of test images on which student and teacher predict the same class; the KL is that of L_kd, T^2 KL(p_t || p_s), always
+at T = 4. Runs whose names differ only in the seed form one row: mean ± sample standard deviation.
 """
 
 import sys
@@ -27,24 +27,24 @@ from common.run.options import Parser
 from common.simkd import build_simkd
 
 TEMPERATURE = 4.0
-DIGITS = {"accuracy": 2, "agreement": 2, "kl": 3}  # after the point, in the table
+DIGITS = {"accuracy": 2, "agreement": 2, "kl": 3}  # decimals in the table
 
 
 def config_of(run: Path) -> dict:
     """The settings of a run.
 
     Raises:
-        UserError: it is none.
+        UserError: `run` is not a folder of a cifar100.py run.
     """
     config = read_config(run)
     if not config or not {"student", "dataset", "data_dir", "fingerprint"} <= config.keys():
-        raise UserError(f"{run} is no folder of a run of cifar100.py: it needs a config.yaml and a student.pth")
+        raise UserError(f"{run} is not the folder of a cifar100.py run: it needs config.yaml and student.pth")
     return config
 
 
 @torch.no_grad()
 def logits_of(run: Path, test: ImageSet, num_classes: int) -> Tensor:
-    """The answers [n, num_classes] of the network that a run trained to the n test images."""
+    """Logits [n, num_classes] of a run's trained network for the n test images."""
     config = config_of(run)
     net = build(config["student"], num_classes)
     if config.get("simkd"):
@@ -54,29 +54,29 @@ def logits_of(run: Path, test: ImageSet, num_classes: int) -> Tensor:
 
 
 def measure(student: Tensor, teacher: Tensor, labels: Tensor) -> dict[str, float]:
-    """Accuracy and agreement in percent and the KL, of logits [n, K] with logits [n, K] and labels [n]."""
-    answer = student.argmax(1)
+    """Accuracy and agreement in percent, and the KL; logits are [n, K], labels [n]."""
+    prediction = student.argmax(1)
     return {
-        "accuracy": 100 * (answer == labels).double().mean().item(),
-        "agreement": 100 * (answer == teacher.argmax(1)).double().mean().item(),
+        "accuracy": 100 * (prediction == labels).double().mean().item(),
+        "agreement": 100 * (prediction == teacher.argmax(1)).double().mean().item(),
         "kl": kl(student, teacher, TEMPERATURE).item(),
     }
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Print the table and write it; the exit code is that of `exit_code`."""
+    """Print and write the table. Returns the exit code (see `exit_code`)."""
 
     def script() -> None:
         parser = Parser(__doc__)
         parser.add_argument("runs", nargs="+", metavar="RUN", type=Path, help="folders of students' runs")
         parser.add_argument("--teacher", metavar="RUN", type=Path, required=True, help="folder of the teacher's run")
-        parser.add_argument("--data-dir", metavar="DIR", help="default: where the teacher's run had it")
+        parser.add_argument("--data-dir", metavar="DIR", help="default: that of the teacher's run")
         parser.add_argument("--out", metavar="FILE", help="default: results/agreement/table.md")
         given = parser.given(argv)
         config = config_of(given["teacher"])
         for run in given["runs"]:
             if config_of(run)["fingerprint"] != config["fingerprint"]:
-                raise UserError(f"{run} saw other data than {given['teacher']}: name runs on the same images")
+                raise UserError(f"{run} used other data than {given['teacher']}: pass runs on the same images")
         subsets = config.get("subset"), config.get("test_subset")
         data = load_data(config["dataset"], given.get("data_dir", config["data_dir"]), *subsets)
         teacher = logits_of(given["teacher"], data.test, len(data.classes))
@@ -95,7 +95,7 @@ def main(argv: list[str] | None = None) -> int:
         write_atomically(out, lambda file: file.write(text.encode()))
         print(f"{text}\nwritten to {out}")
 
-    return exit_code(script, "repeat the command")
+    return exit_code(script, "rerun the command")
 
 
 if __name__ == "__main__":

@@ -1,17 +1,17 @@
-"""How unequally a network treats the directions of its features (Sec. 1.3).
+"""Anisotropy of features (Sec. 1.3): how much a network's output depends on the direction of a perturbation.
 
     python ablations/anisotropy.py                                        resnet32x4, trained first
     python ablations/anisotropy.py --run runs/cifar100-resnet32x4-alone-240ep-seed1
     python ablations/anisotropy.py --network resnet32x4 --ckpt FILE
 
-The feature F^k of a test image is moved by --length times its own L2 norm along random directions: uniform on the unit
-sphere of the whole map, the same ones for all images. From each of these the later part of the network, in evaluation
-mode and float32, makes an output p', and KL(p || p'), at temperature 1 and in nats, says how far it is from the clean
-one. To an L2 loss all of them are alike. An image's mildest direction is that of its smallest KL, its worst that of
-its largest.
+The feature F^k of a test image is perturbed along random directions, by --length times its own L2 norm. The directions
+are uniform on the unit sphere of the whole feature map and the same for all images. The later part of the network, in
+evaluation mode and float32, maps each perturbed feature to an output p'; KL(p || p'), at temperature 1 and in nats,
+measures how far that is from the clean output p. An L2 loss cannot distinguish the perturbations. An image's mildest
+direction is the one with the smallest KL, its worst direction the one with the largest.
 
-In --out come to lie table.md, histogram.png and numbers.json, with the numbers of every image. What this has of
-the same network, images, --directions and --length is not measured again.
+Writes table.md, histogram.png and numbers.json (the numbers of every image) to --out. Features that numbers.json
+already has for the same network, images, --directions and --length are not measured again.
 """
 
 import hashlib
@@ -31,7 +31,7 @@ from tqdm import tqdm
 import cifar100
 from ablations.agreement import config_of
 from ablations.cells import Cell, markdown, mean_and_deviation, run_cells, with_needed
-from ablations.figures import COLOURS, load_pyplot, save_figure
+from ablations.figures import COLORS, load_pyplot, save_figure
 from ablations.tables import data_name
 from ablations.toy import kl_nats
 from common.data.batches import Data, ImageSet, eval_batches
@@ -45,23 +45,23 @@ from common.run.folder import locked
 from common.run.options import LARGEST, Parser, check_ranges
 
 DATA = ("dataset", "data_dir", "subset", "test_subset")  # settings of cifar100.py
-TRAINING = ("epochs", "seeds", "runs", "smoke")  # options without a meaning for a network that is there
-FLOOR = 1e-12  # nats: what rounding in float32 does to an output; a smaller KL counts as this
-DECADES, BINS = 4, 80  # the histogram of log10(KL / the image's median) runs from -DECADES to DECADES
+TRAINING = ("epochs", "seeds", "runs", "smoke")  # options that do not apply to an existing network
+FLOOR = 1e-12  # nats: the effect of float32 rounding on an output; a smaller KL counts as this
+DECADES, BINS = 4, 80  # the histogram covers log10(KL / the image's median) from -DECADES to DECADES
 COLUMNS = {"smallest": 5, "median": 4, "largest": 4, "ratio": 1, "clean": 2, "mean": 2, "mildest": 2, "worst": 2}
 HEADER = ["network", "feature", "smallest KL", "median KL", "largest KL", "largest / smallest"]
 HEADER += [f"accuracy, {which} (%)" for which in ("clean", "mean", "mildest", "worst")]
-PerImage = dict[str, list[float]]  # what `per_image` gives
+PerImage = dict[str, list[float]]  # as returned by `per_image`
 
 
 def unit_directions(shape: torch.Size, first: int, last: int) -> Tensor:
-    """The directions number first..last-1: [last - first, *shape], each uniform on the unit sphere and drawn alone."""
-    drawn = [torch.randn(shape, generator=generator(0, i, "directions")) for i in range(first, last)]
-    return torch.stack([direction / direction.norm() for direction in drawn])
+    """Directions first..last-1, [last - first, *shape]: uniform on the unit sphere, each with its own seed."""
+    samples = [torch.randn(shape, generator=generator(0, i, "directions")) for i in range(first, last)]
+    return torch.stack([direction / direction.norm() for direction in samples])
 
 
 def perturbed(features: Tensor, directions: Tensor, length: float) -> Tensor:
-    """[n, *shape], [D, *shape] -> [n, D, *shape]: each feature moved by length times its L2 norm along each."""
+    """Move each feature [n, *shape] along each direction [D, *shape] by length times its L2 norm: [n, D, *shape]."""
     norms = features.flatten(1).norm(dim=1).view(-1, *[1] * directions.dim())
     return features[:, None] + length * norms * directions
 
@@ -69,18 +69,19 @@ def perturbed(features: Tensor, directions: Tensor, length: float) -> Tensor:
 def measure(
     later: Callable[[Tensor], Tensor], features: Tensor, labels: Tensor, count: int, length: float, batch_size: int
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """What `later`, [B, *shape] -> logits [B, K], makes of `count` perturbations of the features [n, *shape].
+    """Feed `count` perturbations of each of the features [n, *shape] to `later`, [B, *shape] -> logits [B, K].
 
-    Their length is `length` times the feature's L2 norm; there are `batch_size`, n or more, at once. Returns KL in
-    nats, float64 [n, count]; whether the answer is that of `labels` [n], as [n, count]; whether the clean one is, [n].
+    A perturbation has `length` times the feature's L2 norm. Batches have at most `batch_size` features, but at least n.
+    Returns the KL in nats, float64 [n, count]; whether each prediction matches `labels` [n], as [n, count]; and whether
+    the clean prediction does, [n].
     """
     clean, labels = later(features).cpu().double(), labels.cpu()
-    at_once = max(1, batch_size // len(features))
+    chunk = max(1, batch_size // len(features))
     kl, hits = [], []
-    for first in tqdm(range(0, count, at_once), leave=False, disable=None):
-        directions = unit_directions(features.shape[1:], first, min(count, first + at_once)).to(features.device)
+    for first in tqdm(range(0, count, chunk), leave=False, disable=None):
+        directions = unit_directions(features.shape[1:], first, min(count, first + chunk)).to(features.device)
         moved = perturbed(features, directions, length)
-        # In float64, where a small difference of two outputs is not lost; not every device has it.
+        # float64 preserves small differences between outputs; on the CPU, since not every device supports it.
         logits = later(moved.flatten(0, 1)).cpu().double().unflatten(0, moved.shape[:2])
         kl.append(kl_nats(clean[:, None], logits).clamp(min=FLOOR))
         hits.append(logits.argmax(2) == labels[:, None])
@@ -88,11 +89,12 @@ def measure(
 
 
 def per_image(kl: Tensor, hits: Tensor, clean: Tensor) -> PerImage:
-    """What is kept of what `measure` returns: a value for each image, and a histogram.
+    """Reduce the output of `measure` to one value per image, and a histogram.
 
     smallest, median (the lower of two), largest: KL in nats over the directions. clean, mildest, worst: 100 if the
-    answer is right without a perturbation and along these directions, else 0. mean: percent of directions where it is.
-    histogram: how many pairs of image and direction lie in each bin of log10(KL / the image's median).
+    prediction is correct without a perturbation and along these directions, else 0. mean: percentage of directions
+    with a correct prediction. histogram: number of (image, direction) pairs in each bin of log10(KL / the image's
+    median).
     """
     median, hits = kl.median(1).values, 100 * hits.double()
     columns = {
@@ -110,7 +112,7 @@ def per_image(kl: Tensor, hits: Tensor, clean: Tensor) -> PerImage:
 
 @torch.no_grad()
 def measure_feature(net: StagedNet, k: int, test: ImageSet, c: Namespace) -> PerImage:
-    """`measure` at F^k of all test images; `net` is in evaluation mode."""
+    """Apply `measure` to F^k of all test images; `net` is in evaluation mode."""
 
     def later(x: Tensor) -> Tensor:
         for l in range(k + 1, net.num_stages + 1):
@@ -123,7 +125,7 @@ def measure_feature(net: StagedNet, k: int, test: ImageSet, c: Namespace) -> Per
 
 
 def measure_network(name: str, file: Path, data: Data, c: Namespace) -> dict[int, PerImage]:
-    """`measure_feature` at each position k, for the weights in `file`, as far as numbers.json does not have it."""
+    """Results by position k for the weights in `file`: from numbers.json if it has them, else `measure_feature`."""
     net = build(c.network, len(data.classes))
     load_network(net, file, c.network)
     content = b"".join(t.numpy().tobytes() for t in (*net.state_dict().values(), data.test.images, data.test.labels))
@@ -143,24 +145,24 @@ def measure_network(name: str, file: Path, data: Data, c: Namespace) -> dict[int
 
 
 def read_numbers(path: Path) -> dict[str, dict]:
-    """What earlier commands left in numbers.json, by network; a UserError if it is damaged."""
+    """The contents of numbers.json, by network; {} if it does not exist. Raises a UserError if it is damaged."""
     try:
         numbers = json.loads(path.read_text()) if path.exists() else {}
         if not all(isinstance(found["settings"], dict) and found["features"].keys() for found in numbers.values()):
-            raise ValueError("it holds something else")
+            raise ValueError("unexpected content")
     except (ValueError, AttributeError, KeyError, TypeError) as error:
         raise UserError(f"{path} is damaged ({error!r}): remove it, or choose another --out") from error
     return numbers
 
 
 def summary(images: PerImage) -> dict[str, float]:
-    """COLUMNS: KL in nats, mean over images; the largest of these to the smallest; accuracies in percent."""
+    """COLUMNS: KL in nats, averaged over images; ratio of its largest to its smallest; accuracies in percent."""
     means = {key: fmean(images[key]) for key in COLUMNS if key != "ratio"}
     return means | {"ratio": means["largest"] / means["smallest"]}
 
 
 def table(measured: dict[str, dict[int, PerImage]], c: Namespace) -> str:
-    """The Markdown table, by network and k: a group of rows for each network, and their means."""
+    """The Markdown table: one group of rows per network and one row per k, then the means over networks."""
     groups = {name: {k: [summary(images)] for k, images in of_k.items()} for name, of_k in measured.items()}
     if len(groups) > 1:
         groups[f"mean of {len(groups)}"] = {k: [group[k][0] for group in groups.values()] for k in c.positions}
@@ -170,27 +172,27 @@ def table(measured: dict[str, dict[int, PerImage]], c: Namespace) -> str:
         for k, found in group.items()
     ]
     return markdown(HEADER, rows) + (
-        f"\nFeatures of {c.images} test images, moved by {c.length:g} of their L2 norm along {c.directions} random "
-        "directions.\nKL(p || p') in nats: the smallest, median and largest of each image, mean over images.\n"
-        "Accuracy, mildest and worst: along each image's own direction of the smallest, of the largest KL.\n"
+        f"\nFeatures of {c.images} test images, perturbed by {c.length:g} times their L2 norm along {c.directions} "
+        "random directions.\nKL(p || p') in nats: each image's smallest, median and largest, averaged over images.\n"
+        "Mildest and worst accuracy: along each image's own direction of smallest and of largest KL.\n"
     )
 
 
 def draw(measured: dict[str, dict[int, PerImage]], c: Namespace, out: Path) -> None:
-    """Write the figure, a panel for each k: how KL spreads around the image's median, all networks together."""
+    """Plot the distribution of KL around the image's median, one panel per k, over all networks; save to `out`."""
     edges = torch.logspace(-DECADES, DECADES, BINS + 1).tolist()
     grid = {"sharex": True, "sharey": True, "squeeze": False, "layout": "constrained"}
     figure, panels = load_pyplot().subplots(1, len(c.positions), figsize=(max(7, 2.3 * len(c.positions)), 3.3), **grid)
-    ends = []  # of what there is to see
+    ends = []  # of the visible range
     for panel, k in zip(panels[0], c.positions, strict=True):
         found = [of_k[k] for of_k in measured.values()]
         counts = torch.tensor([one["histogram"] for one in found]).sum(0)
         panel.stairs(100 * counts / counts.sum(), edges, fill=True, color="lightgrey", label="all directions")
-        for key, colour in (("smallest", COLOURS[0]), ("largest", COLOURS[3])):
+        for key, color in (("smallest", COLORS[0]), ("largest", COLORS[3])):
             relative = [value / m for one in found for value, m in zip(one[key], one["median"], strict=True)]
-            look = {"histtype": "stepfilled", "facecolor": f"{colour}33", "edgecolor": colour, "linewidth": 1.5}
-            look |= {"weights": [100 / len(relative)] * len(relative), "label": f"each image's {key}"}
-            panel.hist(relative, edges, **look)
+            style = {"histtype": "stepfilled", "facecolor": f"{color}33", "edgecolor": color, "linewidth": 1.5}
+            style |= {"weights": [100 / len(relative)] * len(relative), "label": f"each image's {key}"}
+            panel.hist(relative, edges, **style)
             ends += min(relative), max(relative)
         ratio = fmean(summary(one)["ratio"] for one in found)
         panel.set_title(f"$F^{k}$: largest / smallest {ratio:.1f}", fontsize=10)
@@ -202,28 +204,28 @@ def draw(measured: dict[str, dict[int, PerImage]], c: Namespace, out: Path) -> N
 
 
 def parse_args(argv: list[str] | None) -> Namespace:
-    """The options, complete; those of the data that were given lie in c.data."""
+    """Parse the options and fill in the defaults; c.data has the data options that were given."""
     parser = Parser(__doc__)
     add = parser.add_argument
     add("--network", metavar="NAME", help="default: resnet32x4")
-    add("--ckpt", metavar="FILE", type=Path, help="its weights (default: it is trained first)")
-    add("--run", metavar="DIR", type=Path, help="a run of cifar100.py, which says network, weights and data")
+    add("--ckpt", metavar="FILE", type=Path, help="its weights (default: train it first)")
+    add("--run", metavar="DIR", type=Path, help="a run of cifar100.py: use its network, weights and data")
     parser.add_image_set_options()
-    add("--epochs", type=int, metavar="N", help="of training (default: 240)")
-    add("--seeds", nargs="+", type=int, metavar="SEED", help="of training, a network each (default: 1)")
-    add("--runs", metavar="DIR", type=Path, help="where it is trained (default: results/runs/<dataset>-<epochs>ep)")
-    add("--positions", nargs="+", type=int, metavar="K", help="which features F^k (default: 2..N)")
-    add("--directions", type=int, metavar="N", help="default: 512")
-    add("--length", type=float, metavar="R", help="of a perturbation, by its feature's L2 norm (default: 0.5)")
+    add("--epochs", type=int, metavar="N", help="training epochs (default: 240)")
+    add("--seeds", nargs="+", type=int, metavar="SEED", help="training seeds, one network each (default: 1)")
+    add("--runs", metavar="DIR", type=Path, help="where training runs go (default: results/runs/<dataset>-<epochs>ep)")
+    add("--positions", nargs="+", type=int, metavar="K", help="features F^k to perturb (default: 2..N)")
+    add("--directions", type=int, metavar="N", help="random directions (default: 512)")
+    add("--length", type=float, metavar="R", help="of a perturbation, relative to the feature's L2 norm (default: 0.5)")
     add("--images", type=int, metavar="N", help="test images, spread evenly over the classes (default: 500, or all)")
-    add("--batch-size", type=int, metavar="N", help="perturbed features at once (default: 500)")
+    add("--batch-size", type=int, metavar="N", help="perturbed features per forward pass (default: 500)")
     add("--device", help="default: cuda if there is one, else cpu")
-    add("--out", metavar="DIR", type=Path, help="default: results/anisotropy/ and a name after network and data")
-    add("--smoke", action="store_true", help="the whole way with a small network, in seconds")
+    add("--out", metavar="DIR", type=Path, help="default: a folder in results/anisotropy/ named after network and data")
+    add("--smoke", action="store_true", help="end-to-end check with a small network, in seconds")
     given = parser.given(argv)
-    for there, without_meaning in (("run", (*DATA, "network", "ckpt", *TRAINING)), ("ckpt", TRAINING)):
-        if there in given and (told := [key for key in without_meaning if key in given and key != "data_dir"]):
-            parser.error(f"--{told[0].replace('_', '-')} has no meaning beside --{there}: leave one of them out")
+    for option, excluded in (("run", (*DATA, "network", "ckpt", *TRAINING)), ("ckpt", TRAINING)):
+        if option in given and (conflicts := [key for key in excluded if key in given and key != "data_dir"]):
+            parser.error(f"--{conflicts[0].replace('_', '-')} does not apply with --{option}: omit one of them")
     if given.pop("smoke", False):
         small = {"network": "resnet8", "dataset": "synthetic", "subset": 80, "test_subset": 40, "epochs": 1}
         small |= {"directions": 8, "out": Path("results/anisotropy/smoke"), "runs": Path("results/runs/smoke")}
@@ -236,36 +238,40 @@ def parse_args(argv: list[str] | None) -> Namespace:
     check_ranges(c)
     for key in ("directions", "length", "images"):
         if getattr(c, key) is not None and not 0 < getattr(c, key) <= LARGEST:
-            parser.error(f"--{key} {getattr(c, key)}: it must be above 0 and at most {LARGEST}")
+            parser.error(f"--{key} {getattr(c, key)}: must be above 0 and at most {LARGEST}")
     return c
 
 
 def find_data(c: Namespace) -> Data:
-    """The images, of the test images those wanted; settles c.network, c.images, c.positions or raises a UserError."""
+    """Load the data with the selected test images; sets c.network, c.images and c.positions.
+
+    Raises:
+        UserError: the network is unknown; the data cannot be loaded, or is not the run's; a setting is out of range.
+    """
     config = config_of(c.run) if c.run else cifar100.SETTINGS["defaults"]
     c.network = config["student"] or c.network
     last = build(c.network, num_classes=10).num_stages
     name, directory, *sizes = ((config | c.data).get(key) for key in DATA)
     data = load_data(name, directory, *sizes)
     if c.run and data.fingerprint != config["fingerprint"]:
-        raise UserError(f"{c.run} saw other images than there are in {directory}: give its --data-dir")
+        raise UserError(f"{c.run} was trained on other images than those in {directory}: pass its --data-dir")
     c.images = min(500, len(data.test)) if c.images is None else c.images
     kept = balanced_subset(data.test.labels.numpy(), c.images, len(data.classes), "images")
     data.test = ImageSet(data.test.images[kept], data.test.labels[kept])
     c.positions = sorted(set(c.positions or range(2, last + 1)))
     if not 1 <= c.positions[0] <= c.positions[-1] <= last:
-        raise UserError(f"--positions {' '.join(map(str, c.positions))}: {c.network} has the features 1..{last}")
+        raise UserError(f"--positions {' '.join(map(str, c.positions))}: {c.network} has features 1..{last}")
     return data
 
 
 def find_weights(c: Namespace) -> tuple[dict[str, Path], list[Cell]]:
-    """The files of weights, by the name of their rows, and the runs that are to make them; settles c.out."""
+    """Checkpoint files by row name, and the runs that will train them; sets c.out."""
     if c.run or c.ckpt:
         name = c.run.resolve().name if c.run else f"{c.network}-{c.ckpt.stem}"
         files, cells = {name: c.ckpt or c.run / "student.pth"}, []
     else:
-        of_data = data_name(c.data | {"epochs": c.epochs})
-        name, folder = f"{of_data}-{c.network}", c.runs or Path("results/runs") / of_data
+        data = data_name(c.data | {"epochs": c.epochs})
+        name, folder = f"{data}-{c.network}", c.runs or Path("results/runs") / data
         given = c.data | {"student": c.network, "epochs": c.epochs} | {"device": c.device}
         cells = [Cell(folder / f"{c.network}-alone-seed{n}", given | {"seed": n}) for n in sorted({*c.seeds})]
         files = {f"{c.network}, seed {cell.given['seed']}": cell.network for cell in with_needed(cells)}
@@ -274,13 +280,13 @@ def find_weights(c: Namespace) -> tuple[dict[str, Path], list[Cell]]:
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Train what must be, measure, and write table and figure; the exit code is that of `exit_code`."""
+    """Train missing networks, measure, and write table and figure. Returns the exit code (see `exit_code`)."""
 
     def script() -> None:
         c = parse_args(argv)
         load_pyplot()
         open_device(c.device)
-        torch.backends.cudnn.allow_tf32 = False  # whose rounding is what a mild direction does
+        torch.backends.cudnn.allow_tf32 = False  # its rounding error is as large as the effect of a mild direction
         data = find_data(c)
         files, cells = find_weights(c)
         c.out.mkdir(parents=True, exist_ok=True)
@@ -293,7 +299,7 @@ def main(argv: list[str] | None = None) -> int:
             draw(measured, c, c.out / "histogram.png")
         print(f"\n{text}\nwritten to {c.out}/table.md, histogram.png and numbers.json")
 
-    return exit_code(script, "features that were finished are kept, repeat the command to go on")
+    return exit_code(script, "finished features are kept; rerun the command to continue")
 
 
 if __name__ == "__main__":

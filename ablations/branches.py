@@ -1,7 +1,7 @@
-"""Exit branches on a frozen teacher (Sec. 3.4, A.2): judges of features with which nobody was trained.
+"""Exit branches on a frozen teacher (Sec. 3.4, A.2): an independent test of students' features.
 
-A branch is the later part of a CIFAR ResNet with a classifier of its own, trained on the teacher's features F_t^k to
-tell the classes. exit_branches.py and tsne.py put students' features into them.
+An exit branch is the later part of a CIFAR ResNet with its own classifier, trained to classify the teacher's features
+F_t^k. exit_branches.py and tsne.py feed students' features into the branches.
 """
 
 import copy
@@ -41,16 +41,18 @@ Features = Callable[[Tensor], dict[str, Tensor]]  # images [B, 3, 32, 32] -> str
 
 
 class Branch(nn.Module):
-    """The last groups of a CIFAR ResNet and a classifier, on a feature F^k [B, c_in, H, W] of another network.
+    """The last groups of a CIFAR ResNet and a classifier, applied to a feature F^k [B, c_in, H, W] of another network.
 
     Args:
-        pre_relu: whether the features are handed over before their ReLU, so that the branch begins with it.
+        groups: how many of the ResNet's three groups.
+        depth, widths: of the ResNet; widths of the stem and the three groups.
+        pre_relu: whether the features come before their ReLU, so that the branch starts with one.
     """
 
     def __init__(self, c_in: int, groups: int, depth: int, widths: list[int], num_classes: int, pre_relu: bool):
         super().__init__()
         self.pre_relu = pre_relu
-        numbers = range(4 - groups, 4)  # of the three, the first of which keeps the size
+        numbers = range(4 - groups, 4)  # of the three groups; the first keeps the resolution
         channels = [c_in, *(widths[i] for i in numbers)]
         self.groups = nn.Sequential(
             *(group(channels[j], channels[j + 1], (depth - 2) // 6, min(i, 2)) for j, i in enumerate(numbers))
@@ -59,23 +61,23 @@ class Branch(nn.Module):
         init_fan_out(self)
 
     def penultimate(self, feature: Tensor) -> Tensor:
-        """What the classifier reads: after pooling, [B, C]."""
+        """The classifier's input, after pooling: [B, C]."""
         return pool(self.groups(F.relu(feature) if self.pre_relu else feature))
 
     def forward(self, feature: Tensor) -> Tensor:
-        """The feature's logits [B, num_classes]."""
+        """Logits [B, num_classes]."""
         return self.fc(self.penultimate(feature))
 
 
 def build_branches(teacher: StagedNet, c: Namespace, num_classes: int) -> nn.ModuleDict:
-    """str(k) -> the branch on F_t^k, k = 2..N-1: the last N - k groups. Each one's start depends on (seed, k) alone.
+    """str(k) -> the branch on F_t^k, k = 2..N-1: the last N - k groups. Initial weights depend only on (seed, k).
 
     Raises:
-        UserError: the teacher has no such k, or more stages than such a ResNet has groups for.
+        UserError: the teacher has no such k, or more stages than a CIFAR ResNet has groups for.
     """
     n = teacher.num_stages
     if not 3 <= n <= 5:
-        raise UserError(f"a teacher of {n} stages: branches are made for networks of 3 to 5")
+        raise UserError(f"the teacher has {n} stages: exit branches need 3 to 5")
     branches = {}
     for k, feature in teacher_features(teacher, torch.zeros(1, 3, SIZE, SIZE)).items():
         torch.manual_seed(seed_of(c.seed, 0, f"branch {k}"))
@@ -86,7 +88,7 @@ def build_branches(teacher: StagedNet, c: Namespace, num_classes: int) -> nn.Mod
 
 @torch.no_grad()
 def teacher_features(teacher: StagedNet, images: Tensor) -> dict[str, Tensor]:
-    """str(k) -> F_t^k, k = 2..N-1, by the running statistics; leaves the teacher in evaluation mode."""
+    """str(k) -> F_t^k, k = 2..N-1, with running BatchNorm statistics; leaves the teacher in evaluation mode."""
     teacher.eval()
     features, x = {}, images
     for k in range(1, teacher.num_stages):
@@ -96,25 +98,25 @@ def teacher_features(teacher: StagedNet, images: Tensor) -> dict[str, Tensor]:
 
 
 def train_branches(c: Namespace, folder: Path, teacher: StagedNet, data: Data) -> tuple[nn.ModuleDict, dict[str, Any]]:
-    """Train the branches on the frozen `teacher`, or do what is left of it: (branches, what is in branches.pt).
+    """Train the branches on the frozen `teacher`, or resume from branches.pt: (branches, contents of branches.pt).
 
-    All of them see the same batches and their losses are added up, so that each is trained as it would be alone (but
-    with fp16 a step that overflows in one is left out for all).
+    All branches see the same batches and their losses are summed, so each is trained as it would be alone (except that
+    with fp16, a step that overflows in one branch is skipped for all).
 
-    Their state holds the accuracies on the teacher's own features, as they are ("top1") and recalibrated as for a
-    student's ("top1_recalibrated").
+    The state includes the accuracies on the teacher's own features, as trained ("top1") and recalibrated as for a
+    student ("top1_recalibrated").
 
     Args:
-        c: settings, of which the fingerprint of the data and the weights of the teacher become part.
+        c: settings; the data's fingerprint and a digest of the teacher's weights are added.
 
     Raises:
-        UserError: the folder holds branches of other settings, or another file.
+        UserError: branches.pt has other settings, or is another kind of file.
         LossNotFiniteError: training diverged.
     """
     file, device = folder / "branches.pt", open_device(c.device)
     state = load(file) if file.exists() else {}
     if file.exists() and not (isinstance(state, dict) and {"settings", "epoch", "log", "branches"} <= state.keys()):
-        raise UserError(f"{file} is not what this script leaves: remove it, or choose another --runs")
+        raise UserError(f"{file} is not a checkpoint of exit branches: remove it, or choose another --runs")
     stored = state.get("settings", {})
     c.amp = c.amp or stored.get("amp") or ("fp16" if device.type == "cuda" else "off")
     c.fingerprint, c.teacher_weights = data.fingerprint, digest(teacher)
@@ -164,20 +166,19 @@ def train_branches(c: Namespace, folder: Path, teacher: StagedNet, data: Data) -
                 for each in (branches, recalibrated(branches, features, data.train))
             )
         state["log"].append(row | {"seconds": time.monotonic() - began})
-        parts = {"branches": branches.state_dict(), "optimizer": optimizer.state_dict(), "scaler": scaler.state_dict()}
-        state |= parts | {"epoch": epoch + 1, "made_with": made_with(device)}
+        saved = {"branches": branches.state_dict(), "optimizer": optimizer.state_dict(), "scaler": scaler.state_dict()}
+        state |= saved | {"epoch": epoch + 1, "made_with": made_with(device)}
         save(state, file)
-        said = "  ".join(f"after F^{k}: loss {row[f'loss_{k}']:.4f}, {row[f'train_top1_{k}']:.2f} %" for k in branches)
-        print(
-            f"branches, epoch {epoch + 1:3}/{c.branch_epochs}  {said}  {state['log'][-1]['seconds']:.1f} s", flush=True
-        )
+        parts = (f"after F^{k}: loss {row[f'loss_{k}']:.4f}, {row[f'train_top1_{k}']:.2f} %" for k in branches)
+        line = f"branches, epoch {epoch + 1:3}/{c.branch_epochs}  {'  '.join(parts)}  "
+        print(f"{line}{state['log'][-1]['seconds']:.1f} s", flush=True)
     return branches.eval(), state
 
 
 def check_branch_settings(folder: Path, stored: dict[str, Any], c: Namespace) -> None:
-    """Raise a UserError if the branches in `folder` were made with settings other than those in `c` that are known."""
+    """Raise a UserError if the `stored` settings of the branches in `folder` differ from those that `c` has."""
     if "teacher_weights" in c and stored.get("teacher_weights", c.teacher_weights) != c.teacher_weights:
-        raise UserError(f"the branches in {folder} are on another teacher: remove them, or choose another --runs")
+        raise UserError(f"the branches in {folder} are for another teacher: remove them, or choose another --runs")
     try:
         check_settings(stored, {key: value for key, value in vars(c).items() if key != "amp" or value})
     except UserError as error:
@@ -186,18 +187,18 @@ def check_branch_settings(folder: Path, stored: dict[str, Any], c: Namespace) ->
 
 
 def digest(net: nn.Module) -> str:
-    """SHA-256 of the network's parameters and statistics."""
-    found = hashlib.sha256()
+    """SHA-256 of the network's parameters and buffers."""
+    digest = hashlib.sha256()
     for key, value in net.state_dict().items():
-        found.update(key.encode() + value.cpu().contiguous().numpy().tobytes())
-    return found.hexdigest()
+        digest.update(key.encode() + value.cpu().contiguous().numpy().tobytes())
+    return digest.hexdigest()
 
 
 def student_features(cell: Cell, data: Data, teacher: StagedNet, device: torch.device) -> Features:
-    """The bridged features B_st^k(F_s^k) of a finished run's student by its pure path, k = 2..N-1, without gradient.
+    """The bridged features B_st^k(F_s^k), k = 2..N-1, of a finished run's student on its pure path, without gradients.
 
     Raises:
-        UserError: its last.pt cannot be read, or it had another teacher than this one.
+        UserError: last.pt cannot be read, or the run had another teacher.
     """
     with open_run(cell.folder, resume=True) as state:
         c = Namespace(**cifar100.DEFAULTS | state["config"])
@@ -206,7 +207,7 @@ def student_features(cell: Cell, data: Data, teacher: StagedNet, device: torch.d
         restore(cell.folder, state, {"student": student, "bridges": bridges})
     weights = dict(teacher.named_parameters())
     if not all(torch.equal(state["teacher"][key], value.cpu()) for key, value in weights.items()):
-        raise UserError(f"{cell.folder} had another {c.teacher} as its teacher: choose another --runs")
+        raise UserError(f"{cell.folder} was distilled from another {c.teacher}: choose another --runs")
     student, bridges = student.to(device).eval(), bridges.to(device).eval()
 
     @torch.no_grad()
@@ -218,11 +219,11 @@ def student_features(cell: Cell, data: Data, teacher: StagedNet, device: torch.d
 
 
 def recalibrated(branches: nn.ModuleDict, features: Features, train: ImageSet) -> nn.ModuleDict:
-    """Copies of the branches, in evaluation mode, with BatchNorm statistics of such features of the training images.
+    """Copies of the branches, in evaluation mode, with BatchNorm statistics of `features` of the training images.
 
-    A layer's statistics are the mean over batches of the batch's, each normalised by its batch. The batches hold all
-    images once, without augmentation, in an order that is drawn, since those of a class may stand together, and as
-    equally shared out as it goes, since every batch counts the same.
+    A layer's statistics are the batch statistics averaged over batches; each batch is normalized by its own. The
+    batches cover all images once, without augmentation: in random order, since a dataset may be sorted by class, and
+    in sizes as equal as possible, since all batches have the same weight.
     """
     order = torch.randperm(len(train), generator=generator(0, 0, "recalibration")).to(train.labels.device)
     parts = order.tensor_split(math.ceil(len(train) / CALIBRATION_BATCH))
@@ -233,7 +234,7 @@ def recalibrated(branches: nn.ModuleDict, features: Features, train: ImageSet) -
 
 
 def accuracies(branches: nn.ModuleDict, features: Features, test: ImageSet) -> dict[str, float]:
-    """str(k) -> top-1 accuracy in percent of the branch on such features of the test images."""
+    """str(k) -> top-1 accuracy in percent of the branch on `features` of the test images."""
     return {
         k: evaluate(branch, ((features(images)[k], labels) for images, labels in eval_batches(test)))["top1"]
         for k, branch in branches.items()
@@ -241,7 +242,7 @@ def accuracies(branches: nn.ModuleDict, features: Features, test: ImageSet) -> d
 
 
 def read_json(file: Path) -> dict[str, Any]:
-    """What is in it, {} where there is none that can be read."""
+    """The object in a JSON file, or {} if it is missing or cannot be read."""
     try:
         content = json.loads(file.read_text())
     except (OSError, ValueError):
@@ -250,5 +251,5 @@ def read_json(file: Path) -> dict[str, Any]:
 
 
 def write_json(file: Path, content: dict[str, Any]) -> None:
-    """Replace it atomically."""
+    """Replace a JSON file atomically."""
     write_atomically(file, lambda handle: handle.write(json.dumps(content, indent=1).encode()))

@@ -1,9 +1,9 @@
-"""Learning curves from the log.csv of any runs.
+"""Learning curves from the log.csv files of one or more runs.
 
     python ablations/curves.py runs/A-seed1 runs/A-seed2 runs/B-seed1 --out curves.png
 
-A run is named by its folder. Runs whose names differ in the seed alone share a colour: their mean is drawn thick, each
-of them thin.
+Runs are given by their folders. Runs whose names differ only in the seed share a color: a thin line for each of them, a
+thick one for their mean.
 """
 
 import csv
@@ -13,53 +13,53 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from ablations.figures import COLOURS, check_format, load_pyplot, save_figure
+from ablations.figures import COLORS, check_format, load_pyplot, save_figure
 from common.run.earlier_runs import series
 from common.run.errors import UserError, exit_code
 from common.run.options import Parser
 
 LABELS = {"test_top1": "test accuracy, top-1 (%)", "train_top1": "training accuracy, top-1 (%)", "loss": "loss"}
-STYLES = ["-", "--", ":", "-."]  # for more curves than colours
+STYLES = ["-", "--", ":", "-."]  # for more curves than colors
 
 
 def read_curve(run: Path, column: str) -> list[float]:
-    """A column of a run's log.csv, a value an epoch.
+    """A column of a run's log.csv, one value per epoch.
 
     Raises:
-        UserError: there is no log, no such column in it, or something that is no number.
+        UserError: the log or the column is missing, the log is empty, or a value is not a number.
     """
     try:
         with (run / "log.csv").open(newline="") as file:
             rows = list(csv.DictReader(file))
         values = [float(row[column]) for row in rows]
     except (OSError, UnicodeDecodeError, csv.Error) as error:
-        raise UserError(f"{run} is no run's folder ({error}): name folders that hold a log.csv") from error
+        raise UserError(f"{run} is not a run's folder ({error}): pass folders that contain a log.csv") from error
     except KeyError as error:
         raise UserError(
             f"{run / 'log.csv'} has no column {column}: it has {', '.join(filter(None, rows[0]))}"
         ) from error
     except (TypeError, ValueError) as error:
-        raise UserError(f"{run / 'log.csv'} has no numbers in its column {column}: choose another --columns") from error
+        raise UserError(f"{run / 'log.csv'} has no numbers in column {column}: choose other --columns") from error
     if not values:
-        raise UserError(f"{run / 'log.csv'} has no epochs: leave it out")
+        raise UserError(f"{run / 'log.csv'} has no epochs: omit this run")
     return values
 
 
 def group(runs: list[Path], column: str) -> dict[str, list[list[float]]]:
-    """The curves of runs that differ in the seed alone, by their common name."""
+    """The curves of runs that differ only in the seed, by their common name."""
     return {name: [read_curve(run, column) for run in group] for name, group in series(runs).items()}
 
 
 def mean_curve(curves: list[list[float]]) -> list[float]:
-    """Their mean at every epoch that all of them have."""
+    """The mean of the curves, at every epoch that all of them have."""
     return [statistics.mean(values) for values in zip(*curves, strict=False)]
 
 
 def draw(runs: list[Path], columns: list[str], out: Path) -> None:
-    """Write a picture with a panel for each column.
+    """Write a figure with one panel per column.
 
     Raises:
-        UserError: matplotlib is missing; a run cannot be read; the picture cannot be written.
+        UserError: matplotlib is missing; a run cannot be read; the figure cannot be written.
     """
     pyplot = load_pyplot()
     check_format(out)
@@ -69,12 +69,12 @@ def draw(runs: list[Path], columns: list[str], out: Path) -> None:
     )
     for panel, column in zip(panels[0], columns, strict=True):
         for i, (name, curves) in enumerate(groups[column].items()):
-            look = {"color": COLOURS[i % len(COLOURS)], "linestyle": STYLES[i // len(COLOURS) % len(STYLES)]}
+            style = {"color": COLORS[i % len(COLORS)], "linestyle": STYLES[i // len(COLORS) % len(STYLES)]}
             for curve in curves if len(curves) > 1 else []:
-                panel.plot(range(1, len(curve) + 1), curve, linewidth=0.6, alpha=0.5, **look)
+                panel.plot(range(1, len(curve) + 1), curve, linewidth=0.6, alpha=0.5, **style)
             mean = mean_curve(curves)
             count = f" (mean of {len(curves)})" if len(curves) > 1 else ""
-            panel.plot(range(1, len(mean) + 1), mean, linewidth=1.8, label=name.replace("$", r"\$") + count, **look)
+            panel.plot(range(1, len(mean) + 1), mean, linewidth=1.8, label=name.replace("$", r"\$") + count, **style)
         panel.set(xlabel="epoch", ylabel=LABELS.get(column, column))
         panel.grid(alpha=0.3)
         panel.spines[["top", "right"]].set_visible(False)
@@ -83,19 +83,19 @@ def draw(runs: list[Path], columns: list[str], out: Path) -> None:
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Draw the curves; the exit code is that of `exit_code`."""
+    """Plot the curves. Returns the exit code (see `exit_code`)."""
 
     def script() -> None:
         parser = Parser(__doc__)
-        parser.add_argument("runs", nargs="+", metavar="RUN", type=Path, help="folders that hold a log.csv")
-        parser.add_argument("--columns", nargs="+", metavar="NAME", help="of log.csv (default: test_top1)")
+        parser.add_argument("runs", nargs="+", metavar="RUN", type=Path, help="folders that contain a log.csv")
+        parser.add_argument("--columns", nargs="+", metavar="NAME", help="columns of log.csv (default: test_top1)")
         parser.add_argument("--out", metavar="FILE", help="default: results/curves/curves.png")
         given = parser.given(argv)
         out = Path(given.get("out", "results/curves/curves.png"))
         draw(given["runs"], given.get("columns", ["test_top1"]), out)
         print(f"written to {out}")
 
-    return exit_code(script, "repeat the command")
+    return exit_code(script, "rerun the command")
 
 
 if __name__ == "__main__":

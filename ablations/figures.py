@@ -1,4 +1,4 @@
-"""What the figures share: matplotlib, their colours, writing them."""
+"""Shared by the scripts that plot figures: loading matplotlib, colors, saving."""
 
 import warnings
 from pathlib import Path
@@ -6,13 +6,13 @@ from typing import Any
 
 from common.run.errors import UserError
 
-# Told apart by the colour-blind too (Okabe and Ito).
-COLOURS = ["#0072B2", "#E69F00", "#009E73", "#D55E00", "#CC79A7", "#56B4E9", "#000000"]
+# Colorblind-safe (Okabe and Ito).
+COLORS = ["#0072B2", "#E69F00", "#009E73", "#D55E00", "#CC79A7", "#56B4E9", "#000000"]
 FORMATS = (".png", ".svg", ".pdf")
 
 
 def load_pyplot() -> Any:
-    """matplotlib.pyplot, drawing into files alone.
+    """matplotlib.pyplot with the non-interactive Agg backend.
 
     Raises:
         UserError: matplotlib is missing.
@@ -28,13 +28,13 @@ def load_pyplot() -> Any:
 
 
 def check_format(out: Path) -> None:
-    """Raise a UserError if a figure cannot be written under this name."""
+    """Raise a UserError if `out` does not end in one of FORMATS."""
     if out.suffix not in FORMATS:
-        raise UserError(f"--out {out}: it must end in {', '.join(FORMATS[:-1])} or {FORMATS[-1]}")
+        raise UserError(f"--out {out}: must end in {', '.join(FORMATS[:-1])} or {FORMATS[-1]}")
 
 
 def save_figure(figure: Any, out: Path) -> None:
-    """Write a matplotlib figure, making its folder.
+    """Write a matplotlib figure, creating its folder if necessary.
 
     Raises:
         UserError: it cannot be written.
@@ -42,7 +42,7 @@ def save_figure(figure: Any, out: Path) -> None:
     try:
         out.parent.mkdir(parents=True, exist_ok=True)
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # of letters that the font lacks
+            warnings.simplefilter("ignore")  # about missing glyphs
             figure.savefig(out, dpi=150)
     except (OSError, ValueError) as error:
         raise UserError(f"cannot write {out} ({error}): choose another --out") from error

@@ -1,12 +1,13 @@
-"""App. H's formula: what a step costs in FLOPs, from what each module costs forward.
+"""FLOPs of a training step by the formula of App. H, from the FLOPs of each module's forward pass.
 
-Counted are convolutions and linear layers, which are nearly all of it; a multiply-add is two FLOPs. Of such a layer,
-bias apart, the gradient of its input takes as many FLOPs as its forward pass, and so does that of its weight. Hence
+Only convolutions and linear layers, which account for nearly everything, are counted; a multiply-add is two FLOPs.
+Apart from the bias, the gradient of such a layer's input costs as many FLOPs as its forward pass, and so does that of
+its weight. Hence
 
-    3 x forward    a layer that is trained and whose input has a gradient: student, B_st
-    2 x forward    a layer that is trained and whose input has none: B_ts, the student's first layer
-    2 x forward    a frozen layer that a gradient passes: the teacher's later part on a mixed path
-    1 x forward    a frozen layer that none passes: the teacher's pure path
+    3 x forward    a trained layer whose input needs a gradient: student, B_st
+    2 x forward    a trained layer whose input needs none: B_ts, the student's first layer
+    2 x forward    a frozen layer with a gradient through it: the teacher's later part on a mixed path
+    1 x forward    a frozen layer without: the teacher's pure path
 """
 
 from collections.abc import Iterable
@@ -23,7 +24,7 @@ from common.paths import MixedPath
 
 @dataclass(frozen=True)
 class Forward:
-    """FLOPs of each module's forward pass, for one image."""
+    """FLOPs of each module's forward pass for one image."""
 
     teacher: dict[int, int]  # f_t(l) of stages l = 1..N
     student: dict[int, int]  # f_s(l)
@@ -36,9 +37,9 @@ class Forward:
 
 @torch.no_grad()
 def forward_flops(teacher: StagedNet, student: StagedNet, bridges: Bridges, image_size: int) -> Forward:
-    """Count each module of a pair, for an image [3, image_size, image_size]; all are left in evaluation mode.
+    """Count the FLOPs of each module for an image [3, image_size, image_size]; leaves all in evaluation mode.
 
-    They may be on the device "meta", where nothing is computed.
+    The modules may be on the "meta" device, where nothing is computed.
     """
     image = next(student.parameters()).new_zeros(1, 3, image_size, image_size)
 
@@ -69,24 +70,24 @@ def forward_flops(teacher: StagedNet, student: StagedNet, bridges: Bridges, imag
 
 
 def alone_step(f: Forward) -> int:
-    """The student alone, forward and backward: 3 (sum of f_s + c_s), less the gradient of the image."""
+    """Student only, forward and backward: 3 (sum of f_s + c_s), minus the gradient of the image."""
     return 3 * (sum(f.student.values()) + f.classifier_s) - f.first
 
 
 def kd_step(f: Forward) -> int:
-    """KD, or DKD: the teacher forward, sum of f_t + c_t, and the student forward and backward."""
+    """KD or DKD: teacher forward, sum of f_t + c_t, plus student forward and backward."""
     return sum(f.teacher.values()) + f.classifier_t + alone_step(f)
 
 
 def app_extra(f: Forward) -> int:
-    """What L_app adds to a KD step: 3 (sum of b_st). Those bridges serve the mixed paths <k, 1>, too."""
+    """Added to a KD step by L_app: 3 (sum of b_st). The mixed paths <k, 1> reuse these bridges."""
     return 3 * sum(f.s2t.values())
 
 
 def path_extra(f: Forward, path: MixedPath) -> int:
-    """What a mixed path adds to that, over stages l > k.
+    """Added to that by a mixed path; sums are over stages l > k.
 
-    <k, 1>: 2 (sum of f_t(l) + c_t), the frozen teacher's. <k, 0>: 2 b_ts(k) + 3 (sum of f_s(l) + c_s).
+    <k, 1>: 2 (sum of f_t(l) + c_t), through the frozen teacher. <k, 0>: 2 b_ts(k) + 3 (sum of f_s(l) + c_s).
     """
     later = range(path.k + 1, len(f.student) + 1)
     if path.delta == 1:
@@ -95,20 +96,20 @@ def path_extra(f: Forward, path: MixedPath) -> int:
 
 
 def fcfd_extra(f: Forward, candidates: Iterable[MixedPath], num_paths: int) -> float:
-    """What FCFD adds to a KD step, expected over the draws: each candidate is in S in |S| of len(candidates) steps."""
+    """Added to a KD step by FCFD, in expectation: a candidate is in S with probability |S| / len(candidates)."""
     paths = [path_extra(f, path) for path in candidates]
     return app_extra(f) + num_paths / len(paths) * sum(paths)
 
 
 def counter() -> FlopCounterMode:
-    """A context that counts whatever runs in it, backward too, for which there is no formula here.
+    """A context manager that counts what runs in it, backward included, for steps without a formula here.
 
-    PyTorch's own count takes the weight gradient of a grouped convolution for that of an ungrouped one.
+    PyTorch's own counter treats the weight gradient of a grouped convolution as that of an ungrouped one.
     """
     return FlopCounterMode(display=False, custom_mapping={torch.ops.aten.convolution_backward: _convolution_backward})
 
 
 def _convolution_backward(grad_out, x, weight, bias, stride, padding, dilation, transposed, *rest, out_shape) -> int:
-    """Arguments are shapes, as FlopCounterMode has them; the last of `rest` says which gradients are wanted."""
-    wanted = rest[-1]
-    return conv_flop_count(x, weight, grad_out, transposed) * (wanted[0] + wanted[1])
+    """Arguments are shapes, as passed by FlopCounterMode; the last of `rest` is the mask of required gradients."""
+    output_mask = rest[-1]
+    return conv_flop_count(x, weight, grad_out, transposed) * (output_mask[0] + output_mask[1])

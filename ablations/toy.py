@@ -1,16 +1,16 @@
-"""Equal in L2, unequal in function (Fig. 1): a ring of features around a target, and what a later part makes of them.
+"""Equal in L2, unequal in function (Fig. 1): a ring of features around a target, and the output for each of them.
 
     python ablations/toy.py
 
-Everything is small enough to follow by hand. A feature has two numbers f = (f1, f2); the later part of the network is
-a linear layer to three classes and softmax:
+The example is small enough to check by hand. A feature has two components f = (f1, f2); the later part of the network
+is a linear layer to three classes and a softmax:
 
     z1 =  2 f1 -   f2 + 1        the target (4, 4) gives z = (5, 4, 4),
     z2 =   -f1 + 2 f2            so p = softmax(z) = (0.576, 0.212, 0.212)
     z3 = f1/2 +   f2 - 2
 
-All points of the ring are as far from the target: an L2 loss, as L_app, cannot tell them apart. Their answers differ
-from the target's by KL(p_target || p_point), in nats, and by very different amounts.
+All points on the ring are equidistant from the target, so an L2 loss such as L_app cannot tell them apart. How much
+their outputs deviate from the target's, KL(p_target || p_point) in nats, varies widely.
 """
 
 import json
@@ -26,7 +26,7 @@ import torch
 from torch import Tensor
 
 from ablations.cells import markdown
-from ablations.figures import COLOURS, load_pyplot, save_figure
+from ablations.figures import COLORS, load_pyplot, save_figure
 from common.run.checkpoint import write_atomically
 from common.run.errors import UserError, exit_code
 from common.run.options import Parser
@@ -37,20 +37,20 @@ BIAS = torch.tensor([1.0, 0.0, -2.0], dtype=torch.float64)
 
 
 def later_part(features: Tensor) -> Tensor:
-    """Features [..., 2] -> logits [..., 3]."""
+    """Map features [..., 2] to logits [..., 3]."""
     return features @ WEIGHT.T + BIAS
 
 
 def kl_nats(target: Tensor, logits: Tensor) -> Tensor:
-    """KL(softmax(target) || softmax(logits)) in nats, over the last dimension of logits [..., K] (T = 1)."""
+    """KL(softmax(target) || softmax(logits)) in nats over the last dimension of logits [..., K]; temperature 1."""
     log_p, log_q = target.log_softmax(-1), logits.log_softmax(-1)
     return (log_p.exp() * (log_p - log_q)).sum(-1)
 
 
 def ring(radius: float, count: int = 360) -> list[dict[str, Any]]:
-    """`count` points evenly on the circle around the target, from angle 0 (along f1) against the clock.
+    """`count` evenly spaced points on the circle around the target, counterclockwise from angle 0 (along f1).
 
-    For each: angle (degrees), point (f1, f2), l2 (its distance from the target), output (3 probabilities), kl (nats).
+    Each has: angle (degrees), point (f1, f2), l2 (distance from the target), output (3 probabilities), kl (nats).
     """
     angles = torch.arange(count, dtype=torch.float64) * 360 / count
     offsets = radius * torch.stack([angles.deg2rad().cos(), angles.deg2rad().sin()], 1)
@@ -66,12 +66,12 @@ def ring(radius: float, count: int = 360) -> list[dict[str, Any]]:
 
 
 def extremes(rows: list[dict[str, Any]]) -> tuple[dict[str, Any], dict[str, Any]]:
-    """The rows of the smallest and the largest KL."""
+    """The rows with the smallest and the largest KL."""
     return min(rows, key=lambda row: row["kl"]), max(rows, key=lambda row: row["kl"])
 
 
 def table(rows: list[dict[str, Any]]) -> str:
-    """The eight main directions and the two extremes as Markdown."""
+    """A Markdown table of eight directions, 45 degrees apart, and the two extremes."""
 
     def vector(values: list[float], digits: int) -> str:
         return f"({', '.join(f'{value:.{digits}f}' for value in values)})"
@@ -85,22 +85,22 @@ def table(rows: list[dict[str, Any]]) -> str:
     p = vector(later_part(TARGET).softmax(0).tolist(), 3)
     return (
         markdown(["", "direction (degrees)", "point", "L2", "output p", "KL (nats)"], lines)
-        + f"\nThe target {vector(TARGET.tolist(), 0)} gives p = {p}; KL is KL(p_target || p_point). The largest of the "
-        + f"{len(rows)} points is {largest['kl'] / smallest['kl']:.0f} times the smallest.\n"
+        + f"\nThe target {vector(TARGET.tolist(), 0)} has p = {p}; KL is KL(p_target || p_point). Over all {len(rows)} "
+        + f"points, the largest KL is {largest['kl'] / smallest['kl']:.0f} times the smallest.\n"
     )
 
 
 def draw(rows: list[dict[str, Any]], out: Path, cells: int = 300) -> None:
-    """Write the figure: the plane with contours of KL (on a grid of `cells` squared) and the ring; KL by direction.
+    """Plot the ring on KL contours (from a grid of `cells` x `cells`), and KL against direction; save to `out`.
 
     Raises:
-        UserError: matplotlib is missing; the picture cannot be written.
+        UserError: matplotlib is missing; the figure cannot be written.
     """
     pyplot = load_pyplot()
     smallest, largest = extremes(rows)
     angles, kl = [row["angle"] for row in rows], [row["kl"] for row in rows]
     (xs, ys), radius = zip(*(row["point"] for row in rows), strict=True), rows[0]["l2"]
-    colours = {"cmap": "viridis", "norm": pyplot.matplotlib.colors.LogNorm(smallest["kl"], largest["kl"])}
+    color_scale = {"cmap": "viridis", "norm": pyplot.matplotlib.colors.LogNorm(smallest["kl"], largest["kl"])}
     figure, (plane, profile) = pyplot.subplots(
         1, 2, figsize=(8, 3.9), layout="constrained", gridspec_kw={"width_ratios": [1.25, 1]}
     )
@@ -110,21 +110,21 @@ def draw(rows: list[dict[str, Any]], out: Path, cells: int = 300) -> None:
     heights = kl_nats(later_part(TARGET), later_part(grid))
     exponents = range(math.floor(math.log10(smallest["kl"])), math.ceil(math.log10(largest["kl"])) + 1)
     levels = [digit * 10.0**exponent for exponent in exponents for digit in (1, 3)]
-    plane.contourf(*axes, heights, levels, alpha=0.35, extend="both", **colours)
+    plane.contourf(*axes, heights, levels, alpha=0.35, extend="both", **color_scale)
     lines = plane.contour(*axes, heights, levels, linewidths=0.5, colors="dimgrey")
     plane.scatter(xs, ys, s=56, c="black", zorder=3)
-    points = plane.scatter(xs, ys, s=36, c=kl, zorder=4, **colours)
+    points = plane.scatter(xs, ys, s=36, c=kl, zorder=4, **color_scale)
     for row in rows[:: len(rows) // 4]:
         at = [c + 1.22 * (x - c) for c, x in zip(TARGET.tolist(), row["point"], strict=True)]
         plane.text(*at, f"{row['angle']:g}°", ha="center", va="center")
-    plane.plot(*TARGET.tolist(), "*", color=COLOURS[3], markersize=15, markeredgecolor="black")
+    plane.plot(*TARGET.tolist(), "*", color=COLORS[3], markersize=15, markeredgecolor="black")
     plane.annotate("target", TARGET.tolist(), (10, -13), textcoords="offset points")
     plane.set(xlabel="feature $f_1$", ylabel="feature $f_2$", aspect="equal")
     plane.set_title(f"on the ring L2 = {radius:g} everywhere ...", fontsize=11)
     bar = figure.colorbar(points, ax=plane, label="KL from the target's output (nats)", pad=0.02, format="%g")
     bar.add_lines(lines)
 
-    profile.scatter(angles, kl, s=20, c=kl, **colours)
+    profile.scatter(angles, kl, s=20, c=kl, **color_scale)
     profile.plot(angles, kl, color="black", linewidth=0.8)
     for name, row, side in (("smallest", smallest, -1), ("largest", largest, 1)):
         at = (row["angle"], row["kl"])
@@ -140,22 +140,22 @@ def draw(rows: list[dict[str, Any]], out: Path, cells: int = 300) -> None:
 
 
 def parse_args(argv: list[str] | None) -> Namespace:
-    """The options, checked and complete."""
+    """Parse and check the options, and fill in the defaults."""
     parser = Parser(__doc__)
     add = parser.add_argument
-    add("--radius", type=float, metavar="R", help="L2 of the ring's points from the target (default: 1)")
+    add("--radius", type=float, metavar="R", help="radius of the ring, in L2 (default: 1)")
     add("--out", metavar="DIR", help="default: results/toy")
-    add("--smoke", action="store_true", help="the same, into results/toy/smoke: it takes seconds")
+    add("--smoke", action="store_true", help="same computation, written to results/toy/smoke (takes seconds)")
     given = parser.given(argv)
     c = Namespace(**{"radius": 1.0, "smoke": False} | given)
     c.out = Path(given.get("out", "results/toy/smoke" if c.smoke else "results/toy"))
     if not 0.01 <= c.radius <= 10:
-        raise UserError(f"--radius {c.radius:g}: it must be a number from 0.01 to 10")
+        raise UserError(f"--radius {c.radius:g}: must be between 0.01 and 10")
     return c
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Print the table and write it, the numbers and the figure; the exit code is that of `exit_code`."""
+    """Print the table; write it, the numbers and the figure. Returns the exit code (see `exit_code`)."""
 
     def script() -> None:
         c = parse_args(argv)
@@ -168,7 +168,7 @@ def main(argv: list[str] | None = None) -> int:
         draw(rows, c.out / "toy.png")
         print(f"{text}\nwritten to {c.out}/table.md, numbers.json and toy.png")
 
-    return exit_code(script, "repeat the command")
+    return exit_code(script, "rerun the command")
 
 
 if __name__ == "__main__":

@@ -193,7 +193,7 @@ def test_smoke(tmp_path, capsys, monkeypatch):
     for row, k in zip(rows[6:], "234", strict=True):
         largest = [statistics.fmean(numbers[name]["features"][k]["largest"]) for name in names[:2]]
         assert row[4] == f"{statistics.fmean(largest):.4f} ± {statistics.stdev(largest):.4f}"
-    assert "moved by 0.5 of their L2 norm along 8 random" in printed
+    assert "perturbed by 0.5 times their L2 norm along 8 random" in printed
     with Image.open(out / "histogram.png") as picture:
         assert picture.width >= 800
         assert len(picture.convert("RGB").getcolors(10**6)) > 20

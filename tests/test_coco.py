@@ -95,8 +95,8 @@ def test_boxes_of_no_use_are_dropped_or_clipped_counted_and_said_once(tmp_path):
     assert boxes(data.train, 1) == ([1, 1], [[3, 3, 4, 23], [3, 3, 5, 23]])
     assert boxes(data.train, 2) == ([], [])
     assert data.notes == [
-        "instances_train.json: of the boxes 6 of no area or outside their image are left out",
-        "instances_train.json: of the boxes 2 that reach out of their image are clipped",
+        "instances_train.json: boxes dropped (no area, or outside their image): 6",
+        "instances_train.json: boxes clipped to their image: 2",
     ]
 
 
@@ -107,7 +107,7 @@ def test_cocos_own_names_come_first(tmp_path):
     assert load_coco(tmp_path).train.files[0].decode().endswith("/train2017/a.jpg")
     coco_set(tmp_path / "other", *row, CATEGORIES, "train_a", pixels=False)
     coco_set(tmp_path / "other", *row, CATEGORIES, "train_b", pixels=False)
-    with pytest.raises(UserError, match=r"instances_train_a.json and .*instances_train_b.json: which"):
+    with pytest.raises(UserError, match=r"instances_train_a.json and .*instances_train_b.json: keep only one"):
         load_coco(tmp_path / "other")
 
 
@@ -128,7 +128,7 @@ def test_a_subset_is_spread_over_the_file(tmp_path):
     assert [boxes(data.train, i) for i in range(4)] == [([1 + k % 2], [[k, 0, k + 20, 20]]) for k in (0, 3, 6, 9)]
     assert data.fingerprint != load_coco(tmp_path).fingerprint
     for option, count in (("subset", 0), ("subset", 11), ("test_subset", 2)):
-        with pytest.raises(UserError, match=f"--{option.replace('_', '-')} {count}: it must lie between 1 and"):
+        with pytest.raises(UserError, match=f"--{option.replace('_', '-')} {count}: must be between 1 and"):
             load_coco(tmp_path, **{option: count})
 
 
@@ -157,22 +157,25 @@ def test_the_fingerprint_is_of_what_is_trained_on(folder):
 
 
 BROKEN = {
-    "no JSON": (lambda content: "{", "is no JSON, or is cut short"),
-    "a list": (lambda content: [], "it has no list 'categories'"),
-    "no images": (lambda content: content | {"images": []}, "its 'images' are empty"),
+    "no JSON": (lambda content: "{", "is not JSON, or is truncated"),
+    "a list": (lambda content: [], "'categories' is missing, or not a list of objects"),
+    "no images": (lambda content: content | {"images": []}, "'images' is empty"),
     "no annotations": (
         lambda content: {key: content[key] for key in ("images", "categories")},
-        "no list 'annotations'",
+        "'annotations' is missing",
     ),
-    "numbers for annotations": (lambda content: content | {"annotations": [1]}, "no list 'annotations' of objects"),
-    "no categories": (lambda content: content | {"categories": []}, "its 'categories' are empty"),
+    "numbers for annotations": (
+        lambda content: content | {"annotations": [1]},
+        "'annotations' is missing, or not a list of objects",
+    ),
+    "no categories": (lambda content: content | {"categories": []}, "'categories' is empty"),
     "an id twice": (
         lambda content: content | {"images": 2 * content["images"]},
-        r"'images' \[4\] lacks an id of its own",
+        r"'images' \[4\] lacks a unique id",
     ),
     "a name twice": (  # by which a detector's classes are known
         lambda content: content | {"categories": [row | {"name": "cat"} for row in content["categories"]]},
-        r"'categories' \[1\] lacks an id of its own, or a name of its own",
+        r"'categories' \[1\] lacks a unique id or a unique name",
     ),
     "no width": (
         lambda content: content | {"images": [{"id": 1, "file_name": "a.jpg", "height": 4}]},
@@ -184,7 +187,7 @@ BROKEN = {
     ),
     "a category twice": (lambda content: content | {"categories": 2 * content["categories"]}, r"'categories' \[2\]"),
     "a nameless category": (lambda content: content | {"categories": [{"id": 1}]}, r"'categories' \[0\]"),
-    "an unknown image": (lambda content: changed(content, image_id=99), r"'annotations' \[0\] lacks an image_id"),
+    "an unknown image": (lambda content: changed(content, image_id=99), r"'annotations' \[0\] lacks a known image_id"),
     "an unknown category": (lambda content: changed(content, category_id=99), r"'annotations' \[0\]"),
     "three numbers": (lambda content: changed(content, bbox=[1, 2, 3]), r"'annotations' \[0\]"),
     "no number": (lambda content: changed(content, bbox=[1, 2, 3, "x"]), r"'annotations' \[0\]"),
@@ -221,7 +224,7 @@ BROKEN = {
     ),
     "a line for an image": (
         lambda content: content | {"images": [content["images"][0] | {"width": 26661}, *content["images"][1:]]},
-        r"the image a\.jpg is too long for its other side",
+        r"the aspect ratio of image a\.jpg is too extreme",
     ),
     "lines for boxes": (
         lambda content: content | {"annotations": [row | {"bbox": [1, 1, 1, 9]} for row in content["annotations"]]},
@@ -250,11 +253,11 @@ def test_missing_files_and_folders_are_said(folder):
     with pytest.raises(UserError, match=r"there is no missing/annotations/instances_train\*.json: --data-dir needs"):
         load_coco("missing")
     (folder / "train").rename(folder / "pictures")
-    with pytest.raises(UserError, match=f"cannot read the folder of images {folder}/train"):
+    with pytest.raises(UserError, match=f"cannot read the image folder {folder}/train"):
         load_coco(folder)
     (folder / "pictures").rename(folder / "train")
     (folder / "annotations" / "instances_val.json").write_bytes(b"\xff\xfe\x00")
-    with pytest.raises(UserError, match=r"instances_val.json is no JSON"):
+    with pytest.raises(UserError, match=r"instances_val.json is not JSON"):
         load_coco(folder)
     (folder / "annotations" / "instances_val.json").unlink()
     with pytest.raises(UserError, match=r"there is no .*instances_val\*.json"):
@@ -265,5 +268,5 @@ def test_a_test_without_boxes_is_refused(tmp_path):
     make(tmp_path, [(1, "a.jpg", 9, 9)], [(1, 3, [0, 0, 9, 9]), (1, 7, [0, 0, 9, 9])])
     file = tmp_path / "annotations" / "instances_val.json"
     file.write_text(json.dumps(json.loads(file.read_text()) | {"annotations": []}))
-    with pytest.raises(UserError, match="none of these images has a box that can be found"):
+    with pytest.raises(UserError, match="none of the test images has a usable box"):
         load_coco(tmp_path)

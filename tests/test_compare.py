@@ -167,7 +167,7 @@ def test_runs_on_other_images_are_refused(fake, tmp_path):
     (tmp_path / "there" / "config.yaml").write_text(json.dumps(config | {"fingerprint": fingerprint}))
     assert len(with_needed([fake("there")])) == 1
     (tmp_path / "there" / "config.yaml").write_text(json.dumps(config | {"fingerprint": "other"}))
-    with pytest.raises(UserError, match="saw other images"):
+    with pytest.raises(UserError, match="used other images"):
         with_needed([fake("there")])
 
 
@@ -297,7 +297,7 @@ def test_smoke(tmp_path, capsys):
     assert text in capsys.readouterr().out
     assert text.count("| resnet14-resnet8 |") == 5
     assert compare.main(["--smoke", "--out", str(tmp_path)]) == 0
-    assert "5 runs, of which 5 are done" in capsys.readouterr().out
+    assert "5 runs, 5 already finished" in capsys.readouterr().out
     assert (tmp_path / "table.md").read_text() == text
     assert compare.main(["--smoke", "--out", str(tmp_path), "--temperature", "2"]) == 2
     assert "--temperature is 2.0 and was 4" in capsys.readouterr().err

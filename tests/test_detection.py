@@ -73,7 +73,7 @@ def test_a_detector_is_trained_and_then_distilled(tmp_path, capsys, monkeypatch,
     monkeypatch.chdir(tmp_path)
     options = ["--data-dir", folder, "--scratch", *SMALL, "--iterations", 6, "--save-every", 2, "--eval-every", 4]
     printed = run(capsys, "--student", "resnet18", *options)
-    assert "resnet18 lies in runs/set-resnet18-alone-scratch-6it-seed1/student.pth" in printed
+    assert "resnet18 saved to runs/set-resnet18-alone-scratch-6it-seed1/student.pth" in printed
     printed = run(capsys, "--teacher", "resnet18", "--student", "mobilenet_v2", *options, "--visualize", 2)
     assert "teacher: runs/set-resnet18-alone-scratch-6it-seed1/student.pth" in printed
 
@@ -386,7 +386,7 @@ def test_pictures_show_boxes(tmp_path, capsys, folder, teacher):
         (["--teacher", "resnet101", "--student", "resnet18", "--scratch"], "there is no trained resnet101 in runs"),
         (
             ["--teacher", "resnet50", "--student", "resnet18", "--scratch"],
-            "of COCO's categories and do not know 'star'",
+            "for COCO's categories and lack 'star'",
         ),
         (["--teacher", "resnet18", "--student", "resnet18", "--scratch", "--device", "cuda:99"], "cuda:99"),
     ],
@@ -410,7 +410,7 @@ def test_a_teacher_of_other_classes_is_told_how_to_train_one(tmp_path, capsys, f
     options = ["--data-dir", other, *PAIR[:4], "--scratch", *SMALL, "--teacher-ckpt", teacher, "--batch-size", 1]
     message = run(capsys, *options, "--out", tmp_path / "run", code=2)
     assert message == (
-        f"error: {teacher} is a detector of other classes: it does not know 'cat'; give a "
+        f"error: {teacher} is a detector for other classes: it lacks 'cat'; give a "
         "--teacher-ckpt of these classes, or train one by: "
         f"python detection.py --data-dir {other} --student resnet18 --iterations 180000 --scratch "
         f"--out {tmp_path / 'resnet18'}\n"
@@ -440,7 +440,7 @@ def test_boxes_that_are_dropped_are_said_once(tmp_path, capsys, folder):
     content["annotations"].append({"id": 999, "image_id": 0, "category_id": 1, "bbox": [1, 1, 0, 5]})
     file.write_text(json.dumps(content))
     printed = run(capsys, "--data-dir", images, *ALONE, "--iterations", 1, "--out", tmp_path / "run")
-    assert printed.count("instances_train.json: of the boxes 1 of no area or outside their image are left out\n") == 1
+    assert printed.count("instances_train.json: boxes dropped (no area, or outside their image): 1\n") == 1
 
 
 def test_a_diverging_run_ends_with_code_1_and_keeps_what_was_saved(tmp_path, capsys, monkeypatch, folder):

@@ -130,7 +130,9 @@ def test_an_image_of_another_size_or_damaged_is_named(data, workers):
     Image.new("RGB", (12, 20)).save(path)  # turned, as some tools do
     with pytest.raises(UserError) as error:
         list(load(BoxedImages(data.train), [[(0, 0, 0)]], workers, CPU))
-    assert str(error.value) == (f"the image {path} is of 12x20 pixels, and its annotation says 20x12: mend one of them")
+    assert str(error.value) == (
+        f"the image {path} has 12x20 pixels, but its annotation says 20x12: correct one of them"
+    )
     with open(path, "wb") as file:
         file.write(b"\x89PNG")
     with pytest.raises(UserError, match=f"^cannot read the image {path}"):

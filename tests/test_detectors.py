@@ -178,7 +178,7 @@ def test_torchvisions_coco_weights_answer_as_in_torchvision(published):
     few = build_detector("resnet50", 2, [128]).eval()
     load_coco_v1(few, {17: "cat", 18: "dog"})
     torch.testing.assert_close(rows_of(few, images)[0], rows_of(net, images)[0][:, [0, 16, 17]])
-    with pytest.raises(UserError, match="do not know 'horse'"):
+    with pytest.raises(UserError, match="lack 'horse'"):
         load_coco_v1(build_detector("resnet50", 2, [128]), {17: "cat", 18: "horse"})
 
 
@@ -191,7 +191,7 @@ def test_a_detector_of_other_classes_is_refused_unless_its_outputs_are_category_
     torch.save({"model": theirs.state_dict()}, file)
     if not fits:
         with pytest.raises(
-            OtherNetworkError, match=f"teacher.pth is a detector of {outputs - 1} classes and the data has 3"
+            OtherNetworkError, match=f"teacher.pth is a detector for {outputs - 1} classes, but the data has 3"
         ):
             load_detector(ours, file, "resnet18", {2: "a", 5: "b", 9: "c"})
         return
@@ -215,7 +215,7 @@ def test_classes_are_known_by_the_names_in_the_file(tmp_path, wanted, rows):
     images = torch.rand(1, 3, 64, 64)
     for a, b in zip(rows_of(ours, images), rows_of(theirs, images), strict=True):
         torch.testing.assert_close(a, b[:, rows])
-    with pytest.raises(OtherNetworkError, match=r"net.pth is a detector of other classes: it does not know 'd'"):
+    with pytest.raises(OtherNetworkError, match=r"net.pth is a detector for other classes: it lacks 'd'"):
         load_detector(build_detector("resnet18", 3, [128]), tmp_path / "net.pth", "resnet18", {1: "a", 2: "b", 3: "d"})
 
 
@@ -230,7 +230,7 @@ def test_the_size_that_a_detector_was_trained_at(tmp_path, saved, size):
 def test_other_files_are_refused(tmp_path):
     net = build_detector("resnet18", 3, [128])
     torch.save(models.resnet18().state_dict(), tmp_path / "classifier.pth")
-    with pytest.raises(OtherNetworkError, match=r"classifier.pth is no detector resnet18: it lacks roi_heads"):
+    with pytest.raises(OtherNetworkError, match=r"classifier.pth is not a resnet18 detector: it lacks roi_heads"):
         load_detector(net, tmp_path / "classifier.pth", "resnet18", {1: "a", 2: "b", 3: "c"})
     torch.save(build_detector("mobilenet_v2", 3, [128]).state_dict(), tmp_path / "other.pth")
     with pytest.raises(OtherNetworkError, match=r"other.pth does not match resnet18"):

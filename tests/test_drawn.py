@@ -92,7 +92,7 @@ def test_a_smaller_set_is_the_start_of_a_larger_one(folder, tmp_path):
 def test_a_folder_that_is_there_is_left_alone(folder, capsys):
     before = sorted(folder.rglob("*"))
     assert drawn.main([str(folder)]) == 2
-    assert capsys.readouterr().err == f"error: {folder} is there already: name a new folder, or remove it\n"
+    assert capsys.readouterr().err == f"error: {folder} already exists: choose a new folder, or remove it\n"
     assert sorted(folder.rglob("*")) == before
 
 

@@ -290,7 +290,7 @@ def test_what_is_done_is_kept_and_what_is_missing_is_said(branch_runs, tmp_path,
     message = again(code=2)
     assert f"{runs}/resnet14-alone-seed1/student.pth is missing" in message
     lost = ("resnet14-alone-seed1", "resnet14-resnet8-app-seed1", "resnet14-resnet8-fcfd-seed1")  # its branches too
-    assert message.endswith(f"by: rm {' '.join(f'{runs}/{name}/result.json' for name in lost)}\n")
+    assert message.endswith(f"train again: rm {' '.join(f'{runs}/{name}/result.json' for name in lost)}\n")
     assert message.count("\n") == 1
     with (
         locked(folder),

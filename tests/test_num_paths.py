@@ -31,7 +31,7 @@ def test_smoke(tmp_path, capsys):
 
     assert num_paths.main(["--smoke", "--out", str(tmp_path), "--devices", "cpu"]) == 0  # and now nothing is done
     text = capsys.readouterr().out
-    assert "4 runs, of which 4 are done" in text
+    assert "4 runs, 4 already finished" in text
     assert "measuring" not in text
     assert json.loads((tmp_path / "cost.json").read_text()) == cost
     assert (tmp_path / "table.md").read_text() == expected

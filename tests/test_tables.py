@@ -191,7 +191,7 @@ def test_smoke(smoke, capsys, script):
         assert float(cells[row.name]["best"]) == result["best"]["top1"]
     before = (out / "table.md").read_text()
     assert script.main(["--smoke", "--out", str(out), "--runs", str(smoke / "runs")]) == 0
-    assert "6 runs, of which 6 are done" in capsys.readouterr().out
+    assert "6 runs, 6 already finished" in capsys.readouterr().out
     assert (out / "table.md").read_text() == before
 
 
@@ -205,7 +205,7 @@ def test_compare_runs_other_scripts_too(tmp_path, capsys):
     assert f"| resnet14-resnet8 | online-dml | 1 | {result['last']['top1']:.2f} |" in text
     assert f"| online-dml: its teacher | 1 | {result['teacher_last']['top1']:.2f} |" in text
     assert compare.main(["--smoke", "--methods", "online-dml", "crd", "--out", str(tmp_path)]) == 0
-    assert "3 runs, of which 3 are done" in capsys.readouterr().out
+    assert "3 runs, 3 already finished" in capsys.readouterr().out
     assert compare.main(["--smoke", "--methods", "online-dml", "--out", str(tmp_path), "--lr", "0.3"]) == 2
     assert "--lr is 0.3 and was 0.05" in capsys.readouterr().err
 

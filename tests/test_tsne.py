@@ -119,7 +119,7 @@ def test_smoke_uses_the_runs_and_branches_that_are_there(branch_runs, tmp_path, 
     before = {file: file.read_bytes() for file in branch_runs.rglob("*.*") if file.is_file()}
     command = [*SMOKE, "--runs", branch_runs, "--out", tmp_path]
     output = call(capsys, *command, module=tsne)
-    assert "3 runs, of which 3 are done" in output
+    assert "3 runs, 3 already finished" in output
     assert state in before
     assert before == {file: file.read_bytes() for file in branch_runs.rglob("*.*") if file.is_file()}
     rows = json.loads((tmp_path / "numbers.json").read_text())["rows"]

@@ -9,27 +9,27 @@ from common.run.errors import UserError
 
 
 class CRD(nn.Module):
-    """Embeddings of both networks, contrasted with one another through memory banks.
+    """Contrasts the embeddings of both networks, using memory banks.
 
-    The student's embedding of an image must be told from noise among the teacher's stored ones, and the teacher's among
-    the student's (Sec. 3.1). In float32, whatever autocast says.
+    Given a student embedding, the teacher's stored embedding of the same image must be distinguished from those of
+    other images, and vice versa (Sec. 3.1). Computes in float32, even under autocast.
 
     Args:
-        c_s, c_t: channels of F^N of student and teacher.
+        c_s, c_t: channels of the student's and the teacher's F^N.
         labels: [n], of all training images.
-        negatives: m, how many each image is told from.
+        negatives: m, per image.
         dim: of the embeddings.
-        momentum: the share of the old row in a new one.
+        momentum: weight of the old row in a bank update.
 
     Attributes:
-        bank_s, bank_t: [n, dim], a row for each image: random at first, of length 1 once the image was seen.
-        z_s, z_t: what scores against either bank are divided by; -1 until the first batch has set it.
+        bank_s, bank_t: [n, dim], one row per image: random at first, of unit length once the image was in a batch.
+        z_s, z_t: normalizers of the scores against each bank; -1 until the first batch sets them.
 
     Raises:
         UserError: all images are of one class.
     """
 
-    EPSILON = 1e-7  # beside P + m Pn
+    EPSILON = 1e-7  # added to P + m Pn
 
     def __init__(
         self,
@@ -45,38 +45,38 @@ class CRD(nn.Module):
         labels = labels.cpu()
         n, counts = len(labels), labels.bincount()
         if counts.max() == n:
-            raise UserError("CRD contrasts images of different classes, and all are of one: choose other images")
+            raise UserError("CRD contrasts images of different classes, but all are of one: choose other images")
         self.negatives, self.temperature, self.momentum = negatives, temperature, momentum
         self.embed_s, self.embed_t = nn.Linear(c_s, dim), nn.Linear(c_t, dim)
-        bound = (3 / dim) ** 0.5  # for a mean square length of 1
+        bound = (3 / dim) ** 0.5  # for an expected squared length of 1
         for bank in ("bank_s", "bank_t"):
             self.register_buffer(bank, torch.empty(n, dim).uniform_(-bound, bound))
         for z in ("z_s", "z_t"):
             self.register_buffer(z, torch.tensor(-1.0))
-        # Sorted by class, an image's own class is a block of `size` images from place `first` on.
+        # Sorted by class, the images of one class are the `size` images from position `first` on.
         self.register_buffer("by_class", labels.argsort(stable=True), persistent=False)
         self.register_buffer("first", (counts.cumsum(0) - counts)[labels], persistent=False)
         self.register_buffer("size", counts[labels], persistent=False)
 
     def draw(self, index: Tensor, generator: torch.Generator) -> Tensor:
-        """[B] -> [B, m]: for each image others of other classes, uniformly and independently, with replacement.
+        """[B] -> [B, m]: negatives of other classes for each image, sampled uniformly with replacement.
 
-        Noise-contrastive estimation assumes independent draws. (The authors' code draws without replacement where
-        there are enough images.) Nothing waits for the device, which is the generator's too.
+        Noise-contrastive estimation assumes independent samples. (The authors' code samples without replacement if
+        there are enough images.) Does not synchronize with the device; `generator` is on the same device.
         """
         first, size = self.first[index, None], self.size[index, None]
         shape = (len(index), self.negatives)
-        # The bound is another one for each image, which randint cannot do; float32 would be too coarse for a large set.
-        place = torch.randint(2**62, shape, generator=generator, device=index.device)
-        place %= len(self.by_class) - size  # its bias is below 1e-9 for any set
-        return self.by_class[place + size * (place >= first)]
+        # randint does not support a different bound for each image; float32 is too coarse for a large dataset.
+        position = torch.randint(2**62, shape, generator=generator, device=index.device)
+        position %= len(self.by_class) - size  # with a bias below 1e-9 for any dataset
+        return self.by_class[position + size * (position >= first)]
 
     def forward(self, feature_s: Tensor, feature_t: Tensor, index: Tensor, negatives: Tensor) -> Tensor:
-        """The sum of both directions' losses; then the batch's rows of both banks are moved.
+        """Sum of the losses in both directions; also updates the batch's rows of both banks.
 
         Args:
             feature_s, feature_t: F^N of each network, [B, C, H, W]; the teacher's is detached.
-            index: [B], which training images these are, each at most once.
+            index: [B], indices of these training images, without repetition.
             negatives: [B, m], from `draw`.
         """
         with torch.autocast(index.device.type, enabled=False):
@@ -84,28 +84,29 @@ class CRD(nn.Module):
             v_t = F.normalize(self.embed_t(pool(feature_t.detach().float())))
             rows = torch.cat([index[:, None], negatives], 1)
             loss = self.contrast(v_s, self.bank_t, self.z_t, rows) + self.contrast(v_t, self.bank_s, self.z_s, rows)
-            self.remember(self.bank_s, index, v_s)
-            self.remember(self.bank_t, index, v_t)
+            self.update_bank(self.bank_s, index, v_s)
+            self.update_bank(self.bank_t, index, v_t)
         return loss
 
     def contrast(self, v: Tensor, bank: Tensor, z: Tensor, rows: Tensor) -> Tensor:
-        """The loss of embeddings v [B, dim] against `rows` [B, 1 + m] of a bank, the right one first.
+        """The loss of embeddings v [B, dim] against `rows` [B, 1 + m] of a bank, the positive first.
 
-        With P = exp(dot / T) / Z, m negatives, Pn = 1 / n: - log(P(right) / (P(right) + m Pn)) - the sum over the
-        negatives of log(m Pn / (P + m Pn)), batch mean. The first batch fixes Z = n times its mean exponential.
+        With P = exp(dot / T) / Z, m negatives and Pn = 1 / n, the loss is -log(P / (P + m Pn)) of the positive minus
+        the sum of log(m Pn / (P + m Pn)) over the negatives, averaged over the batch. The first batch fixes Z to n
+        times its mean exponential.
         """
-        # The products with the whole bank take less memory than a copy of all those rows. Backward needs the bank as it
-        # is now.
+        # The product with the whole bank takes less memory than a copy of all those rows. The clone keeps the bank as
+        # it is now for the backward pass.
         scores = torch.exp((v @ bank.clone().T).gather(1, rows) / self.temperature)
-        fixed = torch.where(z < 0, scores.detach().mean() * len(bank), z)
-        z.copy_(fixed)
-        positive, negatives = (scores / fixed).split([1, rows.shape[1] - 1], 1)
+        normalizer = torch.where(z < 0, scores.detach().mean() * len(bank), z)
+        z.copy_(normalizer)
+        positive, negatives = (scores / normalizer).split([1, rows.shape[1] - 1], 1)
         noise = (rows.shape[1] - 1) / len(bank)
-        # log1p: P of a negative is far below the noise, and there are many whose rounding would add up.
-        of_negatives = torch.log1p((negatives + self.EPSILON) / noise).sum(1)
-        return of_negatives.mean() - torch.log(positive / (positive + noise + self.EPSILON)).mean()
+        # log1p: P of a negative is far below the noise, and the rounding errors of many negatives would add up.
+        negative_loss = torch.log1p((negatives + self.EPSILON) / noise).sum(1)
+        return negative_loss.mean() - torch.log(positive / (positive + noise + self.EPSILON)).mean()
 
     @torch.no_grad()
-    def remember(self, bank: Tensor, index: Tensor, v: Tensor) -> None:
-        """Move rows `index` of a bank, in place, towards embeddings v."""
+    def update_bank(self, bank: Tensor, index: Tensor, v: Tensor) -> None:
+        """Move rows `index` of a bank towards embeddings v, in place."""
         bank.index_copy_(0, index, F.normalize(self.momentum * bank[index] + (1 - self.momentum) * v))

@@ -1,7 +1,7 @@
 """ReviewKD (Chen, Liu, Zhao, Jia: Distilling Knowledge via Knowledge Review, CVPR 2021).
 
-Each of the student's features is fused with what comes from the deeper ones before it is compared with the teacher's:
-a shallow stage of the teacher teaches all deeper stages of the student, too.
+Each student feature is fused with the output of the deeper levels before it is compared with the teacher's, so a
+shallow teacher stage supervises all deeper student stages as well.
 """
 
 import torch
@@ -14,23 +14,23 @@ from common.run.errors import UserError
 
 
 class ABF(nn.Module):
-    """Attention-based fusion (Sec. 3.3) of a feature with what the deeper levels gave."""
+    """Attention-based fusion (Sec. 3.3) of a feature with the residual of the deeper levels."""
 
-    def __init__(self, c_in: int, c_mid: int, c_out: int, fuses: bool):
+    def __init__(self, c_in: int, c_mid: int, c_out: int, fuse: bool):
         super().__init__()
         self.conv1 = nn.Sequential(nn.Conv2d(c_in, c_mid, 1, bias=False), nn.BatchNorm2d(c_mid))
-        self.attention = nn.Sequential(nn.Conv2d(2 * c_mid, 2, 1), nn.Sigmoid()) if fuses else None
+        self.attention = nn.Sequential(nn.Conv2d(2 * c_mid, 2, 1), nn.Sigmoid()) if fuse else None
         self.conv2 = nn.Sequential(nn.Conv2d(c_mid, c_out, 3, padding=1, bias=False), nn.BatchNorm2d(c_out))
         for conv in (self.conv1[0], self.conv2[0]):
             nn.init.kaiming_uniform_(conv.weight, a=1)
 
     def forward(self, feature: Tensor, deeper: Tensor | None, size: tuple[int, int]) -> tuple[Tensor, Tensor]:
-        """(output [B, c_out, *size] to compare with the teacher's, residual [B, c_mid, H, W] for the shallower level).
+        """Output [B, c_out, *size] to compare with the teacher's, and residual [B, c_mid, H, W] for the next level.
 
         Args:
             feature: the student's, [B, c_in, H, W].
-            deeper: the residual [B, c_mid, H', W'] of the deeper level, None at the deepest.
-            size: of the teacher's feature, to which the map is resized before the last convolution.
+            deeper: residual [B, c_mid, H', W'] of the next deeper level; None at the deepest.
+            size: height and width of the teacher's feature; the map is resized to it before the last convolution.
         """
         x = self.conv1(feature)
         if self.attention is not None:
@@ -41,15 +41,15 @@ class ABF(nn.Module):
 
 
 class ReviewKD(nn.Module):
-    """The fusion of all levels from the deepest to the shallowest, and the loss of what comes out.
+    """Fuses the levels from the deepest to the shallowest, and computes the loss of their outputs.
 
-    The levels are F^2..F^N and, deepest, the pooled F^N as a map of one pixel, whose BatchNorm needs two images or more
-    in a batch. The authors' code takes features before their ReLU wherever a network has them; here they are those that
-    the networks hand over (`StagedNet.post_relu`), and those of MobileNetV2 and ShuffleV2 at N have the final 1x1
-    convolution behind them. The loss is meant to come in slowly: its weight rises linearly over 20 epochs.
+    The levels are F^2..F^N and, as the deepest, the pooled F^N as a 1x1 map, whose BatchNorm needs at least two images
+    per batch. The authors' code takes features before the ReLU where a network provides them; here they are as the
+    networks return them (`StagedNet.post_relu`), and F^N of MobileNetV2 and ShuffleV2 includes the final 1x1
+    convolution. The loss needs a warm-up: its weight rises linearly over 20 epochs.
 
     Args:
-        shapes_s, shapes_t: k -> (C, H, W) of F^k of student and teacher (common.bridges.feature_shapes).
+        shapes_s, shapes_t: k -> (C, H, W) of the student's and the teacher's F^k (common.bridges.feature_shapes).
 
     Raises:
         UserError: the networks have different numbers of stages.
@@ -65,11 +65,11 @@ class ReviewKD(nn.Module):
         last = len(shapes_s)
         c_s, c_t = ([*(shapes[k][0] for k in range(2, last + 1)), shapes[last][0]] for shapes in (shapes_s, shapes_t))
         c_mid = min(512, c_s[-1])
-        fuses = [True] * (last - 1) + [False]
-        self.fusions = nn.ModuleList(ABF(*level) for level in zip(c_s, [c_mid] * last, c_t, fuses, strict=True))
+        fuse = [True] * (last - 1) + [False]
+        self.fusions = nn.ModuleList(ABF(*level) for level in zip(c_s, [c_mid] * last, c_t, fuse, strict=True))
 
     def forward(self, features_s: list[Tensor], features_t: list[Tensor]) -> Tensor:
-        """The sum of `hcl` over the levels; arguments F^1..F^N of each network, the teacher's are detached."""
+        """Sum of `hcl` over the levels, given F^1..F^N of each network; the teacher's are detached."""
         levels = zip(self.fusions, self.levels(features_s), self.levels(features_t), strict=True)
         residual, loss = None, 0
         for fusion, feature, target in reversed(list(levels)):
@@ -84,15 +84,15 @@ class ReviewKD(nn.Module):
 
 
 def resize(x: Tensor, size: tuple[int, int]) -> Tensor:
-    """Maps [B, C, H, W] at another size, by the nearest pixel."""
+    """Resize maps [B, C, H, W] by nearest-neighbor interpolation."""
     return x if x.shape[2:] == size else F.interpolate(x, size)
 
 
 def hcl(feature: Tensor, target: Tensor) -> Tensor:
     """Hierarchical context loss (Sec. 3.3) of maps [B, C, H, W]; `target` is detached.
 
-    L2 of the maps, and of both average-pooled to l x l for each l of 4, 2, 1 below H: their mean with weights 1, 1/2,
-    1/4, 1/8 in this order.
+    Weighted mean of the L2 at full size and after average pooling to l x l, for each l of 4, 2, 1 below H; the weights
+    are 1, 1/2, 1/4, 1/8 in this order.
     """
     feature, target = feature.float(), target.float()
     losses = [l2(feature, target)]

@@ -1,1 +1,1 @@
-"""What detection.py is made of: torchvision's Faster R-CNN, the method on it (App. D, E), sets in COCO's format."""
+"""Building blocks of detection.py: torchvision's Faster R-CNN, FCFD for it (App. D, E), datasets in COCO format."""

@@ -1,4 +1,4 @@
-"""One file of annotations in COCO's format (instances_*.json), read, checked and packed into arrays."""
+"""Reads an annotation file in COCO format (instances_*.json), checks it and packs it into arrays."""
 
 import json
 import os
@@ -11,26 +11,26 @@ import numpy as np
 
 from ..run.errors import UserError
 
-LARGEST = 10**5  # pixels: pycocotools counts areas of up to its square
+LARGEST = 10**5  # pixels; pycocotools handles areas up to its square
 
 
 @dataclass
 class Annotations:
-    """What a file says of n images and m boxes, crowds and useless boxes included."""
+    """Contents of a file with n images and m boxes, including crowds and unusable boxes."""
 
     file: Path
-    categories: dict[int, str]  # id -> name, by rising id
-    names: list[str]  # [n], the images' files, below `folder`
+    categories: dict[int, str]  # id -> name, sorted by id
+    names: list[str]  # [n], the images' files, relative to `folder`
     sizes: np.ndarray  # [n, 2], width and height in pixels
     image: np.ndarray  # [m], index of the image
-    label: np.ndarray  # [m], 1..K: the category's place among `categories`
+    label: np.ndarray  # [m], 1..K: the category's position in `categories`
     box: np.ndarray  # [m, 4], float64: x, y, width, height in pixels
-    area: np.ndarray  # [m], float64, square pixels: of the object's mask where the file tells it, else of the box
-    crowd: np.ndarray  # [m], bool: it is of many objects
+    area: np.ndarray  # [m], float64, square pixels: of the object's mask if the file has it, else of the box
+    crowd: np.ndarray  # [m], bool: it covers many objects
 
     @property
     def folder(self) -> Path:
-        """Where the images lie: DIR/train2017 for DIR/annotations/instances_train2017.json."""
+        """Where the images are: DIR/train2017 for DIR/annotations/instances_train2017.json."""
         return self.file.parent.parent / self.file.stem.removeprefix("instances_")
 
     @cached_property
@@ -45,34 +45,34 @@ class Annotations:
 
     @cached_property
     def usable(self) -> np.ndarray:
-        """[m], bool: the box has an area inside the image; less than a hundredth of a pixel is none."""
+        """[m], bool: more than a hundredth of a pixel of the box's width and height is inside the image."""
         return (self.clipped[:, 2:] - self.clipped[:, :2] > 0.01).all(1)
 
     @property
-    def reaching_out(self) -> np.ndarray:
-        """[m], bool: a part of the box is outside the image, by more than rounding."""
+    def overhanging(self) -> np.ndarray:
+        """[m], bool: usable, but part of the box is outside the image, by more than rounding."""
         return self.usable & (np.abs(self.edges - self.clipped) > 0.5).any(1)
 
 
 def read_annotations(file: Path) -> Annotations:
-    """Read a file and look whether its images are there.
+    """Read a file and check that its images exist.
 
     Raises:
-        UserError: it cannot be read, or is not in COCO's format, or an image is missing; it says what and where.
+        UserError: the file cannot be read or is not in COCO format, or an image is missing; the message says which.
     """
     try:
         content = json.loads(file.read_bytes())
     except OSError as error:
         raise UserError(f"cannot read {file} ({error}): check its permissions") from error
     except (ValueError, RecursionError) as error:
-        raise UserError(f"{file} is no JSON, or is cut short ({error}): use another copy") from error
+        raise UserError(f"{file} is not JSON, or is truncated ({error}): use another copy") from error
     try:
         rows = [_objects(content, key) for key in ("categories", "images", "annotations")]
         categories = _categories(rows[0])
         index, names, sizes = _images(rows[1])
         annotations = Annotations(file, categories, names, sizes, *_boxes(rows[2], index, list(categories)))
     except ValueError as error:
-        raise UserError(f"{file} is not in COCO's format: {error}") from error
+        raise UserError(f"{file} is not in COCO format: {error}") from error
     _check_files(annotations)
     return annotations
 
@@ -80,9 +80,9 @@ def read_annotations(file: Path) -> Annotations:
 def _objects(content: Any, key: str) -> list[dict[str, Any]]:
     rows = content.get(key) if isinstance(content, dict) else None
     if not isinstance(rows, list) or not all(isinstance(row, dict) for row in rows):
-        raise ValueError(f"it has no list {key!r} of objects")
+        raise ValueError(f"{key!r} is missing, or not a list of objects")
     if not rows and key != "annotations":
-        raise ValueError(f"its {key!r} are empty")
+        raise ValueError(f"{key!r} is empty")
     return rows
 
 
@@ -91,7 +91,7 @@ def _categories(rows: list[dict[str, Any]]) -> dict[int, str]:
     for i, row in enumerate(rows):
         key, name = row.get("id"), row.get("name")
         if type(key) is not int or not isinstance(name, str) or key in categories or name in categories.values():
-            raise ValueError(f"'categories' [{i}] lacks an id of its own, or a name of its own")
+            raise ValueError(f"'categories' [{i}] lacks a unique id or a unique name")
         categories[key] = name
     return dict(sorted(categories.items()))
 
@@ -104,7 +104,7 @@ def _images(rows: list[dict[str, Any]]) -> tuple[dict[Any, int], list[str], np.n
             if key in index or not isinstance(name, str) or not all(1 <= s < LARGEST and s == int(s) for s in size):
                 raise ValueError
         except (KeyError, TypeError, ValueError, OverflowError):
-            raise ValueError(f"'images' [{i}] lacks an id of its own, a file_name, a width or a height") from None
+            raise ValueError(f"'images' [{i}] lacks a unique id, a file_name, a width or a height") from None
         index[key] = i
         names.append(name)
         sizes.append(size)
@@ -118,7 +118,7 @@ def _boxes(rows: list[dict[str, Any]], index: dict[Any, int], ids: list[int]) ->
     for i, row in enumerate(rows):
         try:
             _, _, width, height = box = row["bbox"]
-            if not all(type(value) in (int, float) and abs(value) < 1e9 for value in box):  # nor is NaN
+            if not all(type(value) in (int, float) and abs(value) < 1e9 for value in box):  # NaN fails too
                 raise ValueError
             area = row.get("area")
             if not isinstance(area, int | float) or not 0 <= area <= LARGEST**2:
@@ -129,8 +129,8 @@ def _boxes(rows: list[dict[str, Any]], index: dict[Any, int], ids: list[int]) ->
             table[i] = (*key, row.get("iscrowd") == 1, area, *box)
         except (KeyError, TypeError, ValueError, OverflowError):
             raise ValueError(
-                f"'annotations' [{i}] lacks an image_id or a category_id that is there, a bbox of four numbers, or an "
-                "iscrowd of 0 or 1"
+                f"'annotations' [{i}] lacks a known image_id or category_id, a bbox of four numbers, or an iscrowd of "
+                "0 or 1"
             ) from None
     return table[:, 0].astype(int), table[:, 1].astype(int), table[:, 4:], table[:, 3], table[:, 2] > 0
 
@@ -138,10 +138,10 @@ def _boxes(rows: list[dict[str, Any]], index: dict[Any, int], ids: list[int]) ->
 def _check_files(annotations: Annotations) -> None:
     folder = annotations.folder
     try:
-        there = set(os.listdir(folder))
+        files = set(os.listdir(folder))
     except OSError as error:
-        raise UserError(f"cannot read the folder of images {folder} ({error}): put them there") from error
+        raise UserError(f"cannot read the image folder {folder} ({error}): put the images there") from error
     for name in annotations.names:
-        if name not in there and not (folder / name).is_file():  # it may lie in a folder below
+        if name not in files and not (folder / name).is_file():  # it may be in a subfolder
             path = str(folder / name).replace("\n", "\\n")
             raise UserError(f"the image {path} of {annotations.file} is missing: put it there")

@@ -1,4 +1,4 @@
-"""Pictures of what detectors find: an image with its own boxes and with those of each detector, side by side."""
+"""Visualizes detections: an image with the ground truth and with the boxes of each detector, side by side."""
 
 import os
 import warnings
@@ -12,36 +12,36 @@ from torchvision.models.detection import FasterRCNN
 from torchvision.utils import draw_bounding_boxes
 
 from ..run.errors import UserError
-from .coco import Split, evenly
+from .coco import Split, evenly_spaced
 from .images import BoxedImages, load
 
-MIN_SCORE = 0.5  # of a box that is drawn
-SIDE = 320  # pixels: to this longer side smaller images are enlarged
-# Told apart by the colour-blind too (Okabe and Ito); label k has the colour k % 7.
+MIN_SCORE = 0.5  # boxes below it are not drawn
+SIDE = 320  # pixels; images are enlarged to a longer side of at least this
+# Colorblind-safe (Okabe and Ito); label k has color k % 7.
 COLOURS = ["#0072B2", "#E69F00", "#009E73", "#D55E00", "#CC79A7", "#56B4E9", "#F0E442"]
 
 
 @torch.no_grad()
 def draw_found(folder: Path, nets: dict[str, FasterRCNN], split: Split, classes: list[str], n: int) -> None:
-    """Write pictures of `n` images, spread evenly over the split, into `folder`, named by number and file of the image.
+    """Write pictures of `n` images, evenly spaced over the split, to `folder`, named by index and file of the image.
 
-    The boxes that a detector is less than half sure of are left out. Leaves the nets in evaluation mode.
+    Boxes with a score below MIN_SCORE are left out. Leaves the nets in evaluation mode.
 
     Args:
-        nets: the detectors, by what is written above their panel.
-        classes: the names of the labels 1..K.
+        nets: the detectors, by panel title.
+        classes: the names of labels 1..K.
 
     Raises:
         UserError: a picture cannot be written.
     """
-    chosen = evenly(len(split), min(n, len(split))).tolist()
+    chosen = evenly_spaced(len(split), min(n, len(split))).tolist()
     device = next(next(iter(nets.values())).parameters()).device
     batches = load(BoxedImages(split), [[(0, 0, i)] for i in chosen], 0, device)
     for i, [(image, target)] in zip(chosen, batches, strict=True):
         panels = {"ground truth": target}
         for title, net in nets.items():
             found = net.eval()([image])[0]
-            # The surest comes first, and is drawn last, over the others.
+            # Boxes come in descending order of score; the highest is drawn last, on top.
             panels[title] = {key: value[found["scores"] >= MIN_SCORE].flip(0) for key, value in found.items()}
         parts = [_panel(image, boxes, title, classes) for title, boxes in panels.items()]
         path = folder / f"{i}-{Path(os.fsdecode(split.files[i])).stem[:50]}.png"
@@ -53,13 +53,13 @@ def draw_found(folder: Path, nets: dict[str, FasterRCNN], split: Split, classes:
 
 
 def _panel(image: Tensor, found: dict[str, Tensor], title: str, classes: list[str]) -> Tensor:
-    """The image, its longer side at least SIDE, with its boxes and a title above: uint8 [3, H, W] on the CPU."""
+    """The image with boxes and a title above, its longer side at least SIDE: uint8 [3, H, W] on the CPU."""
     scale = max(1.0, SIDE / max(image.shape[1:]))
     canvas = torch.nn.functional.interpolate(image[None].cpu(), scale_factor=scale, mode="bilinear")[0]
     labels = found["labels"].tolist()
     scores = [f" {score:.2f}" for score in found["scores"].tolist()] if "scores" in found else [""] * len(labels)
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # where there is no box
+        warnings.simplefilter("ignore")  # about images without boxes
         canvas = draw_bounding_boxes(
             (255 * canvas).to(torch.uint8),
             found["boxes"].cpu() * scale,
@@ -68,6 +68,6 @@ def _panel(image: Tensor, found: dict[str, Tensor], title: str, classes: list[st
             width=2,
             fill_labels=True,
         )
-    head = Image.new("RGB", (canvas.shape[2], 20), "white")
-    ImageDraw.Draw(head).text((6, 4), title, "black")
-    return torch.cat([torch.from_numpy(np.array(head)).permute(2, 0, 1), canvas], 1)
+    header = Image.new("RGB", (canvas.shape[2], 20), "white")
+    ImageDraw.Draw(header).text((6, 4), title, "black")
+    return torch.cat([torch.from_numpy(np.array(header)).permute(2, 0, 1), canvas], 1)

@@ -1,16 +1,16 @@
-"""Sets in COCO's format.
+"""Datasets in COCO format.
 
-    DIR/train2017/*.jpg                            any names that the annotations give
+    DIR/train2017/*.jpg                            any names that the annotations list
     DIR/val2017/*.jpg
     DIR/annotations/instances_train2017.json       images, annotations, categories
     DIR/annotations/instances_val2017.json
 
-Any folder works that has an instances_train*.json and an instances_val*.json, with the images of each in the folder
-named after what follows "instances_". Its categories, in the order of their ids, are the classes 1..K.
+Any folder with an instances_train*.json and an instances_val*.json works; the images of each are in the folder named by
+what follows "instances_". The categories, sorted by id, are classes 1..K.
 
-What torchvision's reference training does with COCO is done here too: training leaves out crowd boxes, images without
-annotation, and those whose boxes are all at most a pixel wide or high; an image of crowds alone stays, without boxes.
-The test takes every image; a crowd need not be found, and nothing that is found in it is wrong.
+As in torchvision's reference training on COCO, training skips crowd boxes, images without annotations, and images
+whose boxes are all at most one pixel wide or high; an image with only crowds is kept, without boxes. Testing uses every
+image; a crowd need not be detected, and detections inside it do not count as errors.
 """
 
 import hashlib
@@ -29,11 +29,11 @@ from .detectors import MAX_SIZE
 
 @dataclass
 class Split:
-    """Images and their boxes without crowds, in few arrays, whose memory worker processes share."""
+    """Images and their boxes without crowds, in a few arrays whose memory is shared by worker processes."""
 
     files: np.ndarray  # [n], paths as bytes
     sizes: np.ndarray  # [n, 2], width and height in pixels
-    first: np.ndarray  # [n + 1]: image i has the boxes first[i]:first[i + 1]
+    first: np.ndarray  # [n + 1]: image i has boxes first[i]:first[i + 1]
     boxes: np.ndarray  # [m, 4], float32: x1, y1, x2, y2 in pixels, inside the image
     labels: np.ndarray  # [m], int64: 1..K
 
@@ -43,12 +43,12 @@ class Split:
 
 @dataclass
 class CocoData:
-    """A set: its splits, its categories (id -> name, in the order of the labels 1..K), a hash of what is trained on.
+    """A dataset: its splits, its categories (id -> name, in the order of labels 1..K) and a hash of the training data.
 
     Attributes:
-        truth: the test split as pycocotools takes it, crowds included, with boxes as they are in the file, but those
-            of no area or outside their image; an image's id is its index in `test`, a category's id its label.
-        notes: a line on each split in which boxes were dropped or clipped.
+        truth: the test split in the format of pycocotools, including crowds. Boxes are as in the file, without those
+            that have no area or are outside their image. An image's id is its index in `test`, a category's its label.
+        notes: one line per split on dropped boxes, and one on clipped boxes.
     """
 
     train: Split
@@ -60,40 +60,40 @@ class CocoData:
 
 
 def load_coco(directory: str | Path, subset: int | None = None, test_subset: int | None = None) -> CocoData:
-    """Read both splits; a `subset` is that many images, spread evenly over the file.
+    """Read both splits; a `subset` is that many images, evenly spaced over the file.
 
     Raises:
-        UserError: what is wrong with the folder, the annotations or the numbers.
+        UserError: the folder, the annotations or the numbers are invalid.
     """
     train, test = (read_annotations(_find(Path(directory), split)) for split in ("train", "val"))
     if train.categories != test.categories:
         raise UserError(f"{train.file} and {test.file} must have the same categories, with the same ids and names")
-    there = set(train.label[train.usable & ~train.crowd].tolist())
-    if missing := [name for label, name in enumerate(train.categories.values(), 1) if label not in there]:
+    trainable = set(train.label[train.usable & ~train.crowd].tolist())
+    if missing := [name for label, name in enumerate(train.categories.values(), 1) if label not in trainable]:
         raise UserError(
-            f"{train.file}: the category {missing[0]!r} has no box to train on: give it some, or remove it from "
+            f"{train.file}: the category {missing[0]!r} has no box to train on: add one, or remove it from "
             "'categories' in both files"
         )
     with_boxes = np.unique(train.image[(train.box[:, 2:] > 1).all(1)])
     if not len(with_boxes):
         raise UserError(f"{train.file}: every box is at most a pixel wide or high: there is nothing to train on")
     for source in (train, test):
-        too_long = source.sizes.max(1) / source.sizes.min(1) > MAX_SIZE / 2  # resized, it would be a pixel wide or high
+        too_long = source.sizes.max(1) / source.sizes.min(1) > MAX_SIZE / 2  # would be resized to a pixel
         if too_long.any():
             name = source.names[too_long.argmax()]
-            raise UserError(f"{source.file}: the image {name} is too long for its other side: remove or crop it")
+            raise UserError(f"{source.file}: the aspect ratio of image {name} is too extreme: remove or crop it")
 
     kept = _spread(with_boxes, subset, "subset")
     kept_test = _spread(np.arange(len(test.names)), test_subset, "test-subset")
     trained, tested = _pack(train, kept), _pack(test, kept_test)
     if not len(tested.boxes):
-        raise UserError(f"{test.file}: none of these images has a box that can be found: test on more of them")
+        raise UserError(f"{test.file}: none of the test images has a usable box: test on more of them")
     digest = hashlib.sha256(json.dumps([list(train.categories.items()), [train.names[i] for i in kept]]).encode())
     for array in (trained.first, trained.boxes, trained.labels):
         digest.update(np.ascontiguousarray(array))
-    notes = _note(train, "{} of no area or outside their image are left out", ~train.usable)
-    notes += _note(train, "{} that reach out of their image are clipped", train.reaching_out)
-    notes += _note(test, "{} of no area or outside their image are left out", ~test.usable)
+    notes = _note(train, "boxes dropped (no area, or outside their image)", ~train.usable)
+    notes += _note(train, "boxes clipped to their image", train.overhanging)
+    notes += _note(test, "boxes dropped (no area, or outside their image)", ~test.usable)
     return CocoData(trained, tested, _truth(test, kept_test), train.categories, digest.hexdigest(), notes)
 
 
@@ -102,12 +102,12 @@ def _find(directory: Path, split: str) -> Path:
     if not files:
         raise UserError(
             f"there is no {directory}/annotations/instances_{split}*.json: --data-dir needs train2017/, val2017/ and "
-            "annotations/ in COCO's format"
+            "annotations/ in COCO format"
         )
     if len(files) > 1:
         files = [file for file in files if file.stem == f"instances_{split}2017"] or files
     if len(files) > 1:
-        raise UserError(f"{files[0]} and {files[1]}: which one is meant? move the other away")
+        raise UserError(f"found both {files[0]} and {files[1]}: keep only one of them")
     return files[0]
 
 
@@ -115,17 +115,17 @@ def _spread(indices: np.ndarray, count: int | None, option: str) -> np.ndarray:
     if count is None:
         return indices
     if not 1 <= count <= len(indices):
-        raise UserError(f"--{option} {count}: it must lie between 1 and {len(indices)} (the images)")
-    return indices[evenly(len(indices), count)]
+        raise UserError(f"--{option} {count}: must be between 1 and {len(indices)}, the number of images")
+    return indices[evenly_spaced(len(indices), count)]
 
 
-def evenly(n: int, count: int) -> np.ndarray:
-    """`count` of the numbers 0..n - 1, spread evenly."""
+def evenly_spaced(n: int, count: int) -> np.ndarray:
+    """`count` evenly spaced numbers from 0..n - 1."""
     return np.linspace(0, n - 1, count).astype(int)
 
 
 def _of_images(source: Annotations, kept: np.ndarray, wanted: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """The wanted annotations of the images `kept`, in the order of these; and of each its image's index in `kept`."""
+    """Indices of the wanted annotations of images `kept`, in their order, and each one's image index in `kept`."""
     new = np.full(len(source.names), -1)
     new[kept] = np.arange(len(kept))
     rows = np.flatnonzero(wanted & (new[source.image] >= 0))
@@ -143,7 +143,7 @@ def _pack(source: Annotations, kept: np.ndarray) -> Split:
 def _truth(source: Annotations, kept: np.ndarray) -> dict[str, list[dict[str, Any]]]:
     rows, image = _of_images(source, kept, source.usable)
     columns = {
-        "id": np.arange(1, len(rows) + 1),  # never 0, which pycocotools takes for none
+        "id": np.arange(1, len(rows) + 1),  # never 0: pycocotools treats it as no match
         "image_id": image,
         "category_id": source.label[rows],
         "bbox": source.box[rows],
@@ -159,4 +159,4 @@ def _truth(source: Annotations, kept: np.ndarray) -> dict[str, list[dict[str, An
 
 
 def _note(source: Annotations, text: str, boxes: np.ndarray) -> list[str]:
-    return [f"{source.file.name}: of the boxes {text.format(boxes.sum())}"] if boxes.any() else []
+    return [f"{source.file.name}: {text}: {boxes.sum()}"] if boxes.any() else []

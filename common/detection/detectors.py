@@ -1,4 +1,4 @@
-"""torchvision's Faster R-CNN with FPN on four backbones, and the weights they start from."""
+"""torchvision's Faster R-CNN with FPN on four backbones, and their initial weights."""
 
 from collections.abc import Callable, Iterable
 from pathlib import Path
@@ -14,10 +14,10 @@ from ..run.checkpoint import load, load_weights, read_weights, torchvision_weigh
 from ..run.errors import OtherNetworkError, UserError
 
 LEVELS = ("0", "1", "2", "3", "pool")  # of the FPN, as torchvision names them: strides 4, 8, 16, 32 and 64
-ROI_LEVELS = LEVELS[:4]  # those that ROI heads read
+ROI_LEVELS = LEVELS[:4]  # those that the ROI heads read
 CHANNELS = 256  # of each level
 EPSILON = 1e-5  # of FrozenBatchNorm
-MAX_SIZE = 1333  # pixels, the most that the longer side of an image may have after resizing
+MAX_SIZE = 1333  # pixels: the limit of an image's longer side after resizing
 LAST_LAYERS = ("cls_score.weight", "cls_score.bias", "bbox_pred.weight", "bbox_pred.bias")
 PREDICTOR = [f"roi_heads.box_predictor.{name}" for name in LAST_LAYERS]
 COCO_V1 = FasterRCNN_ResNet50_FPN_Weights.COCO_V1
@@ -26,14 +26,14 @@ HEADS = ("backbone.fpn.", "rpn.", "roi_heads.")  # what a student can inherit
 
 def _resnet(name: str) -> Callable[[type[nn.Module], bool], BackboneWithFPN]:
     def build(norm: type[nn.Module], frozen: bool) -> BackboneWithFPN:
-        trainable = 3 if frozen else 5  # of stem and layer1..4, counted from the end
+        trainable = 3 if frozen else 5  # of stem and layer1..4, counted from the last
         return resnet_fpn_backbone(backbone_name=name, weights=None, norm_layer=norm, trainable_layers=trainable)
 
     return build
 
 
 def _mobilenet_v2(norm: type[nn.Module], frozen: bool) -> BackboneWithFPN:
-    """Width 1, with the FPN on the ends of its last blocks at each size: 24, 32, 96 and 320 channels."""
+    """Width 1; the FPN takes the output of the last block at each resolution: 24, 32, 96 and 320 channels."""
     features = models.mobilenet_v2(weights=None, norm_layer=norm).features
     ends = {"3": "0", "6": "1", "13": "2", "17": "3"}
     return BackboneWithFPN(features, ends, [24, 32, 96, 320], CHANNELS)
@@ -45,14 +45,14 @@ DETECTORS = {**{name: _resnet(name) for name in ("resnet18", "resnet50", "resnet
 def build_detector(
     name: str, num_classes: int, min_sizes: list[int], rois: int = 512, scratch: bool = False
 ) -> FasterRCNN:
-    """A detector with fresh weights from PyTorch's global generator, under torchvision's parameter names.
+    """A detector with random weights from PyTorch's global generator and torchvision's parameter names.
 
     Args:
-        name: a backbone of DETECTORS. It has FrozenBatchNorm, and in a ResNet stem and layer1 are frozen.
+        name: a backbone in DETECTORS. It has FrozenBatchNorm; a ResNet's stem and layer1 are frozen.
         num_classes: K, without the background.
-        min_sizes: to one of them, drawn for each image, its shorter side is resized in training; to the largest in
-            evaluation. Pixels.
-        rois: how many proposals an image training samples for the ROI heads.
+        min_sizes: pixels. An image's shorter side is resized to a random one of them in training, to the largest in
+            evaluation.
+        rois: proposals per image sampled to train the ROI heads.
         scratch: ordinary BatchNorm, and nothing frozen.
     """
     return FasterRCNN(
@@ -66,74 +66,74 @@ def build_detector(
 
 
 def load_backbone(net: FasterRCNN, name: str, file: str | Path | None) -> None:
-    """Load weights of the classification network `name`, but for its classifier; None: torchvision's IMAGENET1K_V1.
+    """Load the weights of classification network `name`, without its classifier; None: torchvision's IMAGENET1K_V1.
 
     Raises:
-        UserError: what is wrong with the file or the download.
+        UserError: the file is invalid, or the download failed.
     """
     path = file or torchvision_weights(name, "IMAGENET1K_V1", option="--backbone-ckpt")
     weights = {key.removeprefix("features."): value for key, value in read_weights(path).items()}
     if any(key.startswith("backbone.") for key in weights):
         raise UserError(f"{path} is a detector: --backbone-ckpt takes a classification network")
-    # What lies behind the last level: the classifier, and in MobileNetV2 the last convolution.
+    # Layers after the last level: the classifier and, in MobileNetV2, the last convolution.
     weights = {key: value for key, value in weights.items() if not key.startswith(("fc.", "classifier.", "18."))}
     load_weights(net.backbone.body, weights, path, name)
 
 
 def load_detector(net: FasterRCNN, file: str | Path, name: str, categories: dict[int, str]) -> None:
-    """Load a detector strictly, one of this project or of torchvision, whether its BatchNorm was frozen or not.
+    """Load a detector of this project or of torchvision strictly, whether its BatchNorm was frozen or not.
 
-    Of the classes whose names stand in the file those of `categories` (id -> name, in the order of their labels) are
-    taken. Without names the classes are those of the data, or numbered by category id, as in torchvision's training,
-    and then those of `categories` are taken.
+    If the file names its classes, those in `categories` (id -> name, in the order of their labels) are selected by
+    name. Otherwise its classes must be those of the data, or numbered by category id, as in torchvision's training, and
+    are selected by id.
 
     Raises:
-        UserError: what is wrong with the file.
-        OtherNetworkError: it is another detector, or one of other classes.
+        UserError: the file is invalid.
+        OtherNetworkError: it holds another detector, or one for other classes.
     """
     content = load(file)
     weights = weights_of(content, file)
     if Path(file).name == COCO_V1.url.rpartition("/")[2]:
-        weights = _at_our_epsilon(weights)
+        weights = _convert_epsilon(weights)
     if missing := [key for key in PREDICTOR if not weights.get(key, torch.tensor(0)).ndim]:
-        raise OtherNetworkError(f"{file} is no detector {name}: it lacks {missing[0]}")
-    rows = len(weights[PREDICTOR[0]])  # a class each, the background first
-    if rows and not any(len(weights[key]) % rows for key in PREDICTOR):  # else what is wrong is found in loading
+        raise OtherNetworkError(f"{file} is not a {name} detector: it lacks {missing[0]}")
+    rows = len(weights[PREDICTOR[0]])  # one per class, the background first
+    if rows and not any(len(weights[key]) % rows for key in PREDICTOR):  # else load_weights reports the fault
         names = content.get("classes")
         weights = _take_classes(weights, _labels(names if isinstance(names, list) else [], rows, file, categories))
     load_weights(net, weights, file, name)
 
 
 def _labels(names: list[str], rows: int, file: str | Path, categories: dict[int, str]) -> list[int]:
-    """The numbers that the classes of the data have in a file with so many rows, and perhaps names."""
+    """The labels that the data's classes have in a file with `rows` rows in its last layers and, perhaps, names."""
     if len(names) == rows - 1 == len(set(map(str, names))):
-        if odd := [name for name in categories.values() if name not in names]:
-            raise OtherNetworkError(f"{file} is a detector of other classes: it does not know {odd[0]!r}")
+        if unknown := [name for name in categories.values() if name not in names]:
+            raise OtherNetworkError(f"{file} is a detector for other classes: it lacks {unknown[0]!r}")
         return [1 + names.index(name) for name in categories.values()]
     if rows - 1 == len(categories):
         return list(range(1, rows))
     if rows - 1 == max(categories) and min(categories) > 0:
         return list(categories)
     raise OtherNetworkError(
-        f"{file} is a detector of {rows - 1} classes and the data has {len(categories)}: the two must be the same"
+        f"{file} is a detector for {rows - 1} classes, but the data has {len(categories)}: they must match"
     )
 
 
 def _take_classes(weights: dict[str, Tensor], labels: Iterable[int]) -> dict[str, Tensor]:
-    """The detector that has, after the background, only the classes `labels` of its own, in this order."""
+    """The weights reduced to the background and the classes `labels`, in this order."""
     rows = torch.tensor([0, *labels])
-    there = len(weights[PREDICTOR[0]])  # the last layers have one row a class, or four
-    return weights | {key: weights[key].unflatten(0, (there, -1))[rows].flatten(0, 1) for key in PREDICTOR}
+    count = len(weights[PREDICTOR[0]])  # the last layers have one row per class, or four
+    return weights | {key: weights[key].unflatten(0, (count, -1))[rows].flatten(0, 1) for key in PREDICTOR}
 
 
-def _at_our_epsilon(weights: dict[str, Tensor]) -> dict[str, Tensor]:
-    """COCO_V1 means the same at an epsilon of 0, at which torchvision runs it, as what is returned does at EPSILON."""
+def _convert_epsilon(weights: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Convert COCO_V1, which torchvision runs with a BatchNorm epsilon of 0, to equivalent weights for EPSILON."""
     variances = {key.removesuffix("running_var"): v for key, v in weights.items() if key.endswith("running_var")}
     return weights | {f"{k}weight": weights[f"{k}weight"] * ((v + EPSILON) / v).sqrt() for k, v in variances.items()}
 
 
 def trained_size(file: str | Path) -> list[int] | None:
-    """What the detector in `file` was trained and tested at (`min_sizes` of build_detector), where the file tells it.
+    """The sizes that the detector in `file` was trained and tested at (`min_sizes` of build_detector), if it has them.
 
     Raises:
         UserError: as `load`.
@@ -144,25 +144,25 @@ def trained_size(file: str | Path) -> list[int] | None:
 
 
 def load_coco_v1(net: FasterRCNN, categories: dict[int, str]) -> Path:
-    """Load torchvision's COCO_V1 into a resnet50 detector of these categories (id -> name); gives the file.
+    """Load torchvision's COCO_V1 into a resnet50 detector for these categories (id -> name); returns the file.
 
     Raises:
-        UserError: it cannot be downloaded, or is damaged.
+        UserError: the file cannot be downloaded, or is damaged.
         OtherNetworkError: the categories are not COCO's.
     """
     names = COCO_V1.meta["categories"]  # by id
-    if odd := [name for i, name in categories.items() if not 0 < i < len(names) or names[i] != name]:
-        raise OtherNetworkError(f"torchvision's weights are of COCO's categories and do not know {odd[0]!r}")
+    if unknown := [name for i, name in categories.items() if not 0 < i < len(names) or names[i] != name]:
+        raise OtherNetworkError(f"torchvision's weights are for COCO's categories and lack {unknown[0]!r}")
     path = torchvision_weights("fasterrcnn_resnet50_fpn", COCO_V1.name)
-    load_weights(net, _take_classes(_at_our_epsilon(read_weights(path)), categories), path, "resnet50")
+    load_weights(net, _take_classes(_convert_epsilon(read_weights(path)), categories), path, "resnet50")
     return path
 
 
 def inherit(student: FasterRCNN, teacher: FasterRCNN) -> None:
-    """Start the student from the teacher's FPN, RPN and ROI head (App. E).
+    """Initialize the student's FPN, RPN and ROI head with the teacher's weights (App. E).
 
     Raises:
-        UserError: a shape differs; the first one is named.
+        UserError: a shape differs; the message names the first.
     """
     theirs = {key: value for key, value in teacher.state_dict().items() if key.startswith(HEADS)}
     own = student.state_dict()
@@ -170,6 +170,6 @@ def inherit(student: FasterRCNN, teacher: FasterRCNN) -> None:
         if own[key].shape != value.shape:
             raise UserError(
                 f"--inherit: {key} is {list(value.shape)} in the teacher and {list(own[key].shape)} in the student: "
-                "leave it out, or choose networks whose FPNs are alike, as resnet101 and resnet50"
+                "omit it, or choose networks with matching FPNs, such as resnet101 and resnet50"
             )
     student.load_state_dict(theirs, strict=False)

@@ -1,8 +1,8 @@
-"""A made set in COCO's format, for try-outs and tests: python -m common.detection.drawn DIR
+"""A synthetic dataset in COCO format, for quick checks and tests: python -m common.detection.drawn DIR
 
-Cluttered ground of 96 to 256 pixels with up to six objects of four classes, which overlap and differ in size, pose,
-texture and colour. Among the clutter are small shapes of other outlines, which are not to be found. Some images are
-empty, and some have a crowd: many small objects of a class in one box. Figures on it say nothing about photos.
+Cluttered images of 96 to 256 pixels with up to six objects of four classes, which overlap and vary in size, pose,
+texture and color. The clutter consists of small shapes with other outlines, which are not annotated. Some images are
+empty, and some have a crowd: many small objects of one class in one box. Results on it say nothing about photos.
 """
 
 import io
@@ -19,54 +19,54 @@ from ..run.errors import UserError, exit_code
 from ..run.options import Parser
 
 CLASSES = ("star", "cross", "ring", "triangle")
-OTHERS = ("disc", "hexagon", "trefoil", "square")  # of the clutter
+CLUTTER = ("disc", "hexagon", "trefoil", "square")
 SPLITS = {"train": 600, "val": 150}  # images
 
 
 def draw(split: str, number: int) -> tuple[Image.Image, list[dict]]:
-    """An image of split "train" or "val" and its annotations: category_id 1..4, bbox, area, iscrowd.
+    """Image `number` of split "train" or "val", and its annotations: category_id 1..4, bbox, area, iscrowd.
 
-    Boxes and areas are of what is visible of an object; later ones cover a part of some.
+    Boxes and areas cover the visible part of an object; later objects occlude part of some earlier ones.
     """
     rng = np.random.default_rng([list(SPLITS).index(split), number])
     width, height = rng.integers(96, 257, 2).tolist()
-    ground = Image.fromarray((255 * (0.25 + 0.5 * rng.random((5, 5, 3)))).astype(np.uint8))
-    image = np.array(ground.resize((width, height), Image.Resampling.BICUBIC), np.float32)[None] / 255
+    background = Image.fromarray((255 * (0.25 + 0.5 * rng.random((5, 5, 3)))).astype(np.uint8))
+    image = np.array(background.resize((width, height), Image.Resampling.BICUBIC), np.float32)[None] / 255
     x, y = np.meshgrid(np.arange(width, dtype=np.float32), np.arange(height, dtype=np.float32))
-    owner = np.full((height, width), -1)  # whose a pixel is: an annotation's index
+    owner = np.full((height, width), -1)  # index of the annotation that a pixel belongs to
 
-    def put(name: str, centre: Sequence[float], radius: float, of: int = -1) -> None:
-        scale = np.float32(max(1.0, radius / 12))  # the textures are made for radii of about 12
-        u, v = (x - np.float32(centre[0])) / scale, (y - np.float32(centre[1])) / scale
+    def paint(name: str, center: Sequence[float], radius: float, index: int = -1) -> None:
+        scale = np.float32(max(1.0, radius / 12))  # the textures are designed for radii of about 12
+        u, v = (x - np.float32(center[0])) / scale, (y - np.float32(center[1])) / scale
         shape, texture = np.array([SHAPES.index(name)]), rng.integers(0, len(TEXTURES), 1)
-        owner[paste(image, u, v, shape, texture, np.array([radius / scale]), rng)[0, ..., 0] > 0.5] = of
+        owner[paste(image, u, v, shape, texture, np.array([radius / scale]), rng)[0, ..., 0] > 0.5] = index
 
-    def anywhere(margin: float) -> np.ndarray:
+    def random_point(margin: float) -> np.ndarray:
         sides = np.array([width, height])
         return rng.uniform(np.minimum(margin, sides / 2), np.maximum(sides - margin, sides / 2))
 
     for _ in range(rng.integers(6, 15)):
-        put(rng.choice(OTHERS), anywhere(0), rng.uniform(3, 9))
+        paint(rng.choice(CLUTTER), random_point(0), rng.uniform(3, 9))
     kind = rng.choice(["objects", "crowd", "empty"], p=[0.88, 0.07, 0.05])
-    annotations, placed = [], []  # placed: (centre, radius) of what is not to be covered
+    annotations, placed = [], []  # placed: (center, radius) of what must stay visible
     if kind == "crowd":
-        name, middle = rng.choice(CLASSES), anywhere(30)
+        name, middle = rng.choice(CLASSES), random_point(30)
         for _ in range(rng.integers(9, 15)):
-            put(name, middle + rng.uniform(-24, 24, 2), rng.uniform(5, 8), of=0)
+            paint(name, middle + rng.uniform(-24, 24, 2), rng.uniform(5, 8), index=0)
         annotations.append({"category_id": CLASSES.index(name) + 1, "iscrowd": 1})
         placed.append((middle, 24))
     largest = min(56, 0.42 * min(width, height))
     for radius in sorted(np.exp(rng.uniform(np.log(9), np.log(largest), rng.integers(1, 7))), reverse=True):
         for _ in range(20 if kind != "empty" else 0):
-            centre = anywhere(0.8 * radius)  # some reach out of the image
-            if all(np.hypot(*(centre - other)) > 0.75 * (radius + r) for other, r in placed):
+            center = random_point(0.8 * radius)  # some extend beyond the image
+            if all(np.hypot(*(center - other)) > 0.75 * (radius + r) for other, r in placed):
                 break
         else:
-            continue  # there is no room for it
+            continue  # there is no space for it
         name = rng.choice(CLASSES)
-        put(name, centre, radius, of=len(annotations))
+        paint(name, center, radius, index=len(annotations))
         annotations.append({"category_id": CLASSES.index(name) + 1, "iscrowd": 0})
-        placed.append((centre, radius))
+        placed.append((center, radius))
 
     for i, annotation in enumerate(annotations):
         rows, columns = np.nonzero(owner == i)
@@ -78,15 +78,15 @@ def draw(split: str, number: int) -> tuple[Image.Image, list[dict]]:
 
 
 def write(directory: Path, images: dict[str, int]) -> None:
-    """Write so many images of each split as DIR/<split>/*.jpg and DIR/annotations/instances_<split>.json.
+    """Write that many images per split as DIR/<split>/*.jpg and DIR/annotations/instances_<split>.json.
 
     Raises:
-        UserError: the folder is there already, or a number is not above 0.
+        UserError: the folder already exists, or a number is not above 0.
     """
     if min(images.values()) < 1:
         raise UserError(f"--train {images['train']} --val {images['val']}: both must be above 0")
     if directory.exists():
-        raise UserError(f"{directory} is there already: name a new folder, or remove it")
+        raise UserError(f"{directory} already exists: choose a new folder, or remove it")
     for split, n in images.items():
         content = {"images": [], "annotations": []}
         content["categories"] = [{"id": i, "name": name} for i, name in enumerate(CLASSES, 1)]
@@ -94,29 +94,30 @@ def write(directory: Path, images: dict[str, int]) -> None:
         for i in range(n):
             image, annotations = draw(split, i)
             name = f"{i:012}.jpg"
-            image.save(jpeg := io.BytesIO(), "JPEG", quality=92)  # into a file PIL would not notice a full disk
+            image.save(jpeg := io.BytesIO(), "JPEG", quality=92)  # PIL, writing to a file, does not report a full disk
             (directory / split / name).write_bytes(jpeg.getvalue())
             content["images"].append({"id": i, "file_name": name, "width": image.width, "height": image.height})
             for annotation in annotations:
                 content["annotations"].append({"id": len(content["annotations"]) + 1, "image_id": i, **annotation})
         (directory / "annotations").mkdir(exist_ok=True)
         (directory / "annotations" / f"instances_{split}.json").write_text(json.dumps(content))
-    print(f"{directory}: {', '.join(f'{n} images in {split}' for split, n in images.items())}, of {', '.join(CLASSES)}")
+    counts = ", ".join(f"{n} images in {split}" for split, n in images.items())
+    print(f"{directory}: {counts}; classes: {', '.join(CLASSES)}")
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Write the set; the exit code is that of `exit_code`."""
+    """Write the dataset. Returns the exit code (see `exit_code`)."""
 
     def script() -> None:
         parser = Parser(__doc__)
         parser.prog = "python -m common.detection.drawn"
         parser.add_argument("directory", type=Path, metavar="DIR")
         for split, n in SPLITS.items():
-            parser.add_argument(f"--{split}", type=int, metavar="N", help=f"images (default: {n})")
+            parser.add_argument(f"--{split}", type=int, metavar="N", help=f"number of images (default: {n})")
         given = parser.given(argv)
         write(given["directory"], {split: given.get(split, n) for split, n in SPLITS.items()})
 
-    return exit_code(script, interrupted="the folder is not complete, remove it")
+    return exit_code(script, interrupted="the dataset is incomplete, remove its folder")
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""Average precision as COCO defines it, by pycocotools."""
+"""Average precision as defined by COCO, computed by pycocotools."""
 
 import contextlib
 import io
@@ -17,21 +17,21 @@ METRICS = ("AP", "AP50", "AP75", "APs", "APm", "APl")  # in the order of pycocot
 
 
 def require_pycocotools() -> None:
-    """Raise a UserError if it is missing: better before a training than after it."""
+    """Raise a UserError if pycocotools is missing: better before training than after it."""
     try:
         import pycocotools.cocoeval  # noqa: F401
-    except Exception as error:  # one that does not fit NumPy fails in other ways
+    except Exception as error:  # a build for another NumPy fails in other ways
         raise UserError(f"detection.py needs pycocotools ({error}): pip install -r requirements-extra.txt") from error
 
 
 def evaluate(
     net: FasterRCNN, batches: Iterable[list[Sample]], indices: list[int], truth: dict[str, list[dict[str, Any]]]
 ) -> dict[str, float | None]:
-    """METRICS in percent, on every rank; None where the images have no such object. Leaves the net in evaluation mode.
+    """METRICS in percent, on every rank; None if the images have no such object. Leaves the net in evaluation mode.
 
     Args:
-        batches: of this rank. Batches of one image make the figures independent of the others' sizes.
-        indices: the index of each of their images in `truth`.
+        batches: of this rank. With one image per batch, results do not depend on the sizes of other images.
+        indices: the index in `truth` of each of their images.
         truth: the whole test split (CocoData.truth).
     """
     device = next(net.parameters()).device
@@ -41,7 +41,7 @@ def evaluate(
 
 @torch.no_grad()
 def detect(net: FasterRCNN, batches: Iterable[list[Sample]], indices: Iterable[int]) -> Tensor:
-    """What the net finds: float64 [n, 7] on the CPU, rows of image index, x, y, width, height, score, label."""
+    """The net's detections: float64 [n, 7] on the CPU, rows of image index, x, y, width, height, score, label."""
     net.eval()
     rows, indices = [torch.zeros(0, 7, dtype=torch.float64)], iter(indices)
     for batch in batches:
@@ -54,23 +54,23 @@ def detect(net: FasterRCNN, batches: Iterable[list[Sample]], indices: Iterable[i
 
 
 def average_precision(found: Tensor, truth: dict[str, list[dict[str, Any]]]) -> dict[str, float | None]:
-    """METRICS in percent of detections as `detect` gives them, of all images of `truth`."""
+    """METRICS in percent for detections from `detect`, over all images of `truth`."""
     from pycocotools.coco import COCO
     from pycocotools.cocoeval import COCOeval
 
-    answers = truth | {"annotations": [_annotation(i, row) for i, row in enumerate(found.tolist(), 1)]}
-    sides = []
-    with contextlib.redirect_stdout(io.StringIO()):  # pycocotools tells of every step
-        for dataset in (truth, answers):  # not by its loadRes, which fails where nothing was found
-            sides.append(COCO())
-            sides[-1].dataset = dataset
-            sides[-1].createIndex()
-        evaluation = COCOeval(*sides, "bbox")
+    results = truth | {"annotations": [_annotation(i, row) for i, row in enumerate(found.tolist(), 1)]}
+    indexed = []
+    with contextlib.redirect_stdout(io.StringIO()):  # pycocotools prints every step
+        for dataset in (truth, results):  # without its loadRes, which fails if there are no detections
+            indexed.append(COCO())
+            indexed[-1].dataset = dataset
+            indexed[-1].createIndex()
+        evaluation = COCOeval(*indexed, "bbox")
         evaluation.evaluate()
         evaluation.accumulate()
         evaluation.summarize()
-    figures = dict(zip(METRICS, evaluation.stats.tolist(), strict=False))  # average recalls follow
-    return {name: 100 * value if value >= 0 else None for name, value in figures.items()}  # -1: there is no such object
+    metrics = dict(zip(METRICS, evaluation.stats.tolist(), strict=False))  # average recalls follow
+    return {name: 100 * value if value >= 0 else None for name, value in metrics.items()}  # -1: no such object
 
 
 def _annotation(i: int, row: list[float]) -> dict[str, Any]:

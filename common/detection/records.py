@@ -1,6 +1,6 @@
-"""What a run of detection.py leaves in its --out beside last.pt, and what it prints; compare common/run/folder.py.
+"""Files that detection.py writes to --out besides last.pt, and its console output; compare common/run/folder.py.
 
-Its state counts iterations. The log has a row at each checkpoint that is due, with METRICS where there was a test.
+The state counts iterations. The log has one row per scheduled checkpoint, with METRICS if the detector was tested.
 """
 
 import sys
@@ -17,7 +17,7 @@ from .fcfd import TASK_LOSSES, TERMS
 
 
 def publish(out: Path, state: dict[str, Any]) -> None:
-    """Write every file but last.pt; the best ones are only due when the last iteration is the best one.
+    """Write every file except last.pt; those of the best iteration only if it is the last one.
 
     Args:
         state: as in last.pt: "config", "iteration" (how many are done), "log", "best" (an iteration and its METRICS, {}
@@ -50,11 +50,11 @@ def publish(out: Path, state: dict[str, Any]) -> None:
 
 
 def add_row(state: dict[str, Any], lr: float, accuracy: dict[str, float | None], seconds: float) -> None:
-    """Make of the state's "sums" a row of its log, and of `accuracy`, METRICS or {}, its "best" if it is better.
+    """Turn the state's "sums" into a row of its log, and update its "best" if `accuracy` (METRICS, or {}) is better.
 
     Args:
         lr: of the last iteration.
-        seconds: that the test took.
+        seconds: spent on the test.
     """
     sums, done, device = state["sums"], state["iteration"], state["config"]["device"]
     row = {
@@ -74,23 +74,23 @@ def add_row(state: dict[str, Any], lr: float, accuracy: dict[str, float | None],
 
 
 def last_tested(state: dict[str, Any]) -> dict[str, Any]:
-    """The iteration and the METRICS of the last test, {} before the first one."""
+    """The iteration and METRICS of the last test; {} before the first one."""
     rows = [row for row in state["log"] if row["AP"] is not None]
     return {key: rows[-1][key] for key in ("iteration", *METRICS)} if rows else {}
 
 
 def seconds(state: dict[str, Any]) -> float:
-    """How long the run took so far, tests included."""
+    """Duration of the run so far, including tests."""
     return sum(row["seconds"] for row in state["log"]) + state["sums"].get("seconds", 0.0)
 
 
 def print_row(state: dict[str, Any]) -> None:
-    """One line on the iterations since the last one."""
+    """Print one line about the iterations since the previous row."""
     row, total = state["log"][-1], state["config"]["iterations"]
     tested = "" if row["AP"] is None else f"AP {row['AP']:.2f}  best {state['best']['AP']:.2f}  "
     tqdm.write(
         f"iteration {row['iteration']:6}/{total}  loss {row['loss']:.4f}  {tested}{row['seconds']:.1f} s, "
-        f"{row['images_per_s']:.1f} images/s, {row['waiting_percent']:.0f} % of it waiting for data"
+        f"{row['images_per_s']:.1f} images/s, {row['waiting_percent']:.0f} % of the time waiting for data"
     )
     sys.stdout.flush()
 
@@ -103,9 +103,9 @@ def report(state: dict[str, Any]) -> None:
             when = f"iteration {tested['iteration']}" if name != "teacher" else "before distillation"
             print(f"{name:8} {in_words(tested)}, {when}")
     print(f"time     {seconds(state) / 60:.1f} minutes on {state['made_with']['device']}")
-    print(f"{config['student']} lies in {config['out']}/student.pth (last) and student_best.pth", flush=True)
+    print(f"{config['student']} saved to {config['out']}/student.pth (last) and student_best.pth", flush=True)
 
 
 def in_words(tested: dict[str, Any]) -> str:
-    """METRICS, with a dash for what the test images have no object of."""
+    """METRICS as text, with a dash if the test images have no such object."""
     return ", ".join(f"{name} {'-' if tested[name] is None else f'{tested[name]:.2f}'}" for name in METRICS)
