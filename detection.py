@@ -330,7 +330,11 @@ def evaluate_checkpoint(args: Namespace) -> None:
         raise UserError("--evaluate runs in one process: start it without torchrun")
     if "min_size" not in args.given:
         args.min_size = trained_size(args.evaluate) or args.min_size
-    data, device = load_coco(args.data_dir, None, args.test_subset), open_device(args.device, one_size=False)
+    device = open_device(args.device, one_size=False)
+    if args.teacher:  # an earlier run's teacher is recognized by its training images
+        data = load_coco(args.data_dir, None, args.test_subset)
+    else:
+        data = load_coco_test(args.data_dir, args.test_subset)
     nets = {"student": build_detector(args.student, len(data.categories), args.min_size)}
     load_detector(nets["student"], args.evaluate, args.student, data.categories)
     if args.teacher and args.visualize:

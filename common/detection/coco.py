@@ -16,7 +16,7 @@ image; a crowd need not be detected, and detections inside it do not count as er
 import hashlib
 import json
 import os
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -65,7 +65,7 @@ def load_coco(directory: str | Path, subset: int | None = None, test_subset: int
     Raises:
         UserError: the folder, the annotations or the numbers are invalid.
     """
-    train, test = (read_annotations(_find(Path(directory), split)) for split in ("train", "val"))
+    train, test = (_read(Path(directory), split) for split in ("train", "val"))
     if train.categories != test.categories:
         raise UserError(f"{train.file} and {test.file} must have the same categories, with the same ids and names")
     trainable = set(train.label[train.usable & ~train.crowd].tolist())
@@ -77,24 +77,43 @@ def load_coco(directory: str | Path, subset: int | None = None, test_subset: int
     with_boxes = np.unique(train.image[(train.box[:, 2:] > 1).all(1)])
     if not len(with_boxes):
         raise UserError(f"{train.file}: every box is at most a pixel wide or high: there is nothing to train on")
-    for source in (train, test):
-        too_long = source.sizes.max(1) / source.sizes.min(1) > MAX_SIZE / 2  # would be resized to a pixel
-        if too_long.any():
-            name = source.names[too_long.argmax()]
-            raise UserError(f"{source.file}: the aspect ratio of image {name} is too extreme: remove or crop it")
 
     kept = _spread(with_boxes, subset, "subset")
-    kept_test = _spread(np.arange(len(test.names)), test_subset, "test-subset")
-    trained, tested = _pack(train, kept), _pack(test, kept_test)
-    if not len(tested.boxes):
-        raise UserError(f"{test.file}: none of the test images has a usable box: test on more of them")
+    trained = _pack(train, kept)
     digest = hashlib.sha256(json.dumps([list(train.categories.items()), [train.names[i] for i in kept]]).encode())
     for array in (trained.first, trained.boxes, trained.labels):
         digest.update(np.ascontiguousarray(array))
     notes = _note(train, "boxes dropped (no area, or outside their image)", ~train.usable)
     notes += _note(train, "boxes clipped to their image", train.overhanging)
-    notes += _note(test, "boxes dropped (no area, or outside their image)", ~test.usable)
-    return CocoData(trained, tested, _truth(test, kept_test), train.categories, digest.hexdigest(), notes)
+    tested = _test_data(test, test_subset)
+    return replace(tested, train=trained, fingerprint=digest.hexdigest(), notes=notes + tested.notes)
+
+
+def load_coco_test(directory: str | Path, test_subset: int | None = None) -> CocoData:
+    """The same without the training split, which need not exist: `train` is empty and `fingerprint` is "".
+
+    Raises:
+        UserError: as `load_coco`.
+    """
+    return _test_data(_read(Path(directory), "val"), test_subset)
+
+
+def _read(directory: Path, split: str) -> Annotations:
+    source = read_annotations(_find(directory, split))
+    too_long = source.sizes.max(1) / source.sizes.min(1) > MAX_SIZE / 2  # would be resized to a pixel
+    if too_long.any():
+        name = source.names[too_long.argmax()]
+        raise UserError(f"{source.file}: the aspect ratio of image {name} is too extreme: remove or crop it")
+    return source
+
+
+def _test_data(test: Annotations, subset: int | None) -> CocoData:
+    kept = _spread(np.arange(len(test.names)), subset, "test-subset")
+    tested = _pack(test, kept)
+    if not len(tested.boxes):
+        raise UserError(f"{test.file}: none of the test images has a usable box: test on more of them")
+    notes = _note(test, "boxes dropped (no area, or outside their image)", ~test.usable)
+    return CocoData(_pack(test, kept[:0]), tested, _truth(test, kept), test.categories, "", notes)
 
 
 def _find(directory: Path, split: str) -> Path:

@@ -4,25 +4,28 @@ The state counts iterations. The log has one row per scheduled checkpoint, with 
 """
 
 import sys
-from pathlib import Path
 from typing import Any
 
 import torch
 from tqdm import tqdm
 
-from ..run import folder as run_folder
 from ..run.checkpoint import save
+from ..run.distributed import rank
+from ..run.folder import keep_as_best, write_tables
+from ..run.run import Run, peak_memory
 from .evaluation import METRICS
 from .fcfd import TASK_LOSSES, TERMS
 
 
-def publish(out: Path, state: dict[str, Any]) -> None:
+def publish(run: Run) -> None:
     """Write every file except last.pt; those of the best iteration only if it is the last one.
 
-    Args:
-        state: as in last.pt: "config", "iteration" (how many are done), "log", "best" (an iteration and its METRICS, {}
-            before the first test), "teacher_accuracy", "student" (a state dict), "classes" and "made_with".
+    run.state holds, besides what every run's does, "iteration" (how many are done), "best" (an iteration and its
+    METRICS, {} before the first test) and "classes".
     """
+    if rank() > 0:
+        return
+    out, state = run.out, run.state
     last, best = last_tested(state), state["best"]
     tested_now = last.get("iteration") == state["iteration"]
     shared = {
@@ -36,7 +39,7 @@ def publish(out: Path, state: dict[str, Any]) -> None:
     save(shared, out / "student.pth")
     if best.get("iteration") == state["iteration"]:
         save(shared, out / "student_best.pth")
-        run_folder.keep_as_best(out)
+        keep_as_best(out)
     result = {
         "iteration": state["iteration"],
         "iterations": state["config"]["iterations"],
@@ -46,7 +49,7 @@ def publish(out: Path, state: dict[str, Any]) -> None:
         "seconds": seconds(state),
         **state["made_with"],
     }
-    run_folder.write_tables(out, state["log"], state["config"], result)
+    write_tables(out, state["log"], state["config"], result)
 
 
 def add_row(state: dict[str, Any], lr: float, accuracy: dict[str, float | None], seconds: float) -> None:
@@ -65,7 +68,7 @@ def add_row(state: dict[str, Any], lr: float, accuracy: dict[str, float | None],
         "seconds": sums["seconds"] + seconds,
         "images_per_s": state["config"]["batch_size"] * sums["steps"] / sums["seconds"],
         "waiting_percent": 100 * sums["waited"] / sums["seconds"],
-        "peak_memory_mb": torch.cuda.max_memory_allocated(device) / 2**20 if device.startswith("cuda") else "",
+        "peak_memory_mb": peak_memory(torch.device(device)),
     }
     state["log"].append(row)
     state["sums"] = {}

@@ -137,9 +137,9 @@ class Run:
                 raise UserError(f"{self.out / 'last.pt'} does not fit this run: choose another --out") from error
             for group in self.parts["optimizer"].param_groups:
                 group["fused"] = self.device.type == "cuda"  # the run may have begun on another device
-            self.state["config"] = self.config()
-            if self.unit == "epoch":
-                self.publish()
+        self.state["config"] = self.config()
+        if self.resumed and self.unit == "epoch":
+            self.publish()
         if self.device.type == "cuda":
             torch.cuda.reset_peak_memory_stats(self.device)
 
@@ -208,9 +208,8 @@ class Run:
         """Replace last.pt."""
         if rank() == 0:
             self.state |= {name: part.state_dict() for name, part in self.parts.items()}
-            self.state |= {"config": self.config(), "made_with": made_with(self.device)}
-            if world_size() > 1:
-                self.state["made_with"] |= {"ranks": world_size()}
+            made = made_with(self.device) | {"ranks": world_size()}
+            self.state |= {"config": self.config(), "made_with": made}
             save(self.state, self.out / "last.pt")
 
     def publish(self) -> None:
