@@ -75,7 +75,7 @@ def parse_args(argv: list[str] | None, description: str, table: str) -> tuple[Na
 
     def more_options(parser: Parser) -> None:
         add = parser.add_argument
-        add("--branch-depth", type=int, metavar="N", default=None, help="depth of their ResNet (default: 50)")
+        add("--branch-depth", type=int, metavar="N", default=None, help="depth of the branches' ResNet (default: 50)")
         add("--branch-widths", type=int, nargs=4, metavar="C", default=None, help="its widths (default: 32 64 128 256)")
         add("--branch-epochs", type=int, metavar="N", default=None, help="default: --epochs")
 
