@@ -7,7 +7,6 @@
 The data paths and loss terms of the method are in common/fcfd.py.
 """
 
-import glob
 import math
 import sys
 from argparse import Namespace
@@ -72,9 +71,11 @@ def parse_args(argv: list[str] | None = None, stored: dict | None = None) -> Nam
     args = parser.parse(argv, stored)
 
     args.out = args.out or f"runs/{run_name(args)}"
-    if args.resume and stored is None and not only_teacher_begun(args):
-        return parse_args(argv, stored_options(args))
-    args.resume = args.resume and stored is not None
+    if args.resume and stored is None:
+        # A run that stopped while its teacher was trained has not begun yet: it starts, and the teacher resumes.
+        if not (args.teacher and earlier_runs.only_teacher_begun(Path(args.out), teacher_folder(args))):
+            return parse_args(argv, stored_options(args))
+        args.resume = False
 
     lr = SETTINGS["lr"].get(args.student, SETTINGS["lr"]["other"])
     if args.teacher:
@@ -139,10 +140,10 @@ def build_networks(args: Namespace, num_classes: int):
         if student.num_stages in (args.positions or []):
             raise ValueError(f"--positions {student.num_stages}: with --simkd, mixed paths cannot leave the last stage")
     args.positions = sorted(set(args.positions or range(2, student.num_stages)))
-    weights, candidates, args.num_paths = plan_paths(weights, student.num_stages, args.positions, args.num_paths)
-    for name in TERMS:
-        if f"w_{name}" in args.given and getattr(args, f"w_{name}") and name not in weights:
-            raise ValueError(f"{option(f'w_{name}')}: there is no mixed path at --positions that this term reads")
+    given = [name for name in TERMS if f"w_{name}" in args.given]
+    weights, candidates, args.num_paths = plan_paths(
+        weights, student.num_stages, args.positions, args.num_paths, required=given
+    )
     if args.kd_loss == "dkd" and num_classes < 2:
         raise ValueError("--kd-loss dkd needs at least two classes")
     bridges = None
@@ -163,15 +164,15 @@ def find_teacher(args: Namespace, data: Data) -> str | None:
         print(f"teacher: {found}, from an earlier run")
         return str(found)
 
-    folder = Path(args.out).parent / teacher_name(args)
+    folder = teacher_folder(args)
     if (config := earlier_runs.read_config(folder)) and config.get("fingerprint") != data.fingerprint:
         folder = folder.with_name(f"{folder.name}-{data.fingerprint[:8]}")  # the same name, but other data
     if folder.resolve() == Path(args.out).resolve():
         raise UserError(f"the teacher is trained first in {folder}: choose another --out")
+    shared = ("dataset", "data_dir", "subset", "test_subset", "seed", "device", "amp")
     options = {"student": args.teacher, "epochs": args.teacher_epochs, "out": folder}
     options["batch_size"] = min(SETTINGS["batch_size"], len(data.train))
-    options |= {key: getattr(args, key) for key in ("dataset", "data_dir", "subset", "test_subset")}
-    options |= {key: getattr(args, key) for key in ("seed", "device", "amp")}
+    options |= {key: getattr(args, key) for key in shared}
     words = [f"{option(key)}={value}" for key, value in options.items() if value is not None]
     print(f"teacher: training {args.teacher} for {args.teacher_epochs} epochs in {folder}", flush=True)
     try:
@@ -182,18 +183,10 @@ def find_teacher(args: Namespace, data: Data) -> str | None:
         raise type(error)(f"(the teacher in {folder}) {error}") from error
 
 
-def teacher_name(args: Namespace) -> str:
-    """The folder next to --out in which the teacher is trained first: the default one of that run."""
+def teacher_folder(args: Namespace) -> Path:
+    """Where the teacher is trained first: the default folder of that run, next to --out."""
     alone = {"teacher": None, "student": args.teacher, "epochs": args.teacher_epochs or args.epochs}
-    return run_name(Namespace(**vars(args) | alone))
-
-
-def only_teacher_begun(args: Namespace) -> bool:
-    """Whether the run to resume stopped while its teacher was trained; then it starts, and the teacher resumes."""
-    if not args.teacher or (Path(args.out) / "last.pt").exists():
-        return False
-    parent, name = Path(args.out).parent, teacher_name(args)
-    return any(map(earlier_runs.is_unfinished, [parent / name, *parent.glob(f"{glob.escape(name)}-*")]))
+    return Path(args.out).parent / run_name(Namespace(**vars(args) | alone))
 
 
 # ----------------------------------------------------------------------------------------------------- training
@@ -204,12 +197,17 @@ def train(args: Namespace, data: Data | None = None) -> bool:
     with Run(args, columns=EQ_9) as run:
         device = open_device(args.device)
         data = data or load_data(args.dataset, args.data_dir, args.subset, args.test_subset).to(device)
-        run.check_data(data.fingerprint)
-        if args.batch_size > len(data.train):
-            raise UserError(f"--batch-size {args.batch_size}: there are only {len(data.train)} training images")
+        run.check_data(data.fingerprint, len(data.train))
         with user_errors():
             student, teacher, bridges, candidates, weights = build_networks(args, len(data.classes))
-        print_header(args, data, weights, candidates)
+        task = f"{args.student} from {args.teacher} by {method_name(args)}" if args.teacher else f"{args.student} alone"
+        print(f"{task}, {args.epochs} epochs on {args.dataset}: {data}; {args.device}, amp {args.amp}; {args.out}")
+        if args.teacher and f"{args.teacher}-{args.student}" not in SETTINGS["pairs"]:
+            print(f"{args.teacher}-{args.student} is not a published pair; using the default settings")
+        if teacher:
+            print(f"weights {weights}, temperature {args.temperature:g}, {args.num_paths} of {len(candidates)} paths")
+        if args.simkd:
+            print(cost_line(args.student, args.teacher, len(data.classes), SIZE))
         if teacher and not run.resumed:
             args.teacher_ckpt = find_teacher(args, data)
             if not args.teacher_ckpt:
@@ -229,9 +227,8 @@ def train(args: Namespace, data: Data | None = None) -> bool:
         scaler = torch.amp.GradScaler(device.type, enabled=args.amp == "fp16")
         run.track(student=student, teacher=teacher, bridges=bridges, optimizer=optimizer, scaler=scaler)
         if teacher:
-            if not run.resumed:
-                tests = eval_batches(data.test, channels_last=channels_last)
-                run.state["teacher_accuracy"] = evaluate(teacher, tests)
+            tests = eval_batches(data.test, channels_last=channels_last)
+            run.state["teacher_accuracy"] = run.state["teacher_accuracy"] or evaluate(teacher, tests)
             print(f"teacher: {run.state['teacher_accuracy']['top1']:.2f} % top-1 before distillation", flush=True)
 
         steps = math.ceil(len(data.train) / args.batch_size)
@@ -259,21 +256,6 @@ def train(args: Namespace, data: Data | None = None) -> bool:
             run.finish_steps(meter)
             run.end_epoch(meter, lr, student=evaluate(student, eval_batches(data.test, channels_last=channels_last)))
     return run.finished
-
-
-def print_header(args: Namespace, data: Data, weights: dict[str, float], candidates: list) -> None:
-    task = f"{args.student} from {args.teacher} by {method_name(args)}" if args.teacher else f"{args.student} alone"
-    size = f"{len(data.train)} training and {len(data.test)} test images in {len(data.classes)} classes"
-    print(f"{task}, {args.epochs} epochs on {args.dataset}: {size}; {args.device}, amp {args.amp}; {args.out}")
-    if not args.teacher:
-        return
-    if f"{args.teacher}-{args.student}" not in SETTINGS["pairs"]:
-        print(f"{args.teacher}-{args.student} is not a published pair; using the default settings")
-    shown = ", ".join(f"{name} {weight:g}" for name, weight in weights.items())
-    paths = f"{args.num_paths} of {len(candidates)} paths"
-    print(f"lr {args.lr:g}, temperature {args.temperature:g}, weights: {shown}; {paths}")
-    if args.simkd:
-        print(cost_line(args.student, args.teacher, len(data.classes), SIZE))
 
 
 def evaluate_checkpoint(args: Namespace) -> None:

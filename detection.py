@@ -217,11 +217,12 @@ def train(args: Namespace, device: torch.device) -> None:
     """Train to the last iteration, or until the time limit."""
     with Run(args, "detection", unit="iteration") as run:
         data = load_coco(args.data_dir, args.subset, args.test_subset)
-        run.check_data(data.fingerprint)
-        if args.batch_size > len(data.train):
-            raise UserError(f"--batch-size {args.batch_size}: there are only {len(data.train)} training images")
+        run.check_data(data.fingerprint, len(data.train))
         weights = {name: getattr(args, f"w_{name}") for name in TERMS if getattr(args, f"w_{name}")}
-        print_header(args, data, weights)
+        task = f"{args.student} from {args.teacher} by {args.method}" if args.teacher else f"{args.student} alone"
+        ranks = f"{args.device}, {world_size()} ranks"
+        print(f"{task}, {args.iterations} iterations on {args.data_dir}: {data}; {ranks}, amp {args.amp}; {args.out}")
+        print(f"weights {weights}", *data.notes, sep="\n")
         student, teacher = build_networks(args, data, load_weights=not run.resumed and rank() == 0)
         step = Step(args, list(weights), student, teacher).to(device, memory_format=torch.channels_last)
         fused = device.type == "cuda"
@@ -310,15 +311,6 @@ def evaluate_by_all(net: FasterRCNN, args: Namespace, data: CocoData, device: to
     mine = range(rank(), len(data.test), world_size())
     one_by_one = load(BoxedImages(data.test), [[(0, 0, i)] for i in mine], args.workers, device)
     return evaluate(net, one_by_one, mine, data.truth)
-
-
-def print_header(args: Namespace, data: CocoData, weights: dict[str, float]) -> None:
-    shown = ", ".join(f"{name} {value:g}" for name, value in weights.items())
-    task = f"{args.student} from {args.teacher} by {args.method} ({shown})" if args.teacher else f"{args.student} alone"
-    size = f"{len(data.train)} training and {len(data.test)} test images in {len(data.categories)} classes"
-    ranks = f"{world_size()} ranks, {args.batch_size // world_size()} images each" if world_size() > 1 else args.device
-    print(f"{task}, {args.iterations} iterations on {args.data_dir}: {size}; {ranks}, amp {args.amp}; {args.out}")
-    print(*data.notes, sep="\n", end="\n" * bool(data.notes))
 
 
 # --------------------------------------------------------------------------------------------------------- main

@@ -22,7 +22,6 @@ from tqdm import tqdm
 from common.bridges import build_bridges
 from common.data.image_files import (
     DeviceBatches,
-    FileData,
     ImageFiles,
     Shard,
     eval_loader,
@@ -145,10 +144,10 @@ def build_networks(args: Namespace, num_classes: int):
     teacher = build_imagenet(args.teacher, num_classes).requires_grad_(False)
     weights = {name: getattr(args, f"w_{name}") for name in TERMS}
     args.positions = sorted(set(args.positions or range(2, student.num_stages)))
-    weights, candidates, args.num_paths = plan_paths(weights, student.num_stages, args.positions, args.num_paths)
-    for name in TERMS:
-        if f"w_{name}" in args.given and getattr(args, f"w_{name}") and name not in weights:
-            raise ValueError(f"{option(f'w_{name}')}: there is no mixed path at --positions that this term reads")
+    given = [name for name in TERMS if f"w_{name}" in args.given]
+    weights, candidates, args.num_paths = plan_paths(
+        weights, student.num_stages, args.positions, args.num_paths, required=given
+    )
     bridges = None
     if args.num_paths or needs_all_bridges(weights):
         into_student = [path.k for path in candidates if path.delta == 0]
@@ -201,12 +200,16 @@ def train(args: Namespace, device: torch.device) -> None:
     """Train to the last epoch, or until the time limit."""
     with Run(args, "imagenet", columns=EQ_9) as run:
         data = list_files(args.data_dir, args.subset, args.test_subset)
-        run.check_data(data.fingerprint)
-        if args.batch_size > len(data.train):
-            raise UserError(f"--batch-size {args.batch_size}: there are only {len(data.train)} training images")
+        run.check_data(data.fingerprint, len(data.train))
         with user_errors():
             student, teacher, bridges, candidates, weights = build_networks(args, len(data.classes))
-        print_header(args, data, weights, candidates)
+        task = f"{args.student} from {args.teacher} by {args.method}" if args.teacher else f"{args.student} alone"
+        ranks = f"{args.device}, {world_size()} ranks"
+        print(f"{task}, {args.epochs} epochs on {args.data_dir}: {data}; {ranks}, amp {args.amp}; {args.out}")
+        if args.teacher and f"{args.teacher}-{args.student}" not in SETTINGS["pairs"]:
+            print(f"{args.teacher}-{args.student} is not a published pair; using the default settings")
+        if teacher:
+            print(f"weights {weights}, temperature {args.temperature:g}, {args.num_paths} of {len(candidates)} paths")
         if teacher and not run.resumed and rank() == 0:  # distribute() copies it to the other ranks
             load_teacher(teacher, args, len(data.classes))
 
@@ -230,8 +233,7 @@ def train(args: Namespace, device: torch.device) -> None:
         batches = train_loader(ImageFiles(data.train, args.image_size, args.seed), shard, args.workers, device)
         tests = eval_loader(ImageFiles(data.test, args.image_size), args.workers, device, rank(), world_size())
         if teacher:
-            if not run.resumed:
-                run.state["teacher_accuracy"] = evaluate_by_all(teacher, tests, device)
+            run.state["teacher_accuracy"] = run.state["teacher_accuracy"] or evaluate_by_all(teacher, tests, device)
             print(f"teacher: {run.state['teacher_accuracy']['top1']:.2f} % top-1 before distillation", flush=True)
 
         silent = None if rank() == 0 else True  # None: show the bar only in a terminal
@@ -262,19 +264,6 @@ def train(args: Namespace, device: torch.device) -> None:
 def evaluate_by_all(net: StagedNet, batches: DeviceBatches, device: torch.device) -> dict[str, float]:
     """Accuracy on the test images, which the ranks share."""
     return accuracy(all_reduce(count_hits(net, batches).to(device)))
-
-
-def print_header(args: Namespace, data: FileData, weights: dict[str, float], candidates: list) -> None:
-    task = f"{args.student} from {args.teacher} by {args.method}" if args.teacher else f"{args.student} alone"
-    size = f"{len(data.train)} training and {len(data.test)} test images in {len(data.classes)} classes"
-    ranks = f"{world_size()} ranks, {args.batch_size / world_size():g} images each" if world_size() > 1 else args.device
-    print(f"{task}, {args.epochs} epochs on {args.data_dir}: {size}; {ranks}, amp {args.amp}; {args.out}")
-    if not args.teacher:
-        return
-    if f"{args.teacher}-{args.student}" not in SETTINGS["pairs"]:
-        print(f"{args.teacher}-{args.student} is not a published pair; using the default settings")
-    shown = ", ".join(f"{name} {weight:g}" for name, weight in weights.items())
-    print(f"temperature {args.temperature:g}, weights: {shown}; {args.num_paths} of {len(candidates)} paths")
 
 
 def evaluate_checkpoint(args: Namespace) -> None:

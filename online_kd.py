@@ -40,7 +40,7 @@ from common.models import NETWORKS, build
 from common.multipath_bn import track_paths
 from common.paths import sample_paths
 from common.run.device import AMP, open_device
-from common.run.errors import UserError, exit_code, user_errors
+from common.run.errors import exit_code, user_errors
 from common.run.evaluation import evaluate
 from common.run.optimizer import sgd
 from common.run.options import PUBLISHED, Parser, count, count_or_zero, name_in, option, positive, set_defaults, weight
@@ -135,12 +135,10 @@ def build_networks(args: Namespace, num_classes: int):
     student, teacher = build(args.student, num_classes), build(args.teacher, num_classes)
     weights = {name: getattr(args, f"w_{name}") for name in ONLINE}
     args.positions = sorted(set(args.positions or range(2, student.num_stages)))
+    given = [name for name in ONLINE if f"w_{name}" in args.given]
     weights, candidates, args.num_paths = plan_paths(
-        weights, student.num_stages, args.positions, args.num_paths, ONLINE
+        weights, student.num_stages, args.positions, args.num_paths, required=given, table=ONLINE
     )
-    for name in ONLINE:
-        if f"w_{name}" in args.given and getattr(args, f"w_{name}") and name not in weights:
-            raise ValueError(f"{option(f'w_{name}')}: there is no mixed path at --positions that this term reads")
     bridges = None
     if args.num_paths or needs_all_bridges(weights, ONLINE):
         bridges = build_bridges(teacher, student, SIZE, [path.k for path in candidates if path.delta == 0])
@@ -155,19 +153,14 @@ def train(args: Namespace) -> None:
     with Run(args, "online_kd", columns=METHODS["fcfd"]) as run:
         device = open_device(args.device)
         data = load_data(args.dataset, args.data_dir, args.subset, args.test_subset).to(device)
-        run.check_data(data.fingerprint)
-        if args.batch_size > len(data.train):
-            raise UserError(f"--batch-size {args.batch_size}: there are only {len(data.train)} training images")
+        run.check_data(data.fingerprint, len(data.train))
         with user_errors():
             student, teacher, bridges, candidates, weights = build_networks(args, len(data.classes))
         task = f"{args.student} and {args.teacher} from scratch by online {args.method}"
-        size = f"{len(data.train)} training and {len(data.test)} test images in {len(data.classes)} classes"
-        print(f"{task}, {args.epochs} epochs on {args.dataset}: {size}; {args.device}, amp {args.amp}; {args.out}")
+        print(f"{task}, {args.epochs} epochs on {args.dataset}: {data}; {args.device}, amp {args.amp}; {args.out}")
         if f"{args.teacher}-{args.student}" not in SETTINGS["pairs"]:
             print(f"{args.teacher}-{args.student} is not a published pair; using the default settings")
-        shown = ", ".join(f"{name} {weight:g}" for name, weight in weights.items())
-        paths = f"{args.num_paths} of {len(candidates)} paths"
-        print(f"lr {args.lr:g}, temperature {args.temperature:g}, weights: {shown}; {paths}", flush=True)
+        print(f"weights {weights}, temperature {args.temperature:g}, {args.num_paths} of {len(candidates)} paths")
 
         networks = [student, teacher] if bridges is None else [student, teacher, bridges]
         channels_last = student.channels_last and teacher.channels_last

@@ -228,6 +228,7 @@ def plan_paths(
     num_stages: int,
     positions: Iterable[int] | None = None,
     num_paths: int | None = None,
+    required: Iterable[str] = (),
     table: Mapping[str, Term] = TERMS,
 ) -> tuple[dict[str, float], list[MixedPath], int]:
     """The terms that can be trained, the candidate paths that they read, and |S|.
@@ -236,9 +237,10 @@ def plan_paths(
         weights: by term; terms of weight 0, and terms that no path at `positions` feeds, are left out of the result.
         positions: as in `candidate_paths`.
         num_paths: |S|; default 2, or the number of candidates if there are fewer.
+        required: terms that must be fed if they have a weight, such as those the user asked for.
 
     Raises:
-        ValueError: `positions` or `num_paths` is out of range, or no term remains to train on.
+        ValueError: `positions` or `num_paths` is out of range, a required term is not fed, or no term remains.
     """
 
     def reads(name: str, path: MixedPath) -> bool:
@@ -247,7 +249,10 @@ def plan_paths(
 
     paths = candidate_paths(num_stages, positions)
     weights = {name: value for name, value in weights.items() if value}
-    weights = {n: v for n, v in weights.items() if table[n].delta is None or any(reads(n, path) for path in paths)}
+    unfed = [n for n in weights if table[n].delta is not None and not any(reads(n, path) for path in paths)]
+    if asked := [name for name in unfed if name in required]:
+        raise ValueError(f"there is a weight for {asked[0]}, but no mixed path at these positions that it reads")
+    weights = {name: value for name, value in weights.items() if name not in unfed}
     paths = [path for path in paths if any(reads(name, path) for name in weights)]
     num_paths = min(2, len(paths)) if num_paths is None else num_paths
     sample_paths(paths, num_paths, steps=1, seed=0, epoch=0)  # raises if num_paths is out of range

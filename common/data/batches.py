@@ -48,6 +48,9 @@ class Data:
     classes: list[str]
     fingerprint: str
 
+    def __str__(self) -> str:
+        return f"{len(self.train)} training and {len(self.test)} test images in {len(self.classes)} classes"
+
     def to(self, device: torch.device) -> "Data":
         return Data(self.train.to(device), self.test.to(device), self.classes, self.fingerprint)
 

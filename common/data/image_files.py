@@ -40,6 +40,9 @@ class FileData:
     classes: list[str]
     fingerprint: str
 
+    def __str__(self) -> str:
+        return f"{len(self.train)} training and {len(self.test)} test images in {len(self.classes)} classes"
+
 
 def list_files(directory: str | Path, subset: int | None = None, test_subset: int | None = None) -> FileData:
     """List the files of train/<class>/* and val/<class>/* (or test/), optionally a balanced subset of each split.

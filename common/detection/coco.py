@@ -58,6 +58,9 @@ class CocoData:
     fingerprint: str
     notes: list[str]
 
+    def __str__(self) -> str:
+        return f"{len(self.train)} training and {len(self.test)} test images in {len(self.categories)} classes"
+
 
 def load_coco(directory: str | Path, subset: int | None = None, test_subset: int | None = None) -> CocoData:
     """Read both splits; a `subset` is that many images, evenly spaced over the file.

@@ -1,5 +1,6 @@
-"""What the folders of earlier runs tell: whether a teacher is there already, and how far it came."""
+"""Earlier runs: finding a trained network, and reading what a run left in its folder."""
 
+import glob
 import re
 from collections.abc import Iterable
 from pathlib import Path
@@ -10,20 +11,20 @@ import yaml
 def find_network(
     parent: Path, network: str, fingerprint: str, length: int, unit: str = "epoch", metric: str = "top1"
 ) -> Path | None:
-    """The student.pth of a finished run of `network` alone in a folder of `parent`, on the same data and as long.
+    """student.pth of a finished run that trained `network` alone on the same data, in a subfolder of `parent`.
 
-    Prints why a run of that network does not serve.
+    Prints why a run of that network cannot be used.
 
     Args:
-        length: of the run, in `unit`s.
-        metric: what its result.json says how good it is by.
+        length: how many `unit`s it must have been trained for.
+        metric: a key of the scores in its result.json.
     """
     for folder in sorted(path.parent for path in parent.glob("*/config.yaml")):
         config, result = read_config(folder), read_result(folder, unit, metric)
         if not config or not result or config.get("teacher") or config.get("student") != network:
             continue
         if config.get("fingerprint") != fingerprint:
-            reason = "it saw other data"
+            reason = "it was trained on other data"
         elif config.get(f"{unit}s") != length:
             reason = f"it was trained for {config.get(f'{unit}s')} {unit}s, not {length}"
         elif result[unit] != length:
@@ -32,18 +33,24 @@ def find_network(
             reason = "its student.pth is missing"
         else:
             return folder / "student.pth"
-        print(f"teacher: not the one in {folder}: {reason}")
+        print(f"teacher: cannot use {folder}: {reason}")
     return None
+
+
+def only_teacher_begun(out: Path, folder: Path) -> bool:
+    """Whether the run in `out` stopped while its teacher was trained first, in `folder` or `folder`-<hash>."""
+    folders = [folder, *folder.parent.glob(f"{glob.escape(folder.name)}-*")]
+    return not (out / "last.pt").exists() and any(map(is_unfinished, folders))
 
 
 def is_unfinished(folder: Path) -> bool:
     """Whether a run in `folder` stopped before its last epoch."""
-    result = read_result(folder)  # missing where the run was killed between last.pt and the rest
+    result = read_result(folder)  # missing if the run was killed between writing last.pt and the other files
     return (folder / "last.pt").exists() and (result is None or result.get("epoch") != result.get("epochs"))
 
 
 def series(runs: Iterable[Path]) -> dict[str, list[Path]]:
-    """Runs whose folders differ in the seed alone, under their common name; a run named twice counts once."""
+    """Group runs whose folder names differ only in the seed, by their common name; duplicates count once."""
     runs = list(dict.fromkeys(run.resolve() for run in runs))
     several = len({run.parent for run in runs}) > 1
     groups: dict[str, list[Path]] = {}
@@ -54,12 +61,12 @@ def series(runs: Iterable[Path]) -> dict[str, list[Path]]:
 
 
 def read_config(folder: Path) -> dict | None:
-    """The config.yaml of a run, None where there is none that can be read."""
+    """The config.yaml of a run, None if it cannot be read."""
     return _read(folder / "config.yaml")
 
 
 def read_result(folder: Path, unit: str = "epoch", metric: str = "top1") -> dict | None:
-    """The result.json of a run, None where there is none that can be read."""
+    """The result.json of a run, None if it cannot be read."""
     result = _read(folder / "result.json") or {}
     accuracies = [result.get(key) for key in ("last", "best", "teacher")]
     accuracies = accuracies if result.get("teacher") else accuracies[:2]  # None: there is none
@@ -70,6 +77,6 @@ def read_result(folder: Path, unit: str = "epoch", metric: str = "top1") -> dict
 def _read(path: Path) -> dict | None:
     try:
         content = yaml.safe_load(path.read_text())  # JSON is YAML too
-    except Exception:  # a damaged file can make the reader stumble over anything
+    except Exception:  # a damaged file can raise anything
         return None
     return content if isinstance(content, dict) else None

@@ -102,11 +102,14 @@ class Run:
     def __exit__(self, *error) -> None:
         self.context.__exit__(*error)
 
-    def check_data(self, fingerprint: str) -> None:
+    def check_data(self, fingerprint: str, images: int) -> None:
         """Remember the hash of the data.
 
+        Args:
+            images: the number of training images.
+
         Raises:
-            UserError: the run that is resumed, or rank 0, has other data.
+            UserError: the run that is resumed, or rank 0, has other data; there are fewer images than in a batch.
         """
         stored = self.state["config"].get("fingerprint") if self.resumed else fingerprint
         if stored != fingerprint:
@@ -116,6 +119,8 @@ class Run:
             )
         if broadcast(fingerprint) != fingerprint:
             raise UserError(f"{self.args.data_dir} differs from that of rank 0: copy the same images to every machine")
+        if self.args.batch_size > images:
+            raise UserError(f"--batch-size {self.args.batch_size}: there are only {images} training images")
         self.fingerprint = fingerprint
 
     def track(self, **parts: nn.Module | torch.optim.Optimizer | torch.amp.GradScaler | None) -> None:
