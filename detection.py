@@ -28,6 +28,7 @@ from common.detection.coco import CocoData, load_coco, load_coco_test
 from common.detection.detectors import (
     DETECTORS,
     build_detector,
+    decay_all_but_norms,
     inherit,
     load_backbone,
     load_coco_v1,
@@ -44,14 +45,12 @@ from common.run.distributed import (
     all_reduce_mean,
     broadcast,
     broadcast_buffers,
-    distribute,
-    process_group,
     rank,
     world_size,
 )
 from common.run.earlier_runs import find_network
 from common.run.errors import LossNotFiniteError, OtherNetworkError, UserError, exit_code
-from common.run.optimizer import decay_all_but_norms, sgd
+from common.run.optimizer import sgd
 from common.run.options import (
     PUBLISHED,
     Parser,
@@ -65,6 +64,7 @@ from common.run.options import (
     weight,
 )
 from common.run.run import Run, stored_options
+from common.run.torchrun import distribute, process_group
 
 SETTINGS = PUBLISHED["detection"]
 METHODS = {"kd": ("task", "kd"), "app": ("task", "kd", "app"), "fcfd": tuple(TERMS)}  # the terms of each method

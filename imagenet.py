@@ -33,9 +33,10 @@ from common.fcfd import EQ_9, TERMS, fcfd_terms, forward_paths, needs_all_bridge
 from common.models import IMAGENET_NETWORKS, StagedNet, build_imagenet
 from common.multipath_bn import track_paths
 from common.paths import MixedPath, sample_paths
-from common.run.checkpoint import load_network, torchvision_weights
+from common.run.checkpoint import load_network
 from common.run.device import AMP, open_device
-from common.run.distributed import all_reduce, distribute, process_group, rank, world_size
+from common.run.distributed import all_reduce, rank, world_size
+from common.run.downloads import torchvision_weights
 from common.run.errors import OtherNetworkError, UserError, exit_code, user_errors
 from common.run.evaluation import accuracy, count_hits
 from common.run.optimizer import sgd
@@ -53,6 +54,7 @@ from common.run.options import (
     weight,
 )
 from common.run.run import Meter, Run, stored_options
+from common.run.torchrun import distribute, process_group
 
 SETTINGS = PUBLISHED["imagenet"]
 METHODS = {"kd": ("task", "kd"), "app": ("task", "kd", "app"), "fcfd": EQ_9}  # the terms of each method

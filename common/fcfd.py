@@ -69,8 +69,7 @@ def forward_paths(
 ) -> Flow:
     """Run `images` [B, 3, H, W] along both pure paths and the mixed `paths` (Fig. 2). Shared parts run once.
 
-    No gradient is cut here. A frozen teacher receives none. A teacher that is trained too (App. F) receives one from
-    every mixed path that passes through it, its early stages included.
+    Nothing is detached here: a teacher that is trained too (App. F) receives gradients from every path through it.
 
     Args:
         teacher: None to run the student alone; then there are no `paths`, and `app` is ignored.

@@ -1,11 +1,16 @@
-"""Image folders: <split>/<class>/*."""
+"""Image folders, <split>/<class>/*, and reading image files."""
 
+import warnings
 from collections.abc import Collection
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
+import numpy as np
+from PIL import Image
 from torchvision import datasets
 
 from ..run.errors import UserError
+from .batches import SIZE
 
 
 class ImageFolder(datasets.ImageFolder):
@@ -46,3 +51,37 @@ def image_folders(
     if odd := set(folders[0].classes) ^ set(folders[-1].classes):
         raise UserError(f"{directory}: train and test must have the same classes, but only one has {min(odd)!r}")
     return folders
+
+
+def read_resized(samples: list[tuple[str, int]]) -> tuple[np.ndarray, np.ndarray]:
+    """Read (path, label) samples into uint8 [n, 32, 32, 3] and int64 [n]; other sizes are resized bilinearly."""
+    paths, labels = zip(*samples, strict=True)
+    with warnings.catch_warnings(), ThreadPoolExecutor() as pool:
+        warnings.simplefilter("ignore")  # PIL warns about unusual but readable files
+        images = list(pool.map(_read, paths))
+    return np.stack(images), np.array(labels, np.int64)
+
+
+def _read(path: str) -> np.ndarray:
+    image = open_rgb(path)
+    if image.size != (SIZE, SIZE):
+        image = image.resize((SIZE, SIZE), Image.Resampling.BILINEAR)
+    return np.asarray(image)
+
+
+def open_rgb(path: str) -> Image.Image:
+    """Read an image and convert it to 8-bit RGB.
+
+    Raises:
+        UserError: the image cannot be read; the message names it.
+    """
+    try:
+        image = Image.open(path)
+        if image.mode.startswith("I;16"):  # 16-bit grayscale, which PIL would clip at 255
+            image = Image.fromarray((np.asarray(image) // 257).astype(np.uint8))
+        if image.mode in ("I", "F"):
+            raise ValueError("its 32-bit pixels have an unknown range")
+        return image.convert("RGB")
+    except Exception as error:  # decoders raise all kinds of exceptions on damaged files
+        name = path.replace("\n", "\\n")
+        raise UserError(f"cannot read the image {name} ({error}): remove or replace it") from error

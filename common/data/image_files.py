@@ -23,8 +23,8 @@ from torchvision import transforms
 from ..randomness import generator, seed_of
 from ..run.errors import UserError, raise_if_signaled
 from .batches import normalize
-from .folders import image_folders
-from .sources import SUBSET_OPTIONS, balanced_subset, open_rgb
+from .folders import image_folders, open_rgb
+from .sources import SUBSET_OPTIONS, balanced_subset
 
 MEAN = (0.485, 0.456, 0.406)  # of ImageNet
 STD = (0.229, 0.224, 0.225)

@@ -2,20 +2,15 @@
 
 import hashlib
 import http.client
-import warnings
 from collections.abc import Iterable
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
 import torch
-from PIL import Image
 from torchvision import datasets
 
 from ..run.errors import UserError
-from .batches import SIZE, Data, ImageSet
-from .folders import image_folders
-from .synthetic import CLASSES, synthetic_images
+from .batches import Data, ImageSet
 
 SYNTHETIC_SIZES = {"train": 5000, "test": 2000}  # images
 SUBSET_OPTIONS = {"train": "subset", "test": "test-subset"}
@@ -51,10 +46,12 @@ def load_test(name: str, directory: str | Path, test_subset: int | None = None) 
 def _load(name: str, directory: str | Path, counts: dict[str, int | None]) -> tuple[list[ImageSet], list[str]]:
     """Load the splits in `counts`, which maps "train" and "test" to a number of images (None: all)."""
     if name == "folder":
+        from .folders import image_folders, read_resized
+
         folders = image_folders(Path(directory), counts)
-        arrays, classes = [_read_all(folder.samples) for folder in folders], folders[0].classes
+        arrays, classes = [read_resized(folder.samples) for folder in folders], folders[0].classes
     elif name == "synthetic":
-        arrays, classes = [_synthetic(split, count) for split, count in counts.items()], CLASSES
+        arrays, classes = _synthetic(counts)
     else:
         arrays, classes = _cifar(name, Path(directory), counts)
     splits = []
@@ -64,10 +61,12 @@ def _load(name: str, directory: str | Path, counts: dict[str, int | None]) -> tu
     return splits, list(classes)
 
 
-def _synthetic(split: str, count: int | None) -> tuple[np.ndarray, np.ndarray]:
+def _synthetic(counts: dict[str, int | None]) -> tuple[list[tuple[np.ndarray, np.ndarray]], list[str]]:
+    from .synthetic import CLASSES, synthetic_images
+
     # Renders only the requested images: balanced_subset would select the same prefix.
-    size = SYNTHETIC_SIZES[split]
-    return synthetic_images(count if count in range(len(CLASSES), size + 1) else size, split)
+    sizes = {split: n if n in range(len(CLASSES), SYNTHETIC_SIZES[split] + 1) else None for split, n in counts.items()}
+    return [synthetic_images(n or SYNTHETIC_SIZES[split], split) for split, n in sizes.items()], CLASSES
 
 
 def _cifar(name: str, directory: Path, splits: Iterable[str]) -> tuple[list[tuple[np.ndarray, np.ndarray]], list[str]]:
@@ -81,39 +80,6 @@ def _cifar(name: str, directory: Path, splits: Iterable[str]) -> tuple[list[tupl
             f"put {cls.filename} there (--data-dir), or try --dataset synthetic"
         ) from error
     return [(dataset.data, np.array(dataset.targets, np.int64)) for dataset in loaded], loaded[0].classes
-
-
-def _read_all(samples: list[tuple[str, int]]) -> tuple[np.ndarray, np.ndarray]:
-    paths, labels = zip(*samples, strict=True)
-    with warnings.catch_warnings(), ThreadPoolExecutor() as pool:
-        warnings.simplefilter("ignore")  # PIL warns about unusual but readable files
-        images = list(pool.map(_read, paths))
-    return np.stack(images), np.array(labels, np.int64)
-
-
-def _read(path: str) -> np.ndarray:
-    image = open_rgb(path)
-    if image.size != (SIZE, SIZE):
-        image = image.resize((SIZE, SIZE), Image.Resampling.BILINEAR)
-    return np.asarray(image)
-
-
-def open_rgb(path: str) -> Image.Image:
-    """Read an image and convert it to 8-bit RGB.
-
-    Raises:
-        UserError: the image cannot be read; the message names it.
-    """
-    try:
-        image = Image.open(path)
-        if image.mode.startswith("I;16"):  # 16-bit grayscale, which PIL would clip at 255
-            image = Image.fromarray((np.asarray(image) // 257).astype(np.uint8))
-        if image.mode in ("I", "F"):
-            raise ValueError("its 32-bit pixels have an unknown range")
-        return image.convert("RGB")
-    except Exception as error:  # decoders raise all kinds of exceptions on damaged files
-        name = path.replace("\n", "\\n")
-        raise UserError(f"cannot read the image {name} ({error}): remove or replace it") from error
 
 
 def balanced_subset(labels: np.ndarray, count: int | None, num_classes: int, option: str) -> np.ndarray:

@@ -10,7 +10,8 @@ from torchvision.models.detection import FasterRCNN, FasterRCNN_ResNet50_FPN_Wei
 from torchvision.models.detection.backbone_utils import BackboneWithFPN, resnet_fpn_backbone
 from torchvision.ops import FrozenBatchNorm2d
 
-from ..run.checkpoint import load, load_weights, read_weights, torchvision_weights, weights_of
+from ..run.checkpoint import load, load_weights, read_weights, weights_of
+from ..run.downloads import torchvision_weights
 from ..run.errors import OtherNetworkError, UserError
 
 LEVELS = ("0", "1", "2", "3", "pool")  # of the FPN, as torchvision names them: strides 4, 8, 16, 32 and 64
@@ -173,3 +174,13 @@ def inherit(student: FasterRCNN, teacher: FasterRCNN) -> None:
                 "omit it, or choose networks with matching FPNs, such as resnet101 and resnet50"
             )
     student.load_state_dict(theirs, strict=False)
+
+
+def decay_all_but_norms(net: nn.Module) -> list[dict]:
+    """Parameter groups of the trainable parameters: BatchNorm parameters get no weight decay, all others do."""
+    norms = {p for layer in net.modules() if isinstance(layer, nn.BatchNorm2d) for p in layer.parameters()}
+    trainable = [p for p in net.parameters() if p.requires_grad]
+    return [
+        {"params": [p for p in trainable if p not in norms]},
+        {"params": [p for p in trainable if p in norms], "weight_decay": 0.0},
+    ]

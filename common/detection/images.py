@@ -14,8 +14,8 @@ import numpy as np
 import torch
 from torch.utils.data import DataLoader, Dataset
 
+from ..data.folders import open_rgb
 from ..data.image_files import ignore_interrupts, next_batch
-from ..data.sources import open_rgb
 from ..randomness import generator, seed_of
 from ..run.errors import UserError
 from .coco import Split

@@ -2,7 +2,6 @@
 
 import argparse
 import contextlib
-import http.client
 import io
 import os
 import pickle
@@ -14,7 +13,6 @@ from typing import IO, Any
 import numpy as np
 import torch
 from torch import nn
-from torchvision import models
 
 from .errors import OtherNetworkError, UserError
 
@@ -77,28 +75,6 @@ def load(path: str | Path) -> Any:
         raise UserError(f"{path} {reason}: use another copy, or one saved as a plain state dict") from error
     except Exception as error:  # torch.load raises all kinds of exceptions on damaged files
         raise UserError(f"{path} is not a valid checkpoint, it may be truncated: use another copy") from error
-
-
-def torchvision_weights(name: str, version: str, option: str = "--teacher-ckpt") -> Path:
-    """Path of torchvision's weights for the network `name`, downloaded into PyTorch's cache if needed.
-
-    Args:
-        option: the command line option that takes a local file instead, for the error message.
-
-    Raises:
-        UserError: the download failed or the file is damaged.
-    """
-    url = models.get_model_weights(name)[version].url
-    path = Path(torch.hub.get_dir()) / "checkpoints" / url.rpartition("/")[2]
-    if not path.exists():
-        digest = path.stem.rpartition("-")[2]  # the file name ends with a prefix of its SHA-256
-        try:
-            path.parent.mkdir(parents=True, exist_ok=True)
-            torch.hub.download_url_to_file(url, str(path), digest)
-        except (OSError, RuntimeError, http.client.HTTPException) as error:
-            reason = f"could not download torchvision's {name} ({error})"
-            raise UserError(f"{reason}: check the network, save {url} as {path}, or use {option}") from error
-    return path
 
 
 def load_network(net: nn.Module, path: str | Path, name: str) -> None:

@@ -90,7 +90,7 @@ def read_state(out: Path, script: str, unit: str) -> dict[str, Any]:
     """The content of last.pt.
 
     Args:
-        unit: what the state counts its progress in, "epoch" or "iteration".
+        unit: what the run counts its progress in, "epoch" or "iteration".
 
     Raises:
         UserError: it is missing or damaged, or belongs to another script.
@@ -105,11 +105,37 @@ def read_state(out: Path, script: str, unit: str) -> dict[str, Any]:
     kinds = {"config": dict, unit: int, "log": list, "best": dict, "student": dict, "made_with": dict}
     if not isinstance(state, dict) or not all(isinstance(state.get(key), kind) for key, kind in kinds.items()):
         raise UserError(f"{last} was not written by a run: choose another --out")
-    rows = state["log"]
-    rows_fit = all(isinstance(row, dict) and row.keys() == rows[0].keys() for row in rows)
-    if not rows_fit or len(rows) != state.get("epoch", len(rows)) or state[unit] < 0:
-        raise UserError(f"{last} is damaged: choose another --out")
+    try:
+        rows, scores = state["log"], [state.get(key) or {} for key in ("best", "teacher_best", "teacher_accuracy")]
+        numbers = [value for each in (*rows, *scores) for value in each.values() if value not in ("", None)]
+        whole = all(row.keys() == rows[0].keys() for row in rows) and all(isinstance(x, int | float) for x in numbers)
+        if not whole or len(rows) != state.get("epoch", len(rows)) or state[unit] < 0:
+            raise ValueError
+        if unit == "epoch" and rows:
+            result_of(state)
+    except (AttributeError, KeyError, TypeError, ValueError) as error:
+        raise UserError(f"{last} is damaged: choose another --out") from error
     return state
+
+
+def check_like(stored: Any, own: Any) -> None:
+    """Raise a ValueError unless `stored` has the structure of `own`, with tensors of the same shapes and types."""
+    if isinstance(own, dict):
+        # Other versions of PyTorch may lack a flag that is off by default.
+        if not isinstance(stored, dict) or any(own[key] for key in own.keys() - stored.keys()):
+            raise ValueError
+        for key in own.keys() & stored.keys():
+            check_like(stored[key], own[key])
+    elif isinstance(own, list):
+        if not isinstance(stored, list) or len(stored) != len(own):
+            raise ValueError
+        for theirs, ours in zip(stored, own, strict=True):
+            check_like(theirs, ours)
+    elif torch.is_tensor(own):
+        if not torch.is_tensor(stored) or (stored.shape, stored.dtype) != (own.shape, own.dtype):
+            raise ValueError
+    elif isinstance(own, int | float) and not isinstance(stored, int | float | None):
+        raise ValueError
 
 
 def publish(out: Path, state: dict[str, Any], networks: dict[str, dict[str, torch.Tensor]]) -> None:
@@ -184,3 +210,30 @@ def made_with(device: torch.device) -> dict[str, str]:
         commit = "unknown"
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
     return {"commit": commit, "torch": str(torch.__version__), "device": name}
+
+
+def print_epoch(state: dict[str, Any]) -> None:
+    """Print one line about the epoch that was just finished."""
+    row, epochs = state["log"][-1], state["config"]["epochs"]
+    teacher = f"teacher {row['teacher_test_top1']:.2f} %  " if "teacher_test_top1" in row else ""
+    waiting = f", {row['waiting_percent']:.0f} % of the time waiting for data" if "waiting_percent" in row else ""
+    print(
+        f"epoch {row['epoch']:3}/{epochs}  loss {row['loss']:.4f}  train {row['train_top1']:.2f} %  "
+        f"test {row['test_top1']:.2f} %  best {state['best']['top1']:.2f} %  {teacher}"
+        f"{row['seconds']:.1f} s, {row['images_per_s']:.0f} images/s{waiting}",
+        flush=True,
+    )
+
+
+def report(state: dict[str, Any]) -> None:
+    """Print the closing lines of a finished run."""
+    result, config = result_of(state), state["config"]
+    for name in ("best", "last", "teacher", "teacher_best", "teacher_last"):
+        if accuracy := result.get(name):
+            when = f"epoch {accuracy['epoch']}" if name != "teacher" else "before distillation"
+            title = name.replace("_", " ")
+            print(f"{title:8} {accuracy['top1']:.2f} % top-1, {accuracy['top5']:.2f} % top-5 on the test set, {when}")
+    print(f"time     {result['seconds'] / 60:.1f} minutes on {result['device']}")
+    for role, prefix in PREFIX.items():
+        if f"{prefix}best" in result:
+            print(f"{config[role]} saved to {config['out']}/{role}.pth (last) and {role}_best.pth", flush=True)

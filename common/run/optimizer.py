@@ -18,13 +18,3 @@ def sgd(parameters: Iterable[nn.Parameter] | list[dict], lr: float, **options) -
         for parameter in group["params"]:
             optimizer.state[parameter]["momentum_buffer"] = torch.zeros_like(parameter)
     return optimizer
-
-
-def decay_all_but_norms(net: nn.Module) -> list[dict]:
-    """Parameter groups of the trainable parameters: BatchNorm parameters get no weight decay, all others do."""
-    norms = {p for layer in net.modules() if isinstance(layer, nn.BatchNorm2d) for p in layer.parameters()}
-    trainable = [p for p in net.parameters() if p.requires_grad]
-    return [
-        {"params": [p for p in trainable if p not in norms]},
-        {"params": [p for p in trainable if p in norms], "weight_decay": 0.0},
-    ]
