@@ -26,13 +26,14 @@ from common.multipath_bn import track_paths
 from common.paths import sample_paths
 from common.run import earlier_runs
 from common.run.checkpoint import load_network
+from common.run.cost import cost_line
 from common.run.device import AMP, open_device
 from common.run.errors import LossNotFiniteError, UserError, exit_code, user_errors
 from common.run.evaluation import evaluate
 from common.run.optimizer import sgd
 from common.run.options import PUBLISHED, Parser, count, count_or_zero, name_in, option, positive, set_defaults, weight
 from common.run.run import Meter, Run, stored_options
-from common.simkd import build_simkd, cost_line
+from common.simkd import build_simkd
 
 SETTINGS = PUBLISHED["cifar100"]
 METHODS = {"kd": ("task", "kd"), "app": ("task", "kd", "app"), "fcfd": EQ_9}  # the terms of each method

@@ -55,7 +55,6 @@ from common.run.options import (
     PUBLISHED,
     Parser,
     count,
-    default_workers,
     name_in,
     number,
     option,
@@ -64,7 +63,7 @@ from common.run.options import (
     weight,
 )
 from common.run.run import Run, stored_options
-from common.run.torchrun import distribute, process_group
+from common.run.torchrun import default_workers, distribute, process_group
 
 SETTINGS = PUBLISHED["detection"]
 METHODS = {"kd": ("task", "kd"), "app": ("task", "kd", "app"), "fcfd": tuple(TERMS)}  # the terms of each method

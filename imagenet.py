@@ -45,7 +45,6 @@ from common.run.options import (
     Parser,
     count,
     count_or_zero,
-    default_workers,
     name_in,
     number,
     option,
@@ -54,7 +53,7 @@ from common.run.options import (
     weight,
 )
 from common.run.run import Meter, Run, stored_options
-from common.run.torchrun import distribute, process_group
+from common.run.torchrun import default_workers, distribute, process_group
 
 SETTINGS = PUBLISHED["imagenet"]
 METHODS = {"kd": ("task", "kd"), "app": ("task", "kd", "app"), "fcfd": EQ_9}  # the terms of each method

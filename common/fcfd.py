@@ -73,11 +73,9 @@ def forward_paths(
 
     Args:
         teacher: None to run the student alone; then there are no `paths`, and `app` is ignored.
-        bridges: built for these networks. None if there are no `paths` and `app` is False. In training mode, mixed
-            paths normalize by batch statistics, and in evaluation mode by their own running statistics, regardless of
-            the networks' modes, which apply to the pure paths.
-        app: whether to bridge the student's features at all positions 2..N, as L_app needs, or only at those of
-            `paths`.
+        bridges: None if there are no `paths` and `app` is False. In training mode, mixed paths normalize by batch
+            statistics, in evaluation mode by their running statistics; the networks' modes apply to the pure paths.
+        app: bridge the student's features at all positions 2..N, as L_app needs, not only at those of `paths`.
     """
     last = student.num_stages
     features_t = dict(enumerate(teacher.features(images), 1)) if teacher else {}
@@ -137,8 +135,8 @@ def l_app(flow: Flow, labels: Tensor, kl: KL) -> Tensor:
 
 def l_func_l2(flow: Flow, labels: Tensor, kl: KL) -> Tensor:
     """Eq. 6, first part: L2 between each <k, 1> path and the pure teacher, after each later stage of the teacher."""
-    last, paths = max(flow.teacher), _paths(flow, delta=1)
-    pairs = ((x, l) for mixed in paths.values() for l, x in mixed.features.items())
+    last = max(flow.teacher)
+    pairs = ((x, l) for mixed in _paths(flow, delta=1).values() for l, x in mixed.features.items())
     return _sum(flow, (l2(x, flow.teacher[l], pooled=l == last) for x, l in pairs))
 
 
@@ -250,13 +248,13 @@ def plan_paths(
     weights = {name: value for name, value in weights.items() if value}
     unfed = [n for n in weights if table[n].delta is not None and not any(reads(n, path) for path in paths)]
     if asked := [name for name in unfed if name in required]:
-        raise ValueError(f"there is a weight for {asked[0]}, but no mixed path at these positions that it reads")
+        raise ValueError(f"{asked[0]} has a weight, but reads none of the mixed paths at these positions")
     weights = {name: value for name, value in weights.items() if name not in unfed}
     paths = [path for path in paths if any(reads(name, path) for name in weights)]
     num_paths = min(2, len(paths)) if num_paths is None else num_paths
     sample_paths(paths, num_paths, steps=1, seed=0, epoch=0)  # raises if num_paths is out of range
     if not num_paths and not any(table[name].delta is None for name in weights):
-        raise ValueError("no term remains to train on: sample paths (--num-paths), or give another term a weight")
+        raise ValueError("no term remains to train on: sample mixed paths, or give another term a weight")
     return weights, paths, num_paths
 
 

@@ -8,10 +8,8 @@ on the pure path, on the mixed paths and at inference. The projector takes the p
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.utils.flop_counter import FlopCounterMode
 
 from .bridges import feature_shapes
-from .models import build
 from .models.staged import StagedNet, init_fan_out
 
 SQUEEZE = 2  # the projector's inner convolution has C_t / SQUEEZE channels
@@ -51,10 +49,7 @@ class SimKDStudent(StagedNet):
 
 
 def build_simkd(student: StagedNet, teacher: StagedNet, image_size: int) -> SimKDStudent:
-    """`student` (modified, see SimKDStudent) with a new projector and `teacher`'s classifier.
-
-    The classifier module is shared, so weights loaded into the teacher later apply here too.
-    """
+    """`student` (modified) with a new projector and the classifier of `teacher`, which they then share."""
     shapes_s, shapes_t = (feature_shapes(net, image_size)[net.num_stages] for net in (student, teacher))
     return SimKDStudent(student, projector(shapes_s, shapes_t), teacher.classifier_layer)
 
@@ -70,31 +65,3 @@ def projector(source: torch.Size, target: torch.Size) -> nn.Sequential:
     net = nn.Sequential(*layers)
     init_fan_out(net)
     return net
-
-
-@torch.no_grad()
-def inference_cost(net: StagedNet, image_size: int) -> tuple[int, int]:
-    """(parameters, FLOPs per image) of `net`, which is left in evaluation mode. One multiply-add is two FLOPs.
-
-    Counts convolutions and linear layers only.
-    """
-    image = next(net.parameters()).new_zeros(1, 3, image_size, image_size)
-    with FlopCounterMode(display=False) as counter:
-        net.eval()(image)
-    return sum(p.numel() for p in net.parameters()), counter.get_total_flops()
-
-
-def added_cost(student: str, teacher: str, num_classes: int, image_size: int) -> list[tuple[int, int]]:
-    """`inference_cost` of a student without and with SimKD, by network names; allocates and draws nothing."""
-    with torch.device("meta"):
-        net = build(student, num_classes)
-        alone = inference_cost(net, image_size)
-        return [alone, inference_cost(build_simkd(net, build(teacher, num_classes), image_size), image_size)]
-
-
-def cost_line(student: str, teacher: str, num_classes: int, image_size: int) -> str:
-    """`added_cost` as a sentence."""
-    (p_0, f_0), (p_1, f_1) = added_cost(student, teacher, num_classes, image_size)
-    parameters = f"{(p_1 - p_0) / 1e3:.1f}k parameters ({100 * (p_1 / p_0 - 1):+.1f} %)"
-    flops = f"{(f_1 - f_0) / 1e6:.1f} MFLOPs per image ({100 * (f_1 / f_0 - 1):+.1f} %)"
-    return f"SimKD: projector and teacher's classifier add {parameters} and {flops} to {student} at inference"

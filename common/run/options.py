@@ -3,7 +3,6 @@
 import argparse
 import difflib
 import math
-import os
 import time
 from argparse import Namespace
 from collections.abc import Callable, Iterable
@@ -13,7 +12,7 @@ from typing import Any
 import torch
 import yaml
 
-from .device import AMP, num_cores
+from .device import AMP
 from .errors import UserError
 
 PUBLISHED: dict[str, Any] = yaml.safe_load((Path(__file__).parents[1] / "published.yaml").read_text())
@@ -150,11 +149,6 @@ def option(name: str) -> str:
 
 def default_device() -> str:
     return "cuda" if torch.cuda.is_available() else "cpu"
-
-
-def default_workers() -> int:
-    """This rank's share of the cores, at most 16."""
-    return min(16, max(1, num_cores() // int(os.environ.get("LOCAL_WORLD_SIZE", 1))))
 
 
 def _valid(action: argparse.Action, value: Any) -> Any:

@@ -9,6 +9,7 @@ import torch.distributed as dist
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
+from .device import num_cores
 from .distributed import world_size
 from .errors import UserError
 
@@ -51,3 +52,8 @@ def distribute(step: nn.Module, some_unused: bool) -> nn.Module:
     distributed = DistributedDataParallel(step, find_unused_parameters=some_unused)
     distributed.broadcast_buffers = False  # equal now; later broadcast_buffers() syncs them, not every step
     return distributed
+
+
+def default_workers() -> int:
+    """This rank's share of the cores, at most 16."""
+    return min(16, max(1, num_cores() // int(os.environ.get("LOCAL_WORLD_SIZE", 1))))
