@@ -110,13 +110,13 @@ def method_name(args: Namespace) -> str:
 
 
 def learning_rate(args: Namespace, epoch: int) -> float:
-    """--lr, divided by 10 at each milestone (150, 180 and 210 of 240 epochs)."""
+    """--lr, divided by 10 at each milestone of the published schedule, scaled to --epochs."""
     passed = sum(epoch >= round(m / SETTINGS["epochs"] * args.epochs) for m in SETTINGS["milestones"])
     return args.lr / 10**passed
 
 
 def warmed_up(weights: dict[str, float], args: Namespace, epoch: int) -> dict[str, float]:
-    """The weights in this epoch: those of L2 terms rise linearly over 20 epochs, or 1/12 of a shorter run."""
+    """The weights in this epoch: those of L2 terms rise linearly during the warm-up, which shorter runs shorten."""
     factor = min(1.0, (epoch + 1) / (SETTINGS["warmup_epochs"] * min(1, args.epochs / SETTINGS["epochs"])))
     return {name: value * factor if TERMS[name].features else value for name, value in weights.items()}
 
@@ -223,8 +223,7 @@ def train(args: Namespace, data: Data | None = None) -> bool:
         for net in networks:
             net.to(device, memory_format=torch.channels_last if channels_last else torch.preserve_format)
         parameters = [p for net in networks for p in net.parameters() if p.requires_grad]
-        fused = device.type == "cuda"
-        optimizer = sgd(parameters, args.lr, momentum=0.9, weight_decay=5e-4, nesterov=True, fused=fused)
+        optimizer = sgd(parameters, args.lr, momentum=0.9, weight_decay=5e-4, nesterov=True)
         scaler = torch.amp.GradScaler(device.type, enabled=args.amp == "fp16")
         run.track(student=student, teacher=teacher, bridges=bridges, optimizer=optimizer, scaler=scaler)
         if teacher:

@@ -131,7 +131,7 @@ def run_name(args: Namespace) -> str:
 
 
 def learning_rate(args: Namespace, iteration: int) -> float:
-    """1x: linear from 1/1000 over 1,000 iterations, divided by 10 at 120,000 and 160,000 of 180,000."""
+    """Rises linearly from a thousandth of --lr during the warm-up; divided by 10 at each milestone."""
     part = args.iterations / SETTINGS["iterations"]
     warmed = min(1.0, iteration / (SETTINGS["warmup_iterations"] * min(1.0, part)))
     passed = sum(iteration >= round(milestone * part) for milestone in SETTINGS["milestones"])
@@ -224,8 +224,7 @@ def train(args: Namespace, device: torch.device) -> None:
         print(f"weights {weights}", *data.notes, sep="\n")
         student, teacher = build_networks(args, data, load_weights=not run.resumed and rank() == 0)
         step = Step(args, list(weights), student, teacher).to(device, memory_format=torch.channels_last)
-        fused = device.type == "cuda"
-        optimizer = sgd(decay_all_but_norms(step), args.lr, momentum=0.9, weight_decay=1e-4, fused=fused)
+        optimizer = sgd(decay_all_but_norms(step), args.lr, momentum=0.9, weight_decay=1e-4)
         scaler = torch.amp.GradScaler(device.type, enabled=args.amp == "fp16")
 
         state, classes = run.state, list(data.categories.values())

@@ -1,4 +1,4 @@
-"""SGD for parameters that have no gradient in some steps, and parameter groups without weight decay."""
+"""SGD for parameters that have no gradient in some steps."""
 
 from collections.abc import Iterable
 
@@ -7,13 +7,15 @@ from torch import nn
 
 
 def sgd(parameters: Iterable[nn.Parameter] | list[dict], lr: float, **options) -> torch.optim.SGD:
-    """torch.optim.SGD with momentum buffers initialized to zero; takes the same arguments.
+    """torch.optim.SGD, fused on CUDA, with momentum buffers initialized to zero; takes the same arguments.
 
     A parameter without a gradient, such as a bridge whose path was not sampled, is not updated: no weight decay, no
     momentum. PyTorch creates momentum buffers at the first gradient, with the same results; but fused SGD fails if a
     parameter gets its first gradient later than others, and keeps uninitialized memory if the first step overflows.
     """
-    optimizer = torch.optim.SGD(parameters, lr, **options)
+    parameters = list(parameters)
+    first = parameters[0]["params"][0] if isinstance(parameters[0], dict) else parameters[0]
+    optimizer = torch.optim.SGD(parameters, lr, **{"fused": first.is_cuda} | options)
     for group in optimizer.param_groups:
         for parameter in group["params"]:
             optimizer.state[parameter]["momentum_buffer"] = torch.zeros_like(parameter)
