@@ -12,7 +12,6 @@ DistributedDataParallel averages the gradients, and only rank 0 prints and write
 """
 
 import math
-import os
 import sys
 import time
 from argparse import Namespace
@@ -38,32 +37,17 @@ from common.detection.detectors import (
 from common.detection.evaluation import evaluate, require_pycocotools
 from common.detection.fcfd import TERMS, detection_terms, forward_detectors, level_bridges
 from common.detection.images import BoxedImages, batches, load
-from common.detection.records import add_row, in_words, print_row, publish, report
+from common.detection.records import add_row, in_words, print_row, publish, report, save
 from common.randomness import seed_of
 from common.run.device import AMP, open_device
-from common.run.distributed import (
-    all_reduce_mean,
-    broadcast,
-    broadcast_buffers,
-    rank,
-    world_size,
-)
+from common.run.distributed import all_reduce_mean, broadcast, rank, world_size
 from common.run.earlier_runs import find_network
 from common.run.errors import LossNotFiniteError, OtherNetworkError, UserError, exit_code
 from common.run.optimizer import sgd
-from common.run.options import (
-    PUBLISHED,
-    Parser,
-    count,
-    name_in,
-    number,
-    option,
-    positive,
-    set_defaults,
-    weight,
-)
+from common.run.options import PUBLISHED, Parser, option, set_defaults
 from common.run.run import Run, stored_options
 from common.run.torchrun import default_workers, distribute, process_group
+from common.run.types import count, name_in, number, positive, weight
 
 SETTINGS = PUBLISHED["detection"]
 METHODS = {"kd": ("task", "kd"), "app": ("task", "kd", "app"), "fcfd": tuple(TERMS)}  # the terms of each method
@@ -296,14 +280,6 @@ def train(args: Namespace, device: torch.device) -> None:
             draw_found(run.out / "boxes", shown, data.test, classes, args.visualize or 0)
 
 
-def save(run: Run) -> None:
-    """Replace last.pt, from which all other files can be written."""
-    broadcast_buffers(run.networks.values())
-    run.state["sums"] = all_reduce_mean(run.state["sums"], run.device)
-    run.check_weights(f"in iteration {run.state['iteration']}")
-    run.save()
-
-
 def evaluate_by_all(net: FasterRCNN, args: Namespace, data: CocoData, device: torch.device) -> dict[str, float | None]:
     """Average precision on the test images, which the ranks share."""
     mine = range(rank(), len(data.test), world_size())
@@ -352,8 +328,6 @@ def main(argv: list[str] | None = None) -> int:
                 args = parse_args(argv, stored_options(args, "detection", "iteration") | {"device": args.device})
             train(args, device)
 
-    if rank() > 0:
-        sys.stdout = open(os.devnull, "w")  # noqa: SIM115  only rank 0 prints
     return exit_code(script, INTERRUPTED, rank(), smaller="smaller images (--min-size)")
 
 

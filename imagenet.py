@@ -10,9 +10,9 @@ common/fcfd.py. With several processes (ranks), each reads its share of every ba
 the gradients, and only rank 0 prints and writes files.
 """
 
-import os
 import sys
 from argparse import Namespace
+from collections.abc import Iterable
 from pathlib import Path
 
 import torch
@@ -20,15 +20,7 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from common.bridges import build_bridges
-from common.data.image_files import (
-    DeviceBatches,
-    ImageFiles,
-    Shard,
-    eval_loader,
-    list_files,
-    list_test_files,
-    train_loader,
-)
+from common.data.image_files import ImageFiles, Shard, eval_loader, list_files, list_test_files, train_loader
 from common.fcfd import EQ_9, TERMS, fcfd_terms, forward_paths, needs_all_bridges, plan_paths, term_weights
 from common.models import IMAGENET_NETWORKS, StagedNet, build_imagenet
 from common.multipath_bn import track_paths
@@ -40,20 +32,10 @@ from common.run.downloads import torchvision_weights
 from common.run.errors import OtherNetworkError, UserError, exit_code, user_errors
 from common.run.evaluation import accuracy, count_hits
 from common.run.optimizer import sgd
-from common.run.options import (
-    PUBLISHED,
-    Parser,
-    count,
-    count_or_zero,
-    name_in,
-    number,
-    option,
-    positive,
-    set_defaults,
-    weight,
-)
+from common.run.options import PUBLISHED, Parser, option, set_defaults
 from common.run.run import Meter, Run, stored_options
 from common.run.torchrun import default_workers, distribute, process_group
+from common.run.types import count, count_or_zero, name_in, number, positive, weight
 
 SETTINGS = PUBLISHED["imagenet"]
 METHODS = {"kd": ("task", "kd"), "app": ("task", "kd", "app"), "fcfd": EQ_9}  # the terms of each method
@@ -261,7 +243,7 @@ def train(args: Namespace, device: torch.device) -> None:
             run.end_epoch(meter, lr, student=evaluate_by_all(student, tests, device))
 
 
-def evaluate_by_all(net: StagedNet, batches: DeviceBatches, device: torch.device) -> dict[str, float]:
+def evaluate_by_all(net: StagedNet, batches: Iterable, device: torch.device) -> dict[str, float]:
     """Accuracy on the test images, which the ranks share."""
     return accuracy(all_reduce(count_hits(net, batches).to(device)))
 
@@ -292,8 +274,6 @@ def main(argv: list[str] | None = None) -> int:
                 args = parse_args(argv, stored_options(args, "imagenet") | {"device": args.device})
             train(args, device)
 
-    if rank() > 0:
-        sys.stdout = open(os.devnull, "w")  # noqa: SIM115  only rank 0 prints
     return exit_code(script, rank=rank())
 
 

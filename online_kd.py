@@ -43,8 +43,9 @@ from common.run.device import AMP, open_device
 from common.run.errors import exit_code, user_errors
 from common.run.evaluation import evaluate
 from common.run.optimizer import sgd
-from common.run.options import PUBLISHED, Parser, count, count_or_zero, name_in, option, positive, set_defaults, weight
+from common.run.options import PUBLISHED, Parser, option, set_defaults
 from common.run.run import Meter, Run, stored_options
+from common.run.types import count, count_or_zero, name_in, positive, weight
 
 SETTINGS = PUBLISHED["cifar100"]
 

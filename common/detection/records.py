@@ -9,12 +9,20 @@ from typing import Any
 import torch
 from tqdm import tqdm
 
-from ..run.checkpoint import save
-from ..run.distributed import rank
+from ..run import checkpoint
+from ..run.distributed import all_reduce_mean, broadcast_buffers, rank
 from ..run.folder import keep_as_best, write_tables
 from ..run.run import Run, peak_memory
 from .evaluation import METRICS
 from .fcfd import TASK_LOSSES, TERMS
+
+
+def save(run: Run) -> None:
+    """Replace last.pt, from which all other files can be written."""
+    broadcast_buffers(run.networks.values())
+    run.state["sums"] = all_reduce_mean(run.state["sums"], run.device)
+    run.check_weights(f"in iteration {run.state['iteration']}")
+    run.save()
 
 
 def publish(run: Run) -> None:
@@ -36,9 +44,9 @@ def publish(run: Run) -> None:
         "classes": state["classes"],
         "min_size": state["config"]["min_size"],
     }
-    save(shared, out / "student.pth")
+    checkpoint.save(shared, out / "student.pth")
     if best.get("iteration") == state["iteration"]:
-        save(shared, out / "student_best.pth")
+        checkpoint.save(shared, out / "student_best.pth")
         keep_as_best(out)
     result = {
         "iteration": state["iteration"],

@@ -62,10 +62,10 @@ def exit_code(
 
     Args:
         interrupted: the message after an interrupt.
-        rank: the rank of this process (common/run/distributed.py).
+        rank: the rank of this process (common/run/distributed.py); only rank 0 prints to stdout.
         smaller: what saves memory besides a smaller batch, for the out-of-memory message.
     """
-    sys.stdout = sys.stdout or open(os.devnull, "w")  # noqa: SIM115  the caller closed it
+    sys.stdout = open(os.devnull, "w") if rank or not sys.stdout else sys.stdout  # noqa: SIM115  it may be closed
     sys.stderr = sys.stderr or open(os.devnull, "w")  # noqa: SIM115
     for stream in (sys.stdout, sys.stderr):
         if hasattr(stream, "reconfigure"):

@@ -1,11 +1,9 @@
-"""Command-line options: ranges, options that scripts share, and the stored options of a run that is resumed."""
+"""Command-line options: those that scripts share, and those stored by the run that is resumed."""
 
 import argparse
-import difflib
 import math
 import time
 from argparse import Namespace
-from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
@@ -14,48 +12,12 @@ import yaml
 
 from .device import AMP
 from .errors import UserError
+from .types import count, count_or_zero, positive
 
 PUBLISHED: dict[str, Any] = yaml.safe_load((Path(__file__).parents[1] / "published.yaml").read_text())
-LARGEST = 10**9
 MAY_CHANGE = ("device", "data_dir", "out", "resume", "max_minutes", "workers", "visualize")  # when a run is resumed
 NOT_SETTINGS = ("resume", "evaluate", "smoke", "given", "deadline")  # not part of a run's config.yaml
 UNSET = object()
-
-
-def number(cast: type, low: float, high: float = LARGEST, exclusive: bool = False) -> Callable[[str], Any]:
-    """A type for add_argument: a number in low..high, without `low` itself if `exclusive`."""
-
-    def convert(text: str) -> Any:
-        try:
-            value = cast(text)
-        except ValueError as error:
-            raise argparse.ArgumentTypeError(f"{text} is not {'a whole' if cast is int else 'a'} number") from error
-        if not low <= value <= high or (exclusive and value == low):
-            limit = f"above {low:g}, at most {high}" if exclusive else f"between {low:g} and {high}"
-            raise argparse.ArgumentTypeError(f"{text} must be {limit}")
-        return value
-
-    return convert
-
-
-count = number(int, 1)
-count_or_zero = number(int, 0)
-positive = number(float, 0, exclusive=True)
-weight = number(float, 0)
-
-
-def name_in(known: Iterable[str]) -> Callable[[str], str]:
-    """A type for add_argument: one of `known` names; an unknown one is answered with the nearest ones."""
-
-    def convert(text: str) -> str:
-        if text not in known:
-            spelled = {name.lower(): name for name in known}
-            near = [spelled[name] for name in difflib.get_close_matches(text.lower(), spelled, cutoff=0.5)]
-            hint = f"did you mean {' or '.join(near)}?" if near else f"choose from {', '.join(known)}"
-            raise argparse.ArgumentTypeError(f"unknown network {text!r}: {hint}")
-        return text
-
-    return convert
 
 
 class _HelpFormatter(argparse.RawDescriptionHelpFormatter):
