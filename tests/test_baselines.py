@@ -1,4 +1,4 @@
-"""The published methods that FCFD is compared with: losses against slow forms; train_baseline.py as it is run."""
+"""ablations/train_baseline.py: the losses against naive implementations, and whole runs."""
 
 import copy
 import json
@@ -19,7 +19,6 @@ from common.data.batches import train_batches
 from common.data.sources import load_data
 from common.models import build
 from common.randomness import generator, seed_of
-from common.run.errors import UserError
 
 call = partial(running.call, module=train_baseline)
 METHODS = ("reviewkd", "crd", "simkd")
@@ -28,19 +27,17 @@ TINY = [*PAIR, "--subset", 40, "--test-subset", 40, "--batch-size", 20]
 
 
 def networks(method, teacher="resnet14", student="resnet8"):
-    """(student, teacher, the method's module for 40 images of 20 classes, settings); the teacher is ready to teach."""
-    c = train_baseline.settle(
-        {"teacher": teacher, "student": student, "method": method, "device": "cpu", "seed": 5}, {}
-    )
-    student, teacher = train_baseline.build_networks(c, 20)
-    return student, teacher.eval(), train_baseline.build_method(method, teacher, student, torch.arange(40) % 20, 32), c
+    """(student, teacher, the method's module for 40 images of 20 classes); the teacher is in evaluation mode."""
+    words = ["--teacher", teacher, "--student", student, "--method", method, "--device", "cpu", "--seed", "5"]
+    student, teacher = train_baseline.build_networks(train_baseline.parse_args(words), 20)
+    return student, teacher.eval(), train_baseline.build_method(method, teacher, student, torch.arange(40) % 20)
 
 
 # --------------------------------------------------------------------------------------------------- ReviewKD
 
 
 def nearest(x, size):
-    """Maps at another size, pixel by pixel."""
+    """Resizes maps pixel by pixel."""
     (h, w), out = x.shape[2:], []
     for i in range(size[0]):
         out.append(torch.stack([x[:, :, i * h // size[0], j * w // size[1]] for j in range(size[1])], 2))
@@ -48,7 +45,7 @@ def nearest(x, size):
 
 
 def pooled(x, l):
-    """Maps averaged to l x l, cell by cell."""
+    """Averages maps to l x l, cell by cell."""
     step = x.shape[2] // l
     cells = [x[:, :, i * step :, j * step :][:, :, :step, :step].mean((2, 3)) for i in range(l) for j in range(l)]
     return torch.stack(cells, 2)
@@ -64,7 +61,7 @@ def naive_hcl(x, y):
 
 
 def naive_reviewkd(p, features_s, features_t):
-    """The loss from parameters by name, level by level from the deepest."""
+    """The loss from named parameters, level by level from the deepest."""
 
     def conv_bn(x, name, padding):
         x = F.conv2d(x, p[f"{name}.0.weight"], padding=padding)
@@ -93,12 +90,12 @@ def naive_reviewkd(p, features_s, features_t):
     ("sizes_s", "sizes_t"),
     [
         ((16, 16, 8, 4), (16, 16, 8, 4)),
-        ((16, 8, 4, 2), (16, 16, 8, 4)),  # the student's maps are smaller, as ShuffleV1's
+        ((16, 8, 4, 2), (16, 16, 8, 4)),  # the student's maps are smaller, as with ShuffleV1
         ((16, 16, 8, 8), (16, 8, 4, 4)),
         ((16, 8, 4, 2, 2), (16, 8, 4, 2, 2)),  # five stages; HCL without its larger sizes
     ],
 )
-def test_reviewkd_against_the_naive_form(sizes_s, sizes_t):
+def test_reviewkd_against_a_naive_implementation(sizes_s, sizes_t):
     torch.manual_seed(0)
     shapes_s, shapes_t = (
         {k: torch.Size((c * k, size, size)) for k, size in enumerate(sizes, 1)}
@@ -127,7 +124,7 @@ def test_reviewkd_against_the_naive_form(sizes_s, sizes_t):
     ]
     for ours, naive in pairs:
         torch.testing.assert_close(ours.grad.double(), naive.grad, rtol=1e-3, atol=1e-4)
-    assert features_s[0].grad is None  # the stem is no level
+    assert features_s[0].grad is None  # the stem is not a level
     assert all(x.grad is None for x in features_t)
 
 
@@ -138,7 +135,7 @@ def test_hcl_by_hand():
 
 
 def test_fusions_of_a_published_pair():
-    *_, method, _ = networks("reviewkd", "vgg13", "MobileNetV2")
+    *_, method = networks("reviewkd", "vgg13", "MobileNetV2")
     shapes = [[list(conv[0].weight.shape) for conv in (f.conv1, f.conv2)] for f in method.fusions]
     c_s, c_t = (12, 16, 48, 1280, 1280), (128, 256, 512, 512, 512)
     assert shapes == [[[512, a, 1, 1], [b, 512, 3, 3]] for a, b in zip(c_s, c_t, strict=True)]
@@ -152,7 +149,7 @@ def test_fusions_of_a_published_pair():
 
 # -------------------------------------------------------------------------------------------------------- CRD
 
-LABELS = torch.tensor([2, 0, 1, 1, 0, 2, 2, 2, 0, 1, 2, 2])  # in no order, and of different numbers
+LABELS = torch.tensor([2, 0, 1, 1, 0, 2, 2, 2, 0, 1, 2, 2])  # unsorted, and unequally many
 
 
 def naive_direction(v, bank, z, index, negatives, temperature):
@@ -171,7 +168,7 @@ def naive_direction(v, bank, z, index, negatives, temperature):
     return total / len(v), z
 
 
-def test_crd_against_the_naive_form_for_three_steps():
+def test_crd_against_a_naive_implementation_for_three_steps():
     torch.manual_seed(0)
     method = CRD(3, 5, LABELS, negatives=7, dim=4, momentum=0.3)
     banks = {role: getattr(method, f"bank_{role}").double() for role in "st"}
@@ -221,25 +218,25 @@ def test_crd_starts_as_published():
     assert (method.negatives, method.temperature, method.momentum) == (16384, 0.07, 0.5)
 
 
-def test_negatives_are_of_other_classes_and_uniform_over_them():
+def test_negatives_are_uniform_over_other_classes():
     method = CRD(3, 5, LABELS)
     index = torch.arange(12)
-    drawn = method.draw(index, torch.Generator().manual_seed(1))
-    assert drawn.shape == (12, 16384)
-    for i, row in zip(index.tolist(), drawn, strict=True):
+    sampled = method.draw(index, torch.Generator().manual_seed(1))
+    assert sampled.shape == (12, 16384)
+    for i, row in zip(index.tolist(), sampled, strict=True):
         others = LABELS[i] != LABELS
         counts = row.bincount(minlength=12).double()
         assert counts[~others].sum() == 0
         freedom, expected = others.sum().item() - 1, 16384 / others.sum().item()
         chi_squared = ((counts[others] - expected) ** 2 / expected).sum().item()
-        # Independent draws keep it near the degrees of freedom; without replacement it would be almost 0.
+        # Independent samples keep it near the degrees of freedom; without replacement it would be almost 0.
         assert 0.05 * freedom < chi_squared < freedom + 5 * (2 * freedom) ** 0.5
-    repeats = (drawn[0] == drawn[5]).double().mean().item()  # two anchors of one class
+    repeats = (sampled[0] == sampled[5]).double().mean().item()  # two anchors of one class
     assert repeats == pytest.approx(1 / 6, abs=0.02)
-    assert torch.equal(drawn, method.draw(index, torch.Generator().manual_seed(1)))
+    assert torch.equal(sampled, method.draw(index, torch.Generator().manual_seed(1)))
 
 
-def test_crd_is_in_float32_under_autocast():
+def test_crd_computes_in_float32_under_autocast():
     torch.manual_seed(0)
     method, index = CRD(16, 16, LABELS, negatives=50), torch.tensor([3, 7])
     twin, negatives = copy.deepcopy(method), method.draw(index, torch.Generator())
@@ -250,8 +247,8 @@ def test_crd_is_in_float32_under_autocast():
     assert torch.equal(value, twin(feature_s, feature_t, index, negatives))
 
 
-def test_crd_of_one_class_is_refused():
-    with pytest.raises(UserError, match="different classes"):
+def test_crd_refuses_a_single_class():
+    with pytest.raises(ValueError, match="different classes"):
         CRD(3, 5, torch.full((6,), 4))
 
 
@@ -261,8 +258,8 @@ def test_crd_of_one_class_is_refused():
 @pytest.mark.parametrize(
     ("teacher", "student"), [("resnet14", "resnet8"), ("vgg8", "MobileNetV2"), ("resnet8", "wrn_16_1")]
 )
-def test_simkd_against_the_naive_form(teacher, student):
-    student, teacher, method, _ = networks("simkd", teacher, student)
+def test_simkd_against_a_naive_implementation(teacher, student):
+    student, teacher, method = networks("simkd", teacher, student)
     images = torch.randn(3, 3, 32, 32)
     losses, logits = train_baseline.terms(method, teacher, student, images, torch.arange(3), torch.arange(3), None)
     x, y = images, images
@@ -278,8 +275,8 @@ def test_simkd_against_the_naive_form(teacher, student):
 
 @pytest.mark.parametrize("name", METHODS)
 @pytest.mark.parametrize("amp", [None, torch.bfloat16])
-def test_what_a_step_trains(name, amp):
-    student, teacher, method, _ = networks(name)
+def test_gradients_of_a_step(name, amp):
+    student, teacher, method = networks(name)
     before = copy.deepcopy(teacher.state_dict())
     index = torch.tensor([3, 0, 21, 7])
     with torch.autocast("cpu", amp, enabled=amp is not None):
@@ -289,7 +286,7 @@ def test_what_a_step_trains(name, amp):
     assert all(loss.dtype == torch.float32 for loss in losses.values())
     losses["distill"].backward()
     trained = [p for p in student.parameters() if p.requires_grad] + list(method.parameters())
-    own = [] if name == "simkd" else list(student.classifier_layer.parameters())  # it has no part in a feature
+    own = [] if name == "simkd" else list(student.classifier_layer.parameters())  # no feature depends on it
     assert all((p.grad is None or not p.grad.any()) == any(p is q for q in own) for p in trained)
     assert all(p.grad is None for p in teacher.parameters())
     assert all(torch.equal(value, before[key]) for key, value in teacher.state_dict().items())
@@ -302,7 +299,7 @@ def test_what_a_step_trains(name, amp):
 
 @pytest.mark.parametrize("name", METHODS)
 def test_two_epochs_written_out(tmp_path, capsys, monkeypatch, teacher, name):
-    """The script against a loop with SGD and schedules by hand, stopped after each epoch of 24."""
+    """The script, stopped after each of two of 24 epochs, against a loop with manual SGD and schedules."""
     draw, negatives = CRD.draw, []
     monkeypatch.setattr(CRD, "draw", lambda *args: negatives.append(draw(*args)) or negatives[-1])
     options = [*TINY, "--batch-size", 32, "--method", name, "--weight", 0.7, "--lr", 0.002, "--epochs", 24, "--seed", 5]
@@ -310,17 +307,17 @@ def test_two_epochs_written_out(tmp_path, capsys, monkeypatch, teacher, name):
     call(capsys, *options)
     call(capsys, *options, "--resume")
 
-    student, net, method, _ = networks(name)
+    student, net, method = networks(name)
     weights = torch.load(teacher / "student.pth", weights_only=True)["model"]
     net.load_state_dict(weights)
     data = load_data("synthetic", "", 40, 40)
     trained = [p for p in (*student.parameters(), *method.parameters()) if p.requires_grad]
-    for part in (student, net, method):  # as the script has it, so that not even rounding differs much
+    for part in (student, net, method):  # as in the script, so rounding hardly differs
         part.to(memory_format=torch.channels_last)
     velocity, start = [0.0] * len(trained), [p.detach().clone() for p in trained]
     rows = []
     for epoch in range(2):
-        warm = (epoch + 1) / 2 if name == "reviewkd" else 1  # a twelfth of 24 epochs
+        warm = (epoch + 1) / 2 if name == "reviewkd" else 1  # over 1/12 of 24 epochs
         order = torch.randperm(40, generator=generator(5, epoch, "data"))
         for_negatives = torch.Generator().manual_seed(seed_of(5, epoch, "negatives"))
         logged, hits = [], 0
@@ -353,11 +350,13 @@ def test_two_epochs_written_out(tmp_path, capsys, monkeypatch, teacher, name):
         assert (saved[id(p)] - p.detach()).norm() <= 0.01 * (p.detach() - old).norm() + 1e-7
     for key, value in state["method"].items():
         torch.testing.assert_close(value, method.state_dict()[key], rtol=1e-2, atol=1e-3)
-    assert all(torch.equal(value, weights[key]) for key, value in state["teacher"].items())  # statistics too
+    assert all(
+        torch.equal(value, weights[key]) for key, value in state["teacher"].items()
+    )  # BatchNorm statistics included
 
 
 @pytest.mark.parametrize("name", METHODS)
-def test_stopped_and_resumed_is_bit_for_bit_the_unbroken_run(tmp_path, capsys, teacher, name):
+def test_resumed_run_is_bit_for_bit_the_uninterrupted_run(tmp_path, capsys, teacher, name):
     options = [*TINY, "--method", name, "--epochs", 2, "--teacher-ckpt", teacher / "student.pth"]
     call(capsys, *options, "--out", tmp_path / "whole")
     stopped = call(capsys, *options, "--out", tmp_path / "parts", "--max-minutes", 1e-9)
@@ -377,7 +376,7 @@ def test_stopped_and_resumed_is_bit_for_bit_the_unbroken_run(tmp_path, capsys, t
     assert result["best"]["epoch"] == 1 + accuracies.index(max(accuracies))
 
 
-def test_smoke_and_what_it_leaves(tmp_path, capsys):
+def test_smoke_and_its_files(tmp_path, capsys):
     printed = call(capsys, "--smoke", "--device", "cpu", "--out", tmp_path)
     assert printed.count("teacher: training resnet14") == 1
     assert printed.count("from an earlier run") == 2
@@ -399,11 +398,14 @@ def test_smoke_and_what_it_leaves(tmp_path, capsys):
         simkd = ["--simkd", "--teacher", "resnet14"] if name == "simkd" else []
         test = ["--evaluate", folder / "student.pth", "--student", "resnet8", *simkd, *SMALL, "--test-subset", 40]
         assert f"resnet8 {last['top1']:.2f} % top-1, {last['top5']:.2f} % top-5" in running.call(capsys, *test)
+    again = call(capsys, "--smoke", "--device", "cpu", "--out", tmp_path)
+    assert again.count("saved to") == 3
+    assert "epoch   1/1" not in again
     message = running.call(capsys, *NETWORKS, "--resume", "--out", tmp_path / "crd", code=2, module=cifar100)
     assert "baselines.py" in message
 
 
-def test_resume_goes_on_with_a_teacher_that_was_begun(tmp_path, capsys):
+def test_resume_continues_with_an_unfinished_teacher(tmp_path, capsys):
     options = [*TINY, "--method", "simkd", "--epochs", 1, "--teacher-epochs", 2, "--out", tmp_path / "run"]
     assert "stopped after 1 of 2" in call(capsys, *options, "--max-minutes", 1e-9)
     assert not (tmp_path / "run").exists()
@@ -412,7 +414,7 @@ def test_resume_goes_on_with_a_teacher_that_was_begun(tmp_path, capsys):
     assert config["teacher_ckpt"] == str(tmp_path / "synthetic-subset40-resnet14-alone-2ep-seed1" / "student.pth")
 
 
-def test_settings_are_those_published():
+def test_published_settings():
     weights = {
         "reviewkd": {
             "resnet56-resnet20": 0.6,
@@ -426,13 +428,14 @@ def test_settings_are_those_published():
     for pair, row in cifar100.SETTINGS["pairs"].items():
         teacher, student = pair.split("-")
         for name, other in (("reviewkd", 5), ("crd", 0.8), ("simkd", 1)):
-            c = train_baseline.settle({"teacher": teacher, "student": student, "method": name, "device": "cuda"}, {})
-            assert (c.weight, c.lr) == (weights[name].get(pair, other), row["lr"])
-            assert (c.epochs, c.batch_size, c.amp, c.teacher_epochs) == (240, 64, "fp16", 240)
-            assert c.out == f"runs/cifar100-{pair}-{name}-240ep-seed1"
+            words = ["--teacher", teacher, "--student", student, "--method", name, "--device", "cuda"]
+            args = train_baseline.parse_args(words)
+            assert (args.weight, args.lr) == (weights[name].get(pair, other), row["lr"])
+            assert (args.epochs, args.batch_size, args.amp, args.teacher_epochs) == (240, 64, "fp16", 240)
+            assert args.out == f"runs/cifar100-{pair}-{name}-240ep-seed1"
 
 
-def test_the_student_starts_as_in_cifar100():
+def test_student_starts_as_in_cifar100():
     torch.manual_seed(5)
     alone = build("resnet8", 20).state_dict()
     for name in METHODS:
@@ -449,15 +452,18 @@ def test_the_student_starts_as_in_cifar100():
         ([*NETWORKS, "--method", "fcfd"], "--method"),
         (["--teacher", "resnet14", "--student", "resnet9", "--method", "crd"], "resnet8"),
         (["--teacher", "vgg8", "--student", "resnet8", "--method", "reviewkd"], "5 stages and the student 4"),
-        ([*NETWORKS, "--method", "crd", "--weight", -1], "--weight -1"),
-        ([*NETWORKS, "--method", "reviewkd", "--weight", "nan"], "--weight nan"),
+        ([*NETWORKS, "--method", "crd", "--weight", -1], "--weight: -1 must be"),
+        ([*NETWORKS, "--method", "reviewkd", "--weight", "nan"], "--weight: nan must be"),
         ([*NETWORKS, "--method", "simkd", "--weight", 0], "--weight 0"),
-        ([*NETWORKS, "--method", "crd", "--lr", 0], "--lr 0"),
-        ([*NETWORKS, "--method", "crd", "--epochs", 0], "--epochs 0"),
+        ([*NETWORKS, "--method", "crd", "--lr", 0], "--lr: 0 must be"),
+        ([*NETWORKS, "--method", "crd", "--epochs", 0], "--epochs: 0 must be"),
         ([*NETWORKS, "--method", "crd", "--subset", 20], "20 training images"),
         ([*NETWORKS, "--method", "reviewkd", "--subset", 33], "a batch of one"),
         ([*NETWORKS, "--method", "crd", "--teacher-ckpt", "none.pth"], "none.pth"),
-        ([*NETWORKS, "--method", "crd", "--teacher-ckpt", "a.pth", "--teacher-epochs", 3], "give one of them"),
+        (
+            [*NETWORKS, "--method", "crd", "--teacher-ckpt", "a.pth", "--teacher-epochs", 3],
+            "omit it, or",
+        ),
         ([*NETWORKS, "--method", "crd", "--device", "cuda:99"], "cuda:99"),
         ([*NETWORKS, "--method", "crd", "--resume"], "nothing to resume"),
     ],
@@ -468,10 +474,10 @@ def test_wrong_input_is_one_line_and_exit_code_2(tmp_path, capsys, monkeypatch, 
     assert message.startswith("error: ")
     assert expected in message
     assert message.count("\n") == 1
-    assert not list(tmp_path.iterdir())  # nothing is left
+    assert not list(tmp_path.iterdir())  # no files are left behind
 
 
-def test_images_of_one_class_are_refused_before_a_teacher_is_trained(tmp_path, capsys):
+def test_a_single_class_is_refused_before_a_teacher_is_trained(tmp_path, capsys):
     running.image_files(tmp_path / "images", {"train": 4, "test": 2}, classes=["n1"])
     options = [
         *NETWORKS,

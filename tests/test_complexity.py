@@ -1,4 +1,4 @@
-"""ablations/complexity.py: what it writes; how long things take is not for a test."""
+"""ablations/complexity.py: its output files and steps. Times are not tested."""
 
 import json
 
@@ -6,7 +6,7 @@ import pytest
 import torch
 
 import cifar100
-from ablations import complexity
+from ablations import complexity, measure, steps, train_baseline
 from common.models import build
 
 
@@ -25,7 +25,7 @@ def test_smoke(tmp_path, capsys):
     weights, of_teacher = (
         sum(4 * p.numel() for p in build(n, 100).parameters()) / 2**20 for n in ("resnet8", "resnet14")
     )
-    assert 2 * weights < memory["alone", None]  # weights and gradients at least
+    assert 2 * weights < memory["alone", None]  # at least weights and gradients
     assert memory["alone", None] + of_teacher < memory["kd", None] < memory["app", None] < memory["fcfd", 0]
     assert memory["fcfd", 0] < memory["fcfd", 2] < 40
     assert memory["crd", None] > 2 * 50_000 * 128 * 4 / 2**20  # its two banks
@@ -44,9 +44,7 @@ def test_smoke(tmp_path, capsys):
     expected += f"{4 / row['seconds']:.0f} | {row['megabytes']:.0f} | {row['flops'] / 1e9:.2f} | "
     assert expected + f"{row['flops'] / unit['flops']:.2f} |" in text
     fewer = ["--methods", "fcfd", "kd", "--num-paths", "2"]
-    assert (
-        complexity.main(["--smoke", "--device", "cpu", "--out", str(tmp_path), *fewer]) == 0
-    )  # of those that are there
+    assert complexity.main(["--smoke", "--device", "cpu", "--out", str(tmp_path), *fewer]) == 0
     assert "resnet14-resnet8: kept" in capsys.readouterr().out
     assert json.loads((tmp_path / "rows.json").read_text()) == numbers
     lines = text.splitlines()
@@ -54,8 +52,8 @@ def test_smoke(tmp_path, capsys):
 
 
 def kinds(*options, pair="resnet32x4-resnet8x4"):
-    c = complexity.parse_args([*options, "--device", "cpu"])
-    return [(row.kind, row.num_paths) for row in complexity.rows_of(pair, c)], c.out
+    args = complexity.parse_args([*options, "--device", "cpu"])
+    return [(row.kind, row.num_paths) for row in complexity.rows_of(pair, args)], args.out
 
 
 def test_rows():
@@ -65,22 +63,26 @@ def test_rows():
     beside = [("alone", None), *((kind, None) for kind in methods), ("fcfd", 2)]
     assert kinds("--methods", *methods, "fcfd") == (beside, "results/complexity/methods")
     assert kinds("--methods", "fcfd", "--num-paths", "0", "4")[0] == [("alone", None), ("fcfd", 0), ("fcfd", 4)]
-    assert kinds("--num-paths", "1", pair="resnet32x4-ShuffleV1")[0] == [("alone", None), ("fcfd", 1)]  # it is plain
+    assert complexity.parse_args(["--pairs", "all"]).pairs == list(cifar100.SETTINGS["pairs"])
+    assert kinds("--num-paths", "1", pair="resnet32x4-ShuffleV1")[0] == [
+        ("alone", None),
+        ("fcfd", 1),
+    ]  # trained in plain form anyway
 
 
-def test_memory_is_the_same_when_measured_again():
-    c = smoke_settings()
+def test_memory_is_reproducible():
+    args = smoke_settings()
     rows = [complexity.Row("resnet14-resnet8", "fcfd", 2) for _ in range(3)]
     for row in rows:
-        complexity.measure_memory(row, c)
+        complexity.measure_memory(row, args)
     assert rows[1].megabytes == pytest.approx(rows[0].megabytes, rel=0.01)
     assert rows[2].megabytes == pytest.approx(rows[0].megabytes, rel=0.01)
 
 
 def test_time_is_the_median_without_the_first_round(monkeypatch):
-    """A clock that the steps move: the row that takes 1, 2, 9 s counts 2, and its first step, of 100 s, not at all."""
+    """The steps move the clock: 1, 2 and 9 s count as 2; the first step, of 100 s, does not count."""
     now = [0.0]
-    monkeypatch.setattr(complexity.time, "perf_counter", lambda: now[0])
+    monkeypatch.setattr(measure.time, "perf_counter", lambda: now[0])
     lasting = {"a": [100, 1, 2, 9], "b": [0, 4, 4, 4]}
     order = []
 
@@ -92,21 +94,19 @@ def test_time_is_the_median_without_the_first_round(monkeypatch):
         return step
 
     rows = [complexity.Row("x-y", name) for name in lasting]
-    monkeypatch.setattr(complexity, "STEPS", {name: lambda row, c: step_of(row.kind) for name in lasting})
-    c = complexity.parse_args(["--repeats", "3", "--device", "cpu"])
-    complexity.measure_time(rows, c)
+    monkeypatch.setattr(complexity, "build_step", lambda pair, kind, num_paths, args: step_of(kind))
+    complexity.measure_time(rows, complexity.parse_args(["--repeats", "3", "--device", "cpu"]))
     assert [row.seconds for row in rows] == [2, 4]
     assert "".join(order) == "baabbaab"
 
 
 @pytest.mark.parametrize("kind", ["kd", "dkd", "app", "reviewkd", "crd", "fcfd", "plain"])
-def test_a_step_trains_the_student_and_leaves_the_teacher(monkeypatch, kind):
+def test_a_step_trains_only_the_student(monkeypatch, kind):
     built = {}
-    for module in (cifar100, complexity.train_baseline):
+    for module in (cifar100, train_baseline):
         monkeypatch.setattr(module, "build", lambda name, n: built.setdefault(name, build(name, n)))
-    c = smoke_settings()
-    row = complexity.Row("resnet14-resnet8", kind, 4 if kind in complexity.OF_PATHS else None)
-    step = complexity.STEPS[kind](row, c)
+    num_paths = 4 if kind in complexity.WITH_PATHS else None
+    step = steps.build_step("resnet14-resnet8", kind, num_paths, smoke_settings())
     teacher, student = built["resnet14"], built["resnet8"]
     before = [[p.detach().clone() for p in net.parameters()] for net in (teacher, student)]
     seen_by_teacher = teacher.bn1.running_mean.clone()
@@ -124,23 +124,22 @@ def test_a_step_trains_the_student_and_leaves_the_teacher(monkeypatch, kind):
 
 
 @pytest.mark.parametrize(("kind", "num_paths"), [("kd", None), ("dkd", None), ("app", None), ("fcfd", 2)])
-def test_a_step_is_that_of_cifar100(monkeypatch, kind, num_paths):
-    """Its terms, bridges and paths: whatever cifar100.py's settings say of the method."""
+def test_a_step_matches_cifar100(monkeypatch, kind, num_paths):
+    """Its terms, bridges and paths are those that cifar100.py uses for the method."""
     asked = {}
 
     def terms(flow, labels, temperature, terms, kd_loss):
-        asked.update(terms=terms, dkd=kd_loss is not complexity.kl, paths=list(flow.mixed), bridged=list(flow.s2t))
+        asked.update(terms=tuple(terms), dkd=kd_loss is not steps.kl, paths=list(flow.mixed), bridged=list(flow.s2t))
         return {"task": flow.student_logits.sum()}
 
-    monkeypatch.setattr(complexity, "fcfd_terms", terms)
-    row = complexity.Row("resnet14-resnet8", kind, num_paths)
-    step = complexity.STEPS[kind](row, smoke_settings())
+    monkeypatch.setattr(steps, "fcfd_terms", terms)
+    step = steps.build_step("resnet14-resnet8", kind, num_paths, smoke_settings())
     drawn = set()
     for i in range(3):
         step(i)
         assert len(asked["paths"]) == (num_paths or 0)
         drawn |= {tuple(asked["paths"])}
-    assert len(drawn) == (3 if num_paths else 1)  # of this seed all three draws differ
+    assert len(drawn) == (3 if num_paths else 1)  # with this seed all three draws differ
     assert asked["terms"] == cifar100.METHODS["kd" if kind == "dkd" else kind]
     assert asked["dkd"] == (kind == "dkd")
     assert asked["bridged"] == ([] if kind in ("kd", "dkd") else [2, 3, 4])
@@ -150,9 +149,9 @@ def test_a_step_is_that_of_cifar100(monkeypatch, kind, num_paths):
 def test_mixed_precision_is_used(monkeypatch, kind, expected):
     seen = []
     monkeypatch.setattr(
-        complexity, "fcfd_terms", lambda flow, *_, **__: seen.append(flow.student_logits) or {"task": seen[0].sum()}
+        steps, "fcfd_terms", lambda flow, *_, **__: seen.append(flow.student_logits) or {"task": seen[0].sum()}
     )
-    complexity.STEPS[kind](complexity.Row("resnet14-resnet8", kind, 1), smoke_settings("--amp", "bf16"))(0)
+    steps.build_step("resnet14-resnet8", kind, 1, smoke_settings("--amp", "bf16"))(0)
     assert seen[0].dtype == expected
 
 
@@ -163,8 +162,8 @@ def test_mixed_precision_is_used(monkeypatch, kind, expected):
         (["--pairs", "resnet14"], "hyphen"),
         (["--pairs", "vgg13-resnet8"], "stages"),
         (["--num-paths", "5"], "4 candidates"),
-        (["--repeats", "0"], "--repeats 0"),
-        (["--batch-size", "0"], "--batch-size 0"),
+        (["--repeats", "0"], "--repeats: 0 must be"),
+        (["--batch-size", "0"], "--batch-size: 0 must be"),
         (["--batch-size", "1", "--methods", "reviewkd"], "--batch-size 1"),
         (["--batch-size", "50001", "--methods", "crd"], "50000 images"),
         (["--methods", "kd", "--num-paths", "2"], "add fcfd"),

@@ -1,4 +1,4 @@
-"""ablations/flops.py: App. H's formula against a count of whole training steps, forward and backward."""
+"""ablations/flops.py: App. H's formula against the counted FLOPs of whole training steps."""
 
 from itertools import combinations
 
@@ -9,7 +9,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from ablations import flops
 from common.bridges import build_bridges
-from common.fcfd import TERMS, fcfd_terms, forward_paths
+from common.fcfd import EQ_9, fcfd_terms, forward_paths
 from common.models import build
 from common.multipath_bn import track_paths
 from common.paths import candidate_paths
@@ -18,7 +18,7 @@ B, SIZE = 2, 16
 
 
 class Pair:
-    """Networks and bridges as in training, with a count of what a step does and the formula's quantities."""
+    """Networks and bridges as in training, the formula's quantities, and the counted FLOPs of a step."""
 
     def __init__(self, pair, counter):
         self.teacher, self.student = (build(name, 10) for name in pair.split("-"))
@@ -34,39 +34,39 @@ class Pair:
         self.counter = counter
 
     def count(self, terms, paths=()):
-        """FLOPs for one image."""
+        """FLOPs per image."""
         with self.counter() as counter:
             flow = forward_paths(self.teacher, self.student, self.bridges, self.images, paths, app="app" in terms)
             sum(fcfd_terms(flow, self.labels, 4.0, terms).values()).backward()
         return counter.get_total_flops() / B
 
 
-def pytorchs():
+def pytorch_counter():
     return FlopCounterMode(display=False)
 
 
-# Bridges of equal sizes, strided, transposed; grouped and depthwise convolutions in the student, in the teacher.
+# Equal-size, strided and transposed bridges; grouped and depthwise convolutions in the student, then in the teacher.
 @pytest.mark.parametrize(
     ("pair", "counter", "sizes_of_s"),
     [
-        ("resnet14-resnet8", pytorchs, range(5)),
+        ("resnet14-resnet8", pytorch_counter, range(5)),
         ("resnet8x4-ShuffleV1", flops.counter, (0, 1, 4)),
         ("ShuffleV2-wrn_16_1", flops.counter, (0, 1)),
     ],
 )
-def test_formula_is_the_count(pair, counter, sizes_of_s):
+def test_formula_equals_the_count(pair, counter, sizes_of_s):
     pair = Pair(pair, counter)
     kd = pair.count(("task", "kd"))
     assert kd == flops.kd_step(pair.forward)
     assert pair.count(("task", "kd", "app")) - kd == flops.app_extra(pair.forward)
     for n in sizes_of_s:
-        steps = [pair.count(TERMS, paths) for paths in combinations(pair.candidates, n)]
+        steps = [pair.count(EQ_9, paths) for paths in combinations(pair.candidates, n)]
         extra = flops.fcfd_extra(pair.forward, pair.candidates, n)
         assert sum(steps) / len(steps) - kd == pytest.approx(extra, rel=1e-12)
 
 
 @pytest.mark.parametrize("name", ["resnet8", "vgg8", "MobileNetV2"])
-def test_the_student_alone(name):
+def test_student_alone(name):
     net, images = build(name, 10), torch.randn(B, 3, SIZE, SIZE)
     forward = flops.forward_flops(net, net, build_bridges(net, net, SIZE), SIZE)
     net.train()
@@ -76,7 +76,7 @@ def test_the_student_alone(name):
 
 
 def test_forward_flops_by_hand():
-    """resnet8 at 32 x 32: a stem, and three blocks of two 3x3 convolutions, from the second on with a 1x1 shortcut."""
+    """resnet8 at 32x32: a stem and three blocks of two 3x3 convolutions; the second and third have a 1x1 shortcut."""
     with torch.device("meta"):
         teacher, student = build("resnet14", 100), build("resnet8", 100)
         bridges = build_bridges(teacher, student, 32)
@@ -103,11 +103,11 @@ def test_forward_flops_by_hand():
 )
 @pytest.mark.parametrize(("input_grad", "weight_grad"), [(True, True), (True, False), (False, True)])
 def test_counter(layer, c_in, input_grad, weight_grad):
-    """A backward pass of one layer: as much as its forward pass for each gradient, groups or not."""
+    """Each gradient of a layer costs as much as its forward pass, with groups too."""
     x = torch.randn(B, c_in, 8, 8, requires_grad=input_grad)
     layer.requires_grad_(weight_grad)
     with torch.no_grad():
-        places = x if isinstance(layer, nn.ConvTranspose2d) else layer(x)  # where the kernel is laid on
+        places = x if isinstance(layer, nn.ConvTranspose2d) else layer(x)  # one per position of the kernel
     once = 2 * B * places[0, 0].numel() * layer.weight.numel()
     with flops.counter() as counter:
         layer(x).sum().backward()

@@ -5,7 +5,6 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from common.models import pool
-from common.run.errors import UserError
 
 
 class CRD(nn.Module):
@@ -26,7 +25,7 @@ class CRD(nn.Module):
         z_s, z_t: normalizers of the scores against each bank; -1 until the first batch sets them.
 
     Raises:
-        UserError: all images are of one class.
+        ValueError: all images are of one class.
     """
 
     EPSILON = 1e-7  # added to P + m Pn
@@ -45,7 +44,7 @@ class CRD(nn.Module):
         labels = labels.cpu()
         n, counts = len(labels), labels.bincount()
         if counts.max() == n:
-            raise UserError("CRD contrasts images of different classes, but all are of one: choose other images")
+            raise ValueError("CRD contrasts images of different classes, but all are of one: choose other images")
         self.negatives, self.temperature, self.momentum = negatives, temperature, momentum
         self.embed_s, self.embed_t = nn.Linear(c_s, dim), nn.Linear(c_t, dim)
         bound = (3 / dim) ** 0.5  # for an expected squared length of 1

@@ -10,7 +10,6 @@ from torch import Tensor, nn
 
 from common.losses import l2
 from common.models import pool
-from common.run.errors import UserError
 
 
 class ABF(nn.Module):
@@ -52,13 +51,13 @@ class ReviewKD(nn.Module):
         shapes_s, shapes_t: k -> (C, H, W) of the student's and the teacher's F^k (common.bridges.feature_shapes).
 
     Raises:
-        UserError: the networks have different numbers of stages.
+        ValueError: the networks have different numbers of stages.
     """
 
     def __init__(self, shapes_s: dict[int, torch.Size], shapes_t: dict[int, torch.Size]):
         super().__init__()
         if len(shapes_s) != len(shapes_t):
-            raise UserError(
+            raise ValueError(
                 f"the teacher has {len(shapes_t)} stages and the student {len(shapes_s)}: choose two networks whose "
                 "stages correspond"
             )
