@@ -39,7 +39,8 @@ from common.run.checkpoint import write_atomically
 from common.run.device import AMP, open_device
 from common.run.errors import exit_code, user_errors
 from common.run.folder import made_with
-from common.run.options import PUBLISHED, Parser, count, count_or_zero, default_device, name_in, set_defaults
+from common.run.options import PUBLISHED, Parser, default_device, set_defaults
+from common.run.types import count, count_or_zero, name_in
 
 KINDS = {  # of steps, with their titles in the table
     "alone": "the unit: the student alone",

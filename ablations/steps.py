@@ -122,8 +122,7 @@ def baseline_loss(words: list[str], images: Tensor, labels: Tensor) -> tuple[lis
 def training_step(networks: list[nn.Module], loss: Loss, device: torch.device, amp: str, nesterov: bool) -> Step:
     """Forward, backward and SGD."""
     parameters = [p for net in networks for p in net.parameters() if p.requires_grad]
-    fused = device.type == "cuda"
-    optimizer = sgd(parameters, 0.01, momentum=0.9, weight_decay=5e-4, nesterov=nesterov, fused=fused)
+    optimizer = sgd(parameters, 0.01, momentum=0.9, weight_decay=5e-4, nesterov=nesterov)
     scaler = torch.amp.GradScaler(device.type, enabled=amp == "fp16")
 
     def step(i: int) -> None:

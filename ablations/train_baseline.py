@@ -35,14 +35,17 @@ from common.data.batches import SIZE, Data, ImageSet, eval_batches, train_batche
 from common.data.sources import load_data
 from common.models import NETWORKS, StagedNet, build
 from common.randomness import seed_of
+from common.run import earlier_runs
 from common.run.checkpoint import load_network
+from common.run.cost import cost_line
 from common.run.device import AMP, open_device
 from common.run.errors import UserError, exit_code, user_errors
 from common.run.evaluation import evaluate
 from common.run.optimizer import sgd
-from common.run.options import PUBLISHED, Parser, count, name_in, positive, set_defaults, weight
+from common.run.options import PUBLISHED, Parser, set_defaults
 from common.run.run import Meter, Run, stored_options
-from common.simkd import build_simkd, cost_line
+from common.run.types import count, name_in, positive, weight
+from common.simkd import build_simkd
 
 SETTINGS = PUBLISHED["cifar100"]
 METHODS = tuple(PUBLISHED["baselines"])
@@ -78,9 +81,11 @@ def parse_args(argv: list[str] | None = None, stored: dict | None = None) -> Nam
         return args
 
     args.out = args.out or f"runs/{cifar100.run_name(Namespace(**vars(args), kd_loss='kl', simkd=False))}"
-    if args.resume and stored is None and not cifar100.only_teacher_begun(args):
-        return parse_args(argv, stored_options(args, "baselines"))
-    args.resume = args.resume and stored is not None
+    if args.resume and stored is None:
+        # A run that stopped while its teacher was trained has not begun yet: it starts, and the teacher resumes.
+        if not earlier_runs.only_teacher_begun(Path(args.out), cifar100.teacher_folder(args)):
+            return parse_args(argv, stored_options(args, "baselines"))
+        args.resume = False
 
     weights = PUBLISHED["baselines"][args.method]
     set_defaults(args, weight=weights.get(f"{args.teacher}-{args.student}", weights["other"]))
@@ -104,7 +109,7 @@ def smoke_runs(args: Namespace, argv: list[str] | None) -> list[Namespace]:
 
 
 def warmup(args: Namespace, epoch: int) -> float:
-    """The factor on the method's weight: ReviewKD's rises linearly over 20 epochs, or 1/12 of a shorter run."""
+    """The factor on the method's weight: ReviewKD's rises linearly during the warm-up, which shorter runs shorten."""
     if args.method != "reviewkd":
         return 1.0
     return min(1.0, (epoch + 1) / (SETTINGS["warmup_epochs"] * min(1, args.epochs / SETTINGS["epochs"])))
@@ -183,16 +188,20 @@ def train(args: Namespace, data: Data | None = None) -> bool:
     with Run(args, "baselines", columns=("task", "distill")) as run:
         device = open_device(args.device)
         data = data or load_data(args.dataset, args.data_dir, args.subset, args.test_subset).to(device)
-        run.check_data(data.fingerprint)
         n, batch_size = len(data.train), args.batch_size
-        if batch_size > n:
-            raise UserError(f"--batch-size {batch_size}: there are only {n} training images")
+        run.check_data(data.fingerprint, n)
         if args.method == "reviewkd" and (batch_size == 1 or n % batch_size == 1):
             raise UserError(f"--batch-size {batch_size}: {n} images leave a batch of one for ReviewKD's BatchNorm")
         with user_errors():
             student, teacher = build_networks(args, len(data.classes))
             method = build_method(args.method, teacher, student, data.train.labels)
-        print_header(args, data)
+        task = f"{args.student} from {args.teacher} by {args.method}"
+        print(f"{task}, {args.epochs} epochs on {args.dataset}: {data}; {args.device}, amp {args.amp}; {args.out}")
+        if f"{args.teacher}-{args.student}" not in SETTINGS["pairs"]:
+            print(f"{args.teacher}-{args.student} is not a published pair; using the default settings")
+        print(f"lr {args.lr:g}, weight {args.weight:g}")
+        if args.method == "simkd":
+            print(cost_line(args.student, args.teacher, len(data.classes), SIZE))
         if not run.resumed:
             args.teacher_ckpt = cifar100.find_teacher(args, data)
             if not args.teacher_ckpt:
@@ -204,11 +213,11 @@ def train(args: Namespace, data: Data | None = None) -> bool:
         for net in networks:
             net.to(device, memory_format=torch.channels_last if channels_last else torch.preserve_format)
         parameters = [p for net in networks for p in net.parameters() if p.requires_grad]
-        optimizer = sgd(parameters, args.lr, momentum=0.9, weight_decay=5e-4, fused=device.type == "cuda")
+        optimizer = sgd(parameters, args.lr, momentum=0.9, weight_decay=5e-4)
         scaler = torch.amp.GradScaler(device.type, enabled=args.amp == "fp16")
         run.track(student=student, teacher=teacher, method=method, optimizer=optimizer, scaler=scaler)
-        if not run.resumed:
-            run.state["teacher_accuracy"] = evaluate(teacher, eval_batches(data.test, channels_last=channels_last))
+        tests = eval_batches(data.test, channels_last=channels_last)
+        run.state["teacher_accuracy"] = run.state["teacher_accuracy"] or evaluate(teacher, tests)
         print(f"teacher: {run.state['teacher_accuracy']['top1']:.2f} % top-1 before distillation", flush=True)
 
         indices = ImageSet(data.train.images, torch.arange(n, device=device))  # CRD needs them; they yield the labels
@@ -236,17 +245,6 @@ def train(args: Namespace, data: Data | None = None) -> bool:
             run.finish_steps(meter)
             run.end_epoch(meter, lr, student=evaluate(student, eval_batches(data.test, channels_last=channels_last)))
     return run.finished
-
-
-def print_header(args: Namespace, data: Data) -> None:
-    size = f"{len(data.train)} training and {len(data.test)} test images in {len(data.classes)} classes"
-    task = f"{args.student} from {args.teacher} by {args.method}"
-    print(f"{task}, {args.epochs} epochs on {args.dataset}: {size}; {args.device}, amp {args.amp}; {args.out}")
-    if f"{args.teacher}-{args.student}" not in SETTINGS["pairs"]:
-        print(f"{args.teacher}-{args.student} is not a published pair; using the default settings")
-    print(f"lr {args.lr:g}, weight {args.weight:g}")
-    if args.method == "simkd":
-        print(cost_line(args.student, args.teacher, len(data.classes), SIZE))
 
 
 def main(argv: list[str] | None = None) -> int:
