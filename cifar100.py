@@ -1,6 +1,6 @@
 """FCFD on CIFAR-100 (Sec. 3.1, 3.2): distill a teacher into a student, or train one network alone.
 
-    python cifar100.py --teacher resnet32x4 --student resnet8x4     distill; the teacher is found, or trained first
+    python cifar100.py --teacher resnet32x4 --student resnet8x4     distill; trains the teacher first if needed
     python cifar100.py --student resnet8x4                          train a network alone: a teacher, a baseline
     python cifar100.py --student resnet8x4 --evaluate FILE          test a checkpoint
 
@@ -44,7 +44,7 @@ METHODS = {"kd": ("task", "kd"), "app": ("task", "kd", "app"), "fcfd": EQ_9}  # 
 
 
 def parse_args(argv: list[str] | None = None, stored: dict | None = None) -> Namespace:
-    """The options as given, else those `stored` by the run that is resumed, else the published settings."""
+    """The command-line options, then those `stored` by the run that is resumed, then the published defaults."""
     parser = Parser(__doc__)
     add = parser.add_argument
     add("--student", type=name_in(NETWORKS), required=True, metavar="NAME", help=", ".join(NETWORKS))
@@ -58,23 +58,43 @@ def parse_args(argv: list[str] | None = None, stored: dict | None = None) -> Nam
     add("--method", choices=METHODS, default="fcfd", help="kd: L_task + L_kd; app: adds L_app; fcfd: all of Eq. 9")
     add("--teacher-ckpt", metavar="FILE", help="default: an earlier run's next to --out, else it is trained first")
     add("--teacher-epochs", type=count, metavar="N", help="of a teacher that is trained first (default: --epochs)")
-    add("--teacher-bn", choices=("batch", "running"), default="batch", help="statistics behind p_t and F_t")
+    add(
+        "--teacher-bn",
+        choices=("batch", "running"),
+        default="batch",
+        help="BatchNorm statistics of the pure teacher: of each batch, or running",
+    )
     add("--temperature", type=positive, metavar="T", help="of every KL (default: the pair's)")
     for name in TERMS:
         add(option(f"w_{name}"), type=weight, metavar="W", help=f"weight of {name} (default: the method's and pair's)")
-    add("--num-paths", type=count_or_zero, metavar="N", help="|S|, mixed paths sampled per step (default: 2)")
-    add("--positions", type=int, nargs="+", metavar="K", help="stages that mixed paths leave (default: 2..N-1)")
-    add("--kd-loss", choices=("kl", "dkd"), default="kl", help="what compares logits with the teacher's")
-    add("--tckd", type=weight, default=1, metavar="W", help="weight of DKD's part on the label")
-    add("--nckd", type=weight, default=2, metavar="W", help="weight of DKD's part on the other classes")
-    add("--simkd", action="store_true", help="replace the student's classifier by SimKD's projector and the teacher's")
+    add(
+        "--num-paths",
+        type=count_or_zero,
+        metavar="N",
+        help="|S|, mixed paths sampled per step (default: 2); terms are sums over them",
+    )
+    add(
+        "--positions",
+        type=int,
+        nargs="+",
+        metavar="K",
+        help="stages k at which mixed paths switch networks (default: 2..N-1)",
+    )
+    add("--kd-loss", choices=("kl", "dkd"), default="kl", help="loss between logits")
+    add("--tckd", type=weight, default=1, metavar="W", help="weight of TCKD, the part on the target class")
+    add("--nckd", type=weight, default=2, metavar="W", help="weight of NCKD, the part on the other classes")
+    add(
+        "--simkd",
+        action="store_true",
+        help="replace the student's classifier with SimKD's projector and the teacher's classifier",
+    )
     parser.add_data_options()
     parser.add_run_options()
     args = parser.parse(argv, stored)
 
     args.out = args.out or f"runs/{run_name(args)}"
     if args.resume and stored is None:
-        # A run that stopped while its teacher was trained has not begun yet: it starts, and the teacher resumes.
+        # If the run stopped while its teacher was trained, the run starts now, and the teacher's training resumes.
         if not (args.teacher and earlier_runs.only_teacher_begun(Path(args.out), teacher_folder(args))):
             return parse_args(argv, stored_options(args))
         args.resume = False
@@ -117,8 +137,9 @@ def learning_rate(args: Namespace, epoch: int) -> float:
 
 
 def warmed_up(weights: dict[str, float], args: Namespace, epoch: int) -> dict[str, float]:
-    """The weights in this epoch: those of L2 terms rise linearly during the warm-up, which shorter runs shorten."""
-    factor = min(1.0, (epoch + 1) / (SETTINGS["warmup_epochs"] * min(1, args.epochs / SETTINGS["epochs"])))
+    """The weights in this epoch: L2 terms ramp up linearly over the warm-up, which scales down with shorter runs."""
+    warmup = SETTINGS["warmup_epochs"] * min(1, args.epochs / SETTINGS["epochs"])
+    factor = min(1.0, (epoch + 1) / warmup)
     return {name: value * factor if TERMS[name].features else value for name, value in weights.items()}
 
 
@@ -131,7 +152,7 @@ def build_networks(args: Namespace, num_classes: int):
     Raises:
         ValueError: the networks do not match, or an option is out of range.
     """
-    torch.manual_seed(args.seed)  # every method starts from the same student
+    torch.manual_seed(args.seed)  # the same initial student for every method
     student, teacher = build(args.student, num_classes), None
     weights = {name: getattr(args, f"w_{name}") for name in TERMS}
     if not args.teacher:
@@ -158,7 +179,7 @@ def build_networks(args: Namespace, num_classes: int):
 
 
 def find_teacher(args: Namespace, data: Data) -> str | None:
-    """The teacher's checkpoint: --teacher-ckpt, that of an earlier run, or trained now; None if time ran out."""
+    """The teacher's checkpoint: --teacher-ckpt, that of an earlier run, or trained now; None if --max-minutes passed."""
     if args.teacher_ckpt:
         print(f"teacher: {args.teacher_ckpt}")
         return args.teacher_ckpt
@@ -175,12 +196,12 @@ def find_teacher(args: Namespace, data: Data) -> str | None:
     options = {"student": args.teacher, "epochs": args.teacher_epochs, "out": folder}
     options["batch_size"] = min(SETTINGS["batch_size"], len(data.train))
     options |= {key: getattr(args, key) for key in shared}
-    words = [f"{option(key)}={value}" for key, value in options.items() if value is not None]
+    teacher_argv = [f"{option(key)}={value}" for key, value in options.items() if value is not None]
     print(f"teacher: training {args.teacher} for {args.teacher_epochs} epochs in {folder}", flush=True)
     try:
-        own = parse_args([*words, *["--resume"] * (folder / "last.pt").exists()])
-        own.deadline = args.deadline
-        return str(folder / "student.pth") if train(own, data) else None
+        teacher_args = parse_args([*teacher_argv, *["--resume"] * (folder / "last.pt").exists()])
+        teacher_args.deadline = args.deadline
+        return str(folder / "student.pth") if train(teacher_args, data) else None  # by the loop below
     except (UserError, LossNotFiniteError) as error:
         raise type(error)(f"(the teacher in {folder}) {error}") from error
 
@@ -195,7 +216,7 @@ def teacher_folder(args: Namespace) -> Path:
 
 
 def train(args: Namespace, data: Data | None = None) -> bool:
-    """Train to the last epoch, or until the time limit; whether it was the last epoch."""
+    """Train until the last epoch or the time limit, and return whether training finished."""
     with Run(args, columns=EQ_9) as run:
         device = open_device(args.device)
         data = data or load_data(args.dataset, args.data_dir, args.subset, args.test_subset).to(device)
@@ -210,22 +231,23 @@ def train(args: Namespace, data: Data | None = None) -> bool:
             print(f"weights {weights}, temperature {args.temperature:g}, {args.num_paths} of {len(candidates)} paths")
         if args.simkd:
             print(cost_line(args.student, args.teacher, len(data.classes), SIZE))
-        if teacher and not run.resumed:
+        if teacher and not run.resumed:  # last.pt holds the teacher
             args.teacher_ckpt = find_teacher(args, data)
             if not args.teacher_ckpt:
                 return False
             load_network(teacher, args.teacher_ckpt, args.teacher)
 
-        pair = [net for net in (student, teacher) if net is not None]
-        networks = pair if bridges is None else [*pair, bridges]
-        channels_last = all(net.channels_last for net in pair)
-        for net in pair:
+        staged = [net for net in (student, teacher) if net is not None]
+        networks = staged if bridges is None else [*staged, bridges]
+        channels_last = all(net.channels_last for net in staged)
+        for net in staged:
             track_paths(net, sorted({path.k for path in candidates}))
         for net in networks:
             net.to(device, memory_format=torch.channels_last if channels_last else torch.preserve_format)
         parameters = [p for net in networks for p in net.parameters() if p.requires_grad]
         optimizer = sgd(parameters, args.lr, momentum=0.9, weight_decay=5e-4, nesterov=True)
         scaler = torch.amp.GradScaler(device.type, enabled=args.amp == "fp16")
+        # What last.pt holds; it is restored here if the run is resumed.
         run.track(student=student, teacher=teacher, bridges=bridges, optimizer=optimizer, scaler=scaler)
         if teacher:
             tests = eval_batches(data.test, channels_last=channels_last)
@@ -254,7 +276,7 @@ def train(args: Namespace, data: Data | None = None) -> bool:
                 scaler.step(optimizer)
                 scaler.update()
                 meter.add(len(labels), loss, **terms, correct=(flow.student_logits.argmax(1) == labels).sum())
-            run.finish_steps(meter)
+            run.finish_steps(meter)  # raises if a loss or a weight is not finite
             run.end_epoch(meter, lr, student=evaluate(student, eval_batches(data.test, channels_last=channels_last)))
     return run.finished
 

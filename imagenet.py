@@ -46,7 +46,7 @@ IMAGE_SIZE = 224
 
 
 def parse_args(argv: list[str] | None = None, stored: dict | None = None) -> Namespace:
-    """The options as given, else those `stored` by the run that is resumed, else the published settings."""
+    """The command-line options, then those `stored` by the run that is resumed, then the published defaults."""
     parser = Parser(__doc__)
     add = parser.add_argument
     add("--data-dir", default="data/imagenet", metavar="DIR", help="holds train/ and val/ or test/")
@@ -65,12 +65,28 @@ def parse_args(argv: list[str] | None = None, stored: dict | None = None) -> Nam
     add = distillation.add_argument
     add("--method", choices=METHODS, default="fcfd", help="kd: L_task + L_kd; app: adds L_app; fcfd: all of Eq. 9")
     add("--teacher-ckpt", metavar="FILE", help="default: torchvision's IMAGENET1K_V1")
-    add("--teacher-bn", choices=("batch", "running"), default="batch", help="statistics behind p_t and F_t")
+    add(
+        "--teacher-bn",
+        choices=("batch", "running"),
+        default="batch",
+        help="BatchNorm statistics of the pure teacher: of each batch, or running",
+    )
     add("--temperature", type=positive, metavar="T", help="of every KL (default: the pair's)")
     for name in TERMS:
         add(option(f"w_{name}"), type=weight, metavar="W", help=f"weight of {name} (default: the method's and pair's)")
-    add("--num-paths", type=count_or_zero, metavar="N", help="|S|, mixed paths sampled per step (default: 2)")
-    add("--positions", type=int, nargs="+", metavar="K", help="stages that mixed paths leave (default: 2..N-1)")
+    add(
+        "--num-paths",
+        type=count_or_zero,
+        metavar="N",
+        help="|S|, mixed paths sampled per step (default: 2); terms are sums over them",
+    )
+    add(
+        "--positions",
+        type=int,
+        nargs="+",
+        metavar="K",
+        help="stages k at which mixed paths switch networks (default: 2..N-1)",
+    )
     parser.add_run_options()
     args = parser.parse(argv, stored)
 
@@ -106,8 +122,9 @@ def learning_rate(args: Namespace, epoch: int) -> float:
 
 
 def warmed_up(weights: dict[str, float], args: Namespace, epoch: int) -> dict[str, float]:
-    """The weights in this epoch: those of L2 terms rise linearly during the warm-up, which shorter runs shorten."""
-    factor = min(1.0, (epoch + 1) / (SETTINGS["warmup_epochs"] * min(1, args.epochs / SETTINGS["epochs"])))
+    """The weights in this epoch: L2 terms ramp up linearly over the warm-up, which scales down with shorter runs."""
+    warmup = SETTINGS["warmup_epochs"] * min(1, args.epochs / SETTINGS["epochs"])
+    factor = min(1.0, (epoch + 1) / warmup)
     return {name: value * factor if TERMS[name].features else value for name, value in weights.items()}
 
 
@@ -120,7 +137,7 @@ def build_networks(args: Namespace, num_classes: int):
     Raises:
         ValueError: the networks do not match, or an option is out of range.
     """
-    torch.manual_seed(args.seed)  # every method starts from the same student
+    torch.manual_seed(args.seed)  # the same initial student for every method
     student = build_imagenet(args.student, num_classes)
     if not args.teacher:
         return student, None, None, [], {"task": args.w_task}
@@ -180,7 +197,7 @@ class Step(nn.Module):
 
 
 def train(args: Namespace, device: torch.device) -> None:
-    """Train to the last epoch, or until the time limit."""
+    """Train until the last epoch or the time limit."""
     with Run(args, "imagenet", columns=EQ_9) as run:
         data = list_files(args.data_dir, args.subset, args.test_subset)
         run.check_data(data.fingerprint, len(data.train))
@@ -205,6 +222,7 @@ def train(args: Namespace, device: torch.device) -> None:
         parameters = [p for p in step.parameters() if p.requires_grad]
         optimizer = sgd(parameters, args.lr, momentum=0.9, weight_decay=1e-4, nesterov=True)
         scaler = torch.amp.GradScaler(device.type, enabled=args.amp == "fp16")
+        # What last.pt holds; it is restored here if the run is resumed.
         run.track(student=student, teacher=teacher, bridges=bridges, optimizer=optimizer, scaler=scaler)
         # Bridges of paths that are not sampled receive no gradient, and without the task or KD the classifier may not.
         every_bridge = needs_all_bridges(weights) and args.num_paths == len(candidates)

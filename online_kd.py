@@ -73,7 +73,7 @@ METHODS = {  # the terms of each method
 
 
 def parse_args(argv: list[str] | None = None, stored: dict | None = None) -> Namespace:
-    """The options as given, else those `stored` by the run that is resumed, else the published settings."""
+    """The command-line options, then those `stored` by the run that is resumed, then the published defaults."""
     parser = Parser(__doc__)
     add = parser.add_argument
     add("--teacher", type=name_in(NETWORKS), required=True, metavar="NAME", help=", ".join(NETWORKS))
@@ -85,8 +85,19 @@ def parse_args(argv: list[str] | None = None, stored: dict | None = None) -> Nam
     add("--temperature", type=positive, metavar="T", help="of every KL (default: the pair's)")
     for name in ONLINE:
         add(option(f"w_{name}"), type=weight, metavar="W", help=f"weight of {name} (default: the method's and pair's)")
-    add("--num-paths", type=count_or_zero, metavar="N", help="|S|, mixed paths sampled per step (default: 2)")
-    add("--positions", type=int, nargs="+", metavar="K", help="stages that mixed paths leave (default: 2..N-1)")
+    add(
+        "--num-paths",
+        type=count_or_zero,
+        metavar="N",
+        help="|S|, mixed paths sampled per step (default: 2); terms are sums over them",
+    )
+    add(
+        "--positions",
+        type=int,
+        nargs="+",
+        metavar="K",
+        help="stages k at which mixed paths switch networks (default: 2..N-1)",
+    )
     parser.add_data_options()
     parser.add_run_options()
     args = parser.parse(argv, stored)
@@ -116,8 +127,9 @@ def learning_rate(args: Namespace, epoch: int) -> float:
 
 
 def warmed_up(weights: dict[str, float], args: Namespace, epoch: int) -> dict[str, float]:
-    """The weights in this epoch: those of L2 terms rise linearly during the warm-up, which shorter runs shorten."""
-    factor = min(1.0, (epoch + 1) / (SETTINGS["warmup_epochs"] * min(1, args.epochs / SETTINGS["epochs"])))
+    """The weights in this epoch: L2 terms ramp up linearly over the warm-up, which scales down with shorter runs."""
+    warmup = SETTINGS["warmup_epochs"] * min(1, args.epochs / SETTINGS["epochs"])
+    factor = min(1.0, (epoch + 1) / warmup)
     return {name: value * factor if ONLINE[name].features else value for name, value in weights.items()}
 
 
@@ -150,7 +162,7 @@ def build_networks(args: Namespace, num_classes: int):
 
 
 def train(args: Namespace) -> None:
-    """Train to the last epoch, or until the time limit."""
+    """Train until the last epoch or the time limit."""
     with Run(args, "online_kd", columns=METHODS["fcfd"]) as run:
         device = open_device(args.device)
         data = load_data(args.dataset, args.data_dir, args.subset, args.test_subset).to(device)
@@ -172,6 +184,7 @@ def train(args: Namespace) -> None:
         parameters = [p for net in networks for p in net.parameters()]
         optimizer = sgd(parameters, args.lr, momentum=0.9, weight_decay=5e-4, nesterov=True)
         scaler = torch.amp.GradScaler(device.type, enabled=args.amp == "fp16")
+        # What last.pt holds; it is restored here if the run is resumed.
         run.track(student=student, teacher=teacher, bridges=bridges, optimizer=optimizer, scaler=scaler)
 
         steps = math.ceil(len(data.train) / args.batch_size)
@@ -197,7 +210,7 @@ def train(args: Namespace) -> None:
                 correct = (flow.student_logits.argmax(1) == labels).sum()
                 teacher_correct = (flow.teacher_logits.argmax(1) == labels).sum()
                 meter.add(len(labels), loss, **terms, correct=correct, teacher_correct=teacher_correct)
-            run.finish_steps(meter)
+            run.finish_steps(meter)  # raises if a loss or a weight is not finite
             tests = {"student": student, "teacher": teacher}  # each by the statistics of its own pure path
             tests = {k: evaluate(net, eval_batches(data.test, channels_last=channels_last)) for k, net in tests.items()}
             run.end_epoch(meter, lr, **tests)

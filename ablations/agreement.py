@@ -71,18 +71,18 @@ def main(argv: list[str] | None = None) -> int:
         parser.add_argument("runs", nargs="+", metavar="RUN", type=Path, help="folders of students' runs")
         parser.add_argument("--teacher", metavar="RUN", type=Path, required=True, help="folder of the teacher's run")
         parser.add_argument("--data-dir", metavar="DIR", help="default: that of the teacher's run")
-        parser.add_argument("--out", metavar="FILE", help="default: results/agreement/table.md")
-        given = parser.given(argv)
-        config = config_of(given["teacher"])
-        for run in given["runs"]:
+        parser.add_argument("--out", metavar="FILE", default="results/agreement/table.md")
+        args = parser.parse(argv)
+        config = config_of(args.teacher)
+        for run in args.runs:
             if config_of(run)["fingerprint"] != config["fingerprint"]:
-                raise UserError(f"{run} used other data than {given['teacher']}: pass runs on the same images")
+                raise UserError(f"{run} used other data than {args.teacher}: pass runs on the same images")
         subsets = config.get("subset"), config.get("test_subset")
-        data = load_data(config["dataset"], given.get("data_dir", config["data_dir"]), *subsets)
-        teacher = logits_of(given["teacher"], data.test, len(data.classes))
+        data = load_data(config["dataset"], args.data_dir or config["data_dir"], *subsets)
+        teacher = logits_of(args.teacher, data.test, len(data.classes))
         found = {
             name: [measure(logits_of(run, data.test, len(data.classes)), teacher, data.test.labels) for run in runs]
-            for name, runs in series(given["runs"]).items()
+            for name, runs in series(args.runs).items()
         }
         rows = []
         for name, runs in found.items():
@@ -90,10 +90,9 @@ def main(argv: list[str] | None = None) -> int:
             texts = [mean_and_deviation(of_key[key], digits) for key, digits in DIGITS.items()]
             rows.append([name, len(runs), *texts])
         text = markdown(["student", "n", "accuracy (%)", "agreement with the teacher (%)", "KL from the teacher"], rows)
-        out = Path(given.get("out", "results/agreement/table.md"))
-        out.parent.mkdir(parents=True, exist_ok=True)
-        write_atomically(out, lambda file: file.write(text.encode()))
-        print(f"{text}\nwritten to {out}")
+        Path(args.out).parent.mkdir(parents=True, exist_ok=True)
+        write_atomically(Path(args.out), lambda file: file.write(text.encode()))
+        print(f"{text}\nwritten to {args.out}")
 
     return exit_code(script, "rerun the command")
 

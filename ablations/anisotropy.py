@@ -36,16 +36,18 @@ from ablations.tables import data_name
 from ablations.toy import kl_nats
 from common.data.batches import Data, ImageSet, eval_batches
 from common.data.sources import balanced_subset, load_data
-from common.models import StagedNet, build
+from common.models import NETWORKS, StagedNet, build
 from common.randomness import generator
 from common.run.checkpoint import load_network, write_atomically
 from common.run.device import open_device
-from common.run.errors import UserError, exit_code
+from common.run.errors import UserError, exit_code, user_errors
 from common.run.folder import locked
-from common.run.options import LARGEST, Parser, check_ranges
+from common.run.options import Parser, count, count_or_zero, default_device, name_in, option, positive
 
 DATA = ("dataset", "data_dir", "subset", "test_subset")  # settings of cifar100.py
-TRAINING = ("epochs", "seeds", "runs", "smoke")  # options that do not apply to an existing network
+TRAINING = ("smoke", "epochs", "seeds", "runs")  # options that do not apply to an existing network
+SMOKE = ["--network", "resnet8", "--dataset", "synthetic", "--subset", "80", "--test-subset", "40", "--epochs", "1"]
+SMOKE += ["--directions", "8", "--out", "results/anisotropy/smoke", "--runs", "results/runs/smoke"]
 FLOOR = 1e-12  # nats: the effect of float32 rounding on an output; a smaller KL counts as this
 DECADES, BINS = 4, 80  # the histogram covers log10(KL / the image's median) from -DECADES to DECADES
 COLUMNS = {"smallest": 5, "median": 4, "largest": 4, "ratio": 1, "clean": 2, "mean": 2, "mildest": 2, "worst": 2}
@@ -204,42 +206,31 @@ def draw(measured: dict[str, dict[int, PerImage]], c: Namespace, out: Path) -> N
 
 
 def parse_args(argv: list[str] | None) -> Namespace:
-    """Parse the options and fill in the defaults; c.data has the data options that were given."""
+    """The options; args.data holds those of the data by name."""
+    argv = sys.argv[1:] if argv is None else argv
     parser = Parser(__doc__)
     add = parser.add_argument
-    add("--network", metavar="NAME", help="default: resnet32x4")
+    add("--network", type=name_in(NETWORKS), metavar="NAME", default="resnet32x4")
     add("--ckpt", metavar="FILE", type=Path, help="its weights (default: train it first)")
     add("--run", metavar="DIR", type=Path, help="a run of cifar100.py: use its network, weights and data")
-    parser.add_image_set_options()
-    add("--epochs", type=int, metavar="N", help="training epochs (default: 240)")
-    add("--seeds", nargs="+", type=int, metavar="SEED", help="training seeds, one network each (default: 1)")
+    parser.add_data_options()
+    add("--epochs", type=count, metavar="N", default=cifar100.SETTINGS["epochs"], help="training epochs")
+    add("--seeds", nargs="+", type=count_or_zero, metavar="SEED", default=[1], help="of training, one network each")
     add("--runs", metavar="DIR", type=Path, help="where training runs go (default: results/runs/<dataset>-<epochs>ep)")
     add("--positions", nargs="+", type=int, metavar="K", help="features F^k to perturb (default: 2..N)")
-    add("--directions", type=int, metavar="N", help="random directions (default: 512)")
-    add("--length", type=float, metavar="R", help="of a perturbation, relative to the feature's L2 norm (default: 0.5)")
-    add("--images", type=int, metavar="N", help="test images, spread evenly over the classes (default: 500, or all)")
-    add("--batch-size", type=int, metavar="N", help="perturbed features per forward pass (default: 500)")
-    add("--device", help="default: cuda if there is one, else cpu")
+    add("--directions", type=count, metavar="N", default=512, help="random directions")
+    add("--length", type=positive, metavar="R", default=0.5, help="of perturbations, relative to a feature's L2 norm")
+    add("--images", type=count, metavar="N", help="test images, spread evenly over the classes (default: 500, or all)")
+    add("--batch-size", type=count, metavar="N", default=500, help="perturbed features per forward pass")
+    add("--device", default=default_device(), help="cpu, cuda, cuda:N or mps")
     add("--out", metavar="DIR", type=Path, help="default: a folder in results/anisotropy/ named after network and data")
     add("--smoke", action="store_true", help="end-to-end check with a small network, in seconds")
-    given = parser.given(argv)
-    for option, excluded in (("run", (*DATA, "network", "ckpt", *TRAINING)), ("ckpt", TRAINING)):
-        if option in given and (conflicts := [key for key in excluded if key in given and key != "data_dir"]):
-            parser.error(f"--{conflicts[0].replace('_', '-')} does not apply with --{option}: omit one of them")
-    if given.pop("smoke", False):
-        small = {"network": "resnet8", "dataset": "synthetic", "subset": 80, "test_subset": 40, "epochs": 1}
-        small |= {"directions": 8, "out": Path("results/anisotropy/smoke"), "runs": Path("results/runs/smoke")}
-        given = small | given
-    defaults = {"network": "resnet32x4", "seeds": [1], "directions": 512, "length": 0.5, "batch_size": 500}
-    defaults |= dict.fromkeys(("ckpt", "run", "runs", "positions", "images", "out"))
-    defaults["device"] = "cuda" if torch.cuda.is_available() else "cpu"
-    c = Namespace(**defaults | {"epochs": cifar100.SETTINGS["defaults"]["epochs"]} | given)
-    c.data = {key: given[key] for key in DATA if key in given}
-    check_ranges(c)
-    for key in ("directions", "length", "images"):
-        if getattr(c, key) is not None and not 0 < getattr(c, key) <= LARGEST:
-            parser.error(f"--{key} {getattr(c, key)}: must be above 0 and at most {LARGEST}")
-    return c
+    args = parser.parse([*SMOKE, *argv] if "--smoke" in argv else argv)
+    for name, excluded in (("run", (*TRAINING, *DATA, "network", "ckpt")), ("ckpt", TRAINING)):
+        if name in args.given and (conflicts := [key for key in excluded if key in args.given and key != "data_dir"]):
+            parser.error(f"{option(conflicts[0])} does not apply with --{name}: omit one of them")
+    args.data = {key: getattr(args, key) for key in DATA if getattr(args, key) is not None}
+    return args
 
 
 def find_data(c: Namespace) -> Data:
@@ -248,13 +239,15 @@ def find_data(c: Namespace) -> Data:
     Raises:
         UserError: the network is unknown; the data cannot be loaded, or is not the run's; a setting is out of range.
     """
-    config = config_of(c.run) if c.run else cifar100.SETTINGS["defaults"]
-    c.network = config["student"] or c.network
-    last = build(c.network, num_classes=10).num_stages
-    name, directory, *sizes = ((config | c.data).get(key) for key in DATA)
-    data = load_data(name, directory, *sizes)
+    if c.run:
+        config = config_of(c.run)
+        c.network, moved = config["student"], {"data_dir": c.data_dir} if "data_dir" in c.given else {}
+        c.data = {key: config.get(key) for key in DATA} | moved
+    with user_errors():
+        last = build(c.network, num_classes=10).num_stages
+    data = load_data(*(c.data.get(key) for key in DATA))
     if c.run and data.fingerprint != config["fingerprint"]:
-        raise UserError(f"{c.run} was trained on other images than those in {directory}: pass its --data-dir")
+        raise UserError(f"{c.run} was trained on other images than those in {c.data['data_dir']}: pass its --data-dir")
     c.images = min(500, len(data.test)) if c.images is None else c.images
     kept = balanced_subset(data.test.labels.numpy(), c.images, len(data.classes), "images")
     data.test = ImageSet(data.test.images[kept], data.test.labels[kept])

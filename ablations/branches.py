@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from torch.optim.swa_utils import update_bn
 
 import cifar100
-from ablations.cells import Cell
+from ablations.cells import Cell, first_difference
 from common.data.batches import SIZE, Data, ImageSet, eval_batches, normalize, train_batches
 from common.models import StagedNet, pool
 from common.models.resnet import group
@@ -30,9 +30,9 @@ from common.multipath_bn import track_paths
 from common.randomness import generator, seed_of
 from common.run.checkpoint import load, save, write_atomically
 from common.run.device import AMP, open_device
-from common.run.errors import LossNotFiniteError, UserError
+from common.run.errors import LossNotFiniteError, UserError, user_errors
 from common.run.evaluation import evaluate
-from common.run.folder import check_settings, made_with, open_run, restore
+from common.run.folder import made_with, open_folder, read_state
 from common.run.optimizer import sgd
 
 LR = 0.05
@@ -179,11 +179,10 @@ def check_branch_settings(folder: Path, stored: dict[str, Any], c: Namespace) ->
     """Raise a UserError if the `stored` settings of the branches in `folder` differ from those that `c` has."""
     if "teacher_weights" in c and stored.get("teacher_weights", c.teacher_weights) != c.teacher_weights:
         raise UserError(f"the branches in {folder} are for another teacher: remove them, or choose another --runs")
-    try:
-        check_settings(stored, {key: value for key, value in vars(c).items() if key != "amp" or value})
-    except UserError as error:
-        what = str(error).partition(";")[0]
-        raise UserError(f"(in {folder}) {what}: remove that folder, or choose another --runs") from error
+    if difference := first_difference(stored, {key: value for key, value in vars(c).items() if key != "amp" or value}):
+        raise UserError(
+            f"{folder} holds branches with other settings: {difference}; remove the folder, or choose another --runs"
+        )
 
 
 def digest(net: nn.Module) -> str:
@@ -200,14 +199,19 @@ def student_features(cell: Cell, data: Data, teacher: StagedNet, device: torch.d
     Raises:
         UserError: last.pt cannot be read, or the run had another teacher.
     """
-    with open_run(cell.folder, resume=True) as state:
-        c = Namespace(**cifar100.DEFAULTS | state["config"])
-        student, _, bridges, candidates = cifar100.build_networks(c, len(data.classes))
+    with open_folder(cell.folder, resume=True), user_errors():
+        state = read_state(cell.folder, "cifar100", "epoch")
+        args = cifar100.parse_args(["--student", cell.given["student"]], state["config"])
+        student, _, bridges, candidates, _ = cifar100.build_networks(args, len(data.classes))
         track_paths(student, sorted({path.k for path in candidates}))
-        restore(cell.folder, state, {"student": student, "bridges": bridges})
-    weights = dict(teacher.named_parameters())
-    if not all(torch.equal(state["teacher"][key], value.cpu()) for key, value in weights.items()):
-        raise UserError(f"{cell.folder} was distilled from another {c.teacher}: choose another --runs")
+    try:
+        student.load_state_dict(state["student"])
+        bridges.load_state_dict(state["bridges"])
+        weights = {key: (state["teacher"][key], value.cpu()) for key, value in teacher.named_parameters()}
+    except (KeyError, RuntimeError, ValueError, TypeError, AttributeError) as error:
+        raise UserError(f"{cell.folder / 'last.pt'} does not fit this run: choose another --runs") from error
+    if not all(torch.equal(*pair) for pair in weights.values()):
+        raise UserError(f"{cell.folder} was distilled from another {args.teacher}: choose another --runs")
     student, bridges = student.to(device).eval(), bridges.to(device).eval()
 
     @torch.no_grad()

@@ -5,7 +5,6 @@ import statistics
 import subprocess
 import sys
 import time
-from argparse import Namespace
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,8 +14,8 @@ from typing import Any
 import cifar100
 from common.data.sources import load_data
 from common.run.earlier_runs import read_config, read_result
-from common.run.errors import UserError
-from common.run.folder import check_settings
+from common.run.errors import UserError, user_errors
+from common.run.options import MAY_CHANGE, option, settings_of
 
 
 @dataclass(eq=False)
@@ -25,7 +24,7 @@ class Cell:
 
     Attributes:
         folder: its --out.
-        given: its other options, by their names in common/published.yaml.
+        given: its other options, by name ("batch_size").
         after: the run that trains its teacher and must finish first, or None.
         script: the module of the training script.
     """
@@ -51,48 +50,66 @@ class Cell:
         finished = result and result["epoch"] == result["epochs"] and read_config(self.folder) is not None
         return result if finished else None
 
-    def settings(self) -> Namespace:
+    def settings(self) -> dict[str, Any]:
         """All settings, resolved as the script resolves them, for the device of the existing run if there is one.
 
         Raises:
             UserError: the options are invalid, as far as the script can tell without the data; the folder holds a run
                 with other settings, or one whose settings are lost.
         """
-        config = read_config(self.folder)
-        if config is None and read_result(self.folder) and not (self.folder / "last.pt").exists():
+        stored = read_config(self.folder)
+        if stored is None and read_result(self.folder) and not (self.folder / "last.pt").exists():
             raise UserError(f"{self.folder / 'config.yaml'} is missing or damaged: restore it, or remove the folder")
-        stored = getattr(self.script, "ADDED", {}) | config if config else {}
-        stored_device = {key: stored[key] for key in ("device", "amp") if isinstance(stored.get(key), str)}
-        settings = self.script.settle(self.given | {"out": str(self.folder)}, stored_device)
-        self.script.build_networks(settings, num_classes=10)
-        wanted, teacher = dict(vars(settings)), stored.get("teacher_ckpt")
+        stored = stored or {}
+        keys = {"device", "amp"} - self.given.keys()
+        kept = {key: value for key, value in stored.items() if key in keys and isinstance(value, str)}
+        with user_errors():
+            args = self.script.parse_args(words_of(self.given | {"out": self.folder}), kept)
+            self.script.build_networks(args, num_classes=10)
+        settings, teacher = settings_of(args), stored.get("teacher_ckpt")
         if self.after:
-            del wanted["teacher_ckpt"]  # a path, which may be relative to another directory
+            del settings["teacher_ckpt"]  # a path, which may be relative to another directory
             if teacher and Path(teacher).parent.name != self.after.folder.name:
                 raise UserError(
                     f"the teacher of {self.folder} was {teacher} but would now be {self.after.network}: keep the first "
                     "of --seeds (append new ones), or choose another --out"
                 )
-        try:
-            check_settings(stored, wanted)
-        except UserError as error:
-            raise UserError(f"(in {self.folder}) {error}") from error
+        if difference := first_difference(stored, settings):
+            raise UserError(f"{self.folder} holds a run with other settings: {difference}; choose another --out")
         return settings
 
     def command(self, device: str | None) -> list[str]:
         """The command that starts the run, or resumes it."""
         given = self.given | {"out": self.folder} | ({"device": device} if device else {})
-        argv = [sys.executable, str(self.script.__file__)]
         if (self.folder / "last.pt").exists():
-            argv.append("--resume")
+            given |= {"resume": True}
             given.pop("teacher_ckpt", None)  # last.pt contains the teacher
-        for key, value in given.items():
-            option = f"--{key.replace('_', '-')}"
-            if value is True:
-                argv.append(option)
-            else:
-                argv += [option, *map(str, value)] if isinstance(value, list) else [f"{option}={value}"]
-        return argv
+        return [sys.executable, str(self.script.__file__), *words_of(given)]
+
+
+def words_of(given: dict[str, Any]) -> list[str]:
+    """Options by name, as the words of a command line."""
+    words = []
+    for name, value in given.items():
+        if value is True:
+            words.append(option(name))
+        elif isinstance(value, list):
+            words += [option(name), *map(str, value)]
+        else:
+            words.append(f"{option(name)}={value}")
+    return words
+
+
+def first_difference(stored: dict[str, Any], settings: dict[str, Any]) -> str | None:
+    """The first setting in both that may not change and differs, as in "--lr is 0.1 and was 0.05"."""
+    for name, was in stored.items():
+        if name in settings and name not in MAY_CHANGE:
+            value, same = settings[name], settings[name] == was
+            if name == "teacher_ckpt" and value and was:
+                same = Path(value).resolve() == Path(was).resolve()
+            if not same:
+                return f"{'the data' if name == 'fingerprint' else option(name)} is {value} and was {was}"
+    return None
 
 
 def with_needed(cells: Iterable[Cell]) -> list[Cell]:
@@ -103,15 +120,16 @@ def with_needed(cells: Iterable[Cell]) -> list[Cell]:
             data.
     """
     cells = list(dict.fromkeys(each for cell in cells for each in (cell.after, cell) if each))
-    c, *others = [cell.settings() for cell in cells]
+    settings = [cell.settings() for cell in cells]
+    data_dir = Path(settings[0]["data_dir"])
     stored = {cell.folder: config for cell in cells if (config := read_config(cell.folder))}
-    moved = [s for s in stored.values() if Path(s.get("data_dir", "")).resolve() != Path(c.data_dir).resolve()]
+    moved = any(Path(config.get("data_dir", "")).resolve() != data_dir.resolve() for config in stored.values())
     fingerprints = {}
     if moved or not all(cell.result() for cell in cells):
         # Load it once before any run, so that concurrent runs find it downloaded.
-        data = load_data(c.dataset, c.data_dir, c.subset, c.test_subset)
-        fingerprints[Path(c.data_dir)] = data.fingerprint
-        if (batch_size := max(each.batch_size for each in (c, *others))) > len(data.train):
+        data = load_data(*(settings[0][key] for key in ("dataset", "data_dir", "subset", "test_subset")))
+        fingerprints[data_dir] = data.fingerprint
+        if (batch_size := max(each["batch_size"] for each in settings)) > len(data.train):
             raise UserError(f"--batch-size {batch_size}: there are only {len(data.train)} training images")
     fingerprints |= {folder: config.get("fingerprint") for folder, config in stored.items()}
     (first, expected), *more = fingerprints.items()

@@ -1,17 +1,15 @@
-"""Methods beside one another: Tab. 1, 4 and 9, and any other grid of pairs, methods and seeds.
+"""Compare methods: Tab. 1, 4 and 9, and any other grid of pairs, methods and seeds.
 
     python ablations/compare.py                               ten pairs, 240 epochs: alone, KD, KD with L_app, FCFD
-    python ablations/compare.py --table 1                     Tab. 1: with the other methods of this project
-    python ablations/compare.py --table 4                     Tab. 4: DKD and SimKD, each alone and with FCFD
+    python ablations/compare.py --table 1                     Tab. 1: with CRD, ReviewKD and DKD
+    python ablations/compare.py --table 4                     Tab. 4: DKD and SimKD, with and without FCFD
     python ablations/compare.py --table 9                     Tab. 9: online distillation
     python ablations/compare.py --pairs resnet32x4-resnet8x4 --methods kd fcfd --seeds 1 2 3 --jobs 4
     python ablations/compare.py --pairs resnet20-resnet8 --epochs 30 --dataset folder --data-dir DIR
 
-Every other option is one of cifar100.py and goes to those of the runs that have a use for it. A teacher is trained
-once, with the first of the seeds, and serves all its students. Runs that are finished are kept and those broken off are
-resumed: the same command goes on with what is left, and a command with more seeds at the end of --seeds adds to it. A
-folder for each run comes to lie in --runs, and in --out, of the runs of the last command, table.md and the numbers in
-cells.csv.
+All other options are those of cifar100.py and go to the runs they apply to. A teacher is trained once, with the first
+seed, for all its students. Rerunning a command keeps finished runs and resumes interrupted ones. To add runs, append
+seeds to --seeds. Each run has a folder in --runs; table.md and cells.csv in --out contain the runs of the last command.
 
 crd, reviewkd and simkd are trained by ablations/train_baseline.py, online-* by online_kd.py, the others by cifar100.py;
 kd-dkd is DKD with L_task.
@@ -28,7 +26,7 @@ import yaml
 import online_kd
 from ablations import tables, train_baseline
 from ablations.cells import Cell, markdown, mean_and_deviation
-from ablations.tables import ALONE, Row
+from ablations.rows import ALONE, Cells, Row, check_given, grid
 from common.run.errors import UserError, exit_code
 from common.run.options import Parser
 
@@ -49,25 +47,25 @@ TABLES = {
     "4": ["kd-dkd", "fcfd-dkd", "simkd", "fcfd-simkd", "fcfd-dkd-simkd"],
     "9": ["online-kd", "online-dml", "online-fcfd"],
 }
-COLUMNS = {"reviewkd": "review"}  # of PUBLISHED, where they have another name
-# What may differ from a published run while its figure still means the same.
+COLUMNS = {"reviewkd": "review"}  # of PUBLISHED, if their names differ
+# Settings that may differ from those of a published run.
 NOT_DEFINING = ("seed", "device", "amp", "out", "data_dir", "max_minutes", "teacher_ckpt")
 NOTE = """
-Top-1 test accuracy in percent: mean ± sample standard deviation over n seeds; a teacher's is of the one that taught.
-The best epoch is chosen on the test set, which flatters it.
+Top-1 test accuracy in percent: mean ± sample standard deviation over n seeds. The teacher is the network that taught
+the students. The best epoch is chosen on the test set, so its accuracy is optimistic.
 """
 NOTE_BASELINES = """
-crd, reviewkd and simkd are trained with settings of their own: no Nesterov momentum, the teacher in evaluation mode.
+crd, reviewkd and simkd are trained with their own settings: no Nesterov momentum, the teacher in evaluation mode.
 """
 NOTE_PUBLISHED = """
-Published figures stand beside runs of full length in which no setting was changed. One without a mark is of the same
-settings, but for its float32; those marked * are of others, for orientation alone: no Nesterov momentum (for Review not
-known), and KD as 0.1 L_task + 0.9 L_kd at T = 4.
+Published accuracies are shown for runs with published settings. Those without a mark were obtained with the same
+settings, but in float32. Those marked * were obtained with other settings and are for orientation only: no Nesterov
+momentum (unknown for Review), and KD as 0.1 L_task + 0.9 L_kd at T = 4.
 """
 
 
 def table(rows: list[dict[str, Any]], published: dict[str, dict[str, float]]) -> str:
-    """The Markdown table of `rows` as from `tables.numbers`; `published` holds figures by pair and method."""
+    """The Markdown table of `rows` from `tables.numbers`; `published` is from `published_figures`."""
     lines = []
     for pair in dict.fromkeys(row["pair"] for row in rows):
         of_pair = [row for row in rows if row["pair"] == pair]
@@ -79,7 +77,7 @@ def table(rows: list[dict[str, Any]], published: dict[str, dict[str, float]]) ->
             runs = [row for row in of_pair if row["method"] == method]
             last, best = (mean_and_deviation([run[key] for run in runs]) for key in ("last", "best"))
             lines.append([pair, method, len(runs), last, best, figures.get(method, "")])
-            if runs[0]["teacher_last"] != "":  # it was trained in the same run
+            if runs[0]["teacher_last"] != "":  # trained in the same run
                 last, best = (mean_and_deviation([run[f"teacher_{key}"] for run in runs]) for key in ("last", "best"))
                 lines.append([pair, f"{method}: its teacher", len(runs), last, best, ""])
     own_settings = any(row["method"] in train_baseline.METHODS for row in rows)
@@ -91,8 +89,8 @@ def table(rows: list[dict[str, Any]], published: dict[str, dict[str, float]]) ->
     )
 
 
-def published_figures(cells: dict[tuple[str, str, int], Cell]) -> dict[str, dict[str, str]]:
-    """The published figures that may stand beside these runs, by pair and method."""
+def published_figures(cells: Cells) -> dict[str, dict[str, str]]:
+    """The published accuracies of runs with published settings, by pair and method."""
     figures: dict[str, dict[str, str]] = {}
     for (pair, method, _), cell in cells.items():
         column = COLUMNS.get(method, method)
@@ -105,44 +103,41 @@ def published_figures(cells: dict[tuple[str, str, int], Cell]) -> dict[str, dict
 
 
 def has_published_settings(cell: Cell) -> bool:
-    """Whether a run, and that of its teacher, differ from the published one in nothing but what is NOT_DEFINING."""
+    """Whether all settings of a run and its teacher's run are the published ones, except for NOT_DEFINING."""
     plain = {key: cell.given[key] for key in ("teacher", "student", "method") if key in cell.given}
-    none = cell.folder / "none"
-    ours, theirs = (vars(Cell(none, given, script=cell.script).settings()) for given in (cell.given, plain))
+    none = cell.folder / "none"  # without a run
+    ours, theirs = (Cell(none, given, script=cell.script).settings() for given in (cell.given, plain))
     same = all(ours[key] == theirs[key] for key in ours if key not in NOT_DEFINING)
     return same and (cell.after is None or has_published_settings(cell.after))
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Check the grid, run it and write its table; the exit code is that of `exit_code`."""
+    """Complete the runs and write the table. Returns the exit code (see `exit_code`)."""
 
     def more_options(parser: Parser) -> None:
-        add = parser.add_argument
-        add("--methods", nargs="+", choices=METHODS, default=None, help="default: alone kd app fcfd")
-        add("--table", choices=TABLES, default=None, help="the methods of this table of the paper")
+        parser.add_argument("--methods", nargs="+", choices=METHODS, help="default: alone kd app fcfd")
+        parser.add_argument("--table", choices=TABLES, help="the methods of this table of the paper")
 
     def script() -> None:
         args, given = tables.parse_args(argv, __doc__, "compare", PUBLISHED["pairs"], more_options)
         if args.table and args.methods:
-            raise UserError("--table and --methods both choose the methods: give one of them")
+            raise UserError("--table and --methods both select methods: give one of them")
         methods = args.methods or TABLES.get(args.table, ["alone", "kd", "app", "fcfd"])
         if args.table:
             args.out /= f"table{args.table}"
-        tables.check_given(given, ROWS)
+        check_given(given, ROWS)
         rows = [METHODS[method] for method in methods]
-        cells = tables.grid(args, given, rows)
+        cells = grid(args, given, rows)
 
         def finish(found: list[dict[str, Any]]) -> None:
             text = table(found, published_figures(cells))
             if args.table:  # first as in the paper
-                lines = [((row.name,), row) for row in rows]
-                as_published = tables.layout(["method"], lines, args.pairs, found, len(set(args.seeds)))
-                text = f"{as_published}{tables.note(args, found, cells)}\n{text}"
+                text = tables.layout(["method"], [((row.name,), row) for row in rows], args, found) + "\n" + text
             tables.write(args.out, text, found)
 
         tables.run(args, cells, finish)
 
-    return exit_code(script, "what is finished is kept, repeat the command to go on")
+    return exit_code(script, tables.AFTER_INTERRUPT)
 
 
 if __name__ == "__main__":

@@ -1,11 +1,11 @@
-"""Tab. 5: what each part of the method brings, beside L_task + L_kd: L_app, L_func, L_func'.
+"""Tab. 5: the contributions of L_app, L_func and L_func', on top of L_task + L_kd.
 
     python ablations/components.py                                                    three pairs, 240 epochs
     python ablations/components.py --pairs resnet32x4-resnet8x4 --seeds 1 2 3 --jobs 3
     python ablations/components.py --pairs resnet20-resnet8 --epochs 30 --dataset folder --data-dir DIR
 
-Every other option is one of cifar100.py and goes to those of its runs that have a use for it. Where one of L_func and
-L_func' is left out, the two paths of a step are all those of the other direction that there are.
+All other options are those of cifar100.py and go to the runs they apply to. In a row without L_func or L_func', both
+paths of a step have the other direction.
 """
 
 import sys
@@ -14,7 +14,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from ablations import tables
-from ablations.tables import Row
+from ablations.rows import Row
 
 PAIRS = ["resnet32x4-resnet8x4", "resnet32x4-ShuffleV1", "resnet32x4-ShuffleV2"]
 HEADER = ["L_app", "L_func", "L_func'"]
@@ -30,7 +30,7 @@ ROWS = [
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Run what is left of the table and write it; the exit code is that of `exit_code`."""
+    """Complete the runs and write the table. Returns the exit code (see `exit_code`)."""
     return tables.main(argv, __doc__, "components", HEADER, ROWS, PAIRS)
 
 

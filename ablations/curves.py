@@ -88,12 +88,11 @@ def main(argv: list[str] | None = None) -> int:
     def script() -> None:
         parser = Parser(__doc__)
         parser.add_argument("runs", nargs="+", metavar="RUN", type=Path, help="folders that contain a log.csv")
-        parser.add_argument("--columns", nargs="+", metavar="NAME", help="columns of log.csv (default: test_top1)")
-        parser.add_argument("--out", metavar="FILE", help="default: results/curves/curves.png")
-        given = parser.given(argv)
-        out = Path(given.get("out", "results/curves/curves.png"))
-        draw(given["runs"], given.get("columns", ["test_top1"]), out)
-        print(f"written to {out}")
+        parser.add_argument("--columns", nargs="+", metavar="NAME", default=["test_top1"], help="columns of log.csv")
+        parser.add_argument("--out", metavar="FILE", default="results/curves/curves.png")
+        args = parser.parse(argv)
+        draw(args.runs, args.columns, Path(args.out))
+        print(f"written to {args.out}")
 
     return exit_code(script, "rerun the command")
 

@@ -17,7 +17,7 @@ Rerunning an interrupted command resumes it after the last finished epoch.
 
 import hashlib
 import sys
-from argparse import Namespace
+from argparse import ArgumentTypeError, Namespace
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -26,7 +26,6 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-import torch
 from torch import Tensor, nn
 
 import cifar100
@@ -43,7 +42,7 @@ from ablations.branches import (
     write_json,
 )
 from ablations.cells import Cell, markdown, mean_and_deviation
-from ablations.tables import Row
+from ablations.rows import Cells, Row, grid
 from common.data.batches import Data
 from common.data.sources import load_data
 from common.models import StagedNet, build
@@ -51,7 +50,7 @@ from common.run.checkpoint import load_network
 from common.run.device import open_device
 from common.run.errors import UserError, exit_code
 from common.run.folder import locked, made_with
-from common.run.options import LARGEST, Parser
+from common.run.options import Parser, count, default_device
 
 PAIRS = ["resnet32x4-resnet8x4"]
 ROWS = [Row({"method": "app"}), Row({"method": "fcfd"})]
@@ -66,38 +65,32 @@ epochs on the teacher's features. The accuracies of the teacher and the students
 """
 
 
-def parse_args(argv: list[str] | None, description: str, table: str) -> tuple[Namespace, dict[str, Any], Namespace]:
-    """The options and settings from `tables.parse_args`, and the settings of the branches.
+def branch_depth(text: str) -> int:
+    """A type for add_argument: the depth of a CIFAR ResNet."""
+    depth = count(text)
+    if depth < 8 or depth % 6 != 2:
+        raise ArgumentTypeError(f"{text} must be 8, 14, 20, ...")
+    return depth
 
-    Raises:
-        UserError: a setting is out of range.
-    """
+
+def parse_args(argv: list[str] | None, description: str, table: str) -> tuple[Namespace, dict[str, Any], Namespace]:
+    """The options from `tables.parse_args`, and the settings of the branches."""
 
     def more_options(parser: Parser) -> None:
         add = parser.add_argument
-        add("--branch-depth", type=int, metavar="N", default=None, help="depth of the branches' ResNet (default: 50)")
-        add("--branch-widths", type=int, nargs=4, metavar="C", default=None, help="its widths (default: 32 64 128 256)")
-        add("--branch-epochs", type=int, metavar="N", default=None, help="default: --epochs")
+        add("--branch-depth", type=branch_depth, metavar="N", help="depth of the branches' ResNet (default: 50)")
+        add("--branch-widths", type=count, nargs=4, metavar="C", help="its widths (default: 32 64 128 256)")
+        add("--branch-epochs", type=count, metavar="N", help="default: --epochs")
 
     args, given = tables.parse_args(argv, description, table, PAIRS, more_options)
     if given.get("w_app") == 0:
         raise UserError("--w-app 0: without L_app, app has no bridges for the student's features")
-    defaults = {
-        key: cifar100.DEFAULTS[key] for key in ("dataset", "data_dir", "subset", "test_subset", "batch_size", "amp")
-    }
-    c = {key: given.get(key, value) for key, value in defaults.items()}
-    c |= {"seed": args.seeds[0], "device": args.devices[0] if args.devices else None}
-    c["device"] = c["device"] or ("cuda" if torch.cuda.is_available() else "cpu")
     shape = (SMOKE_SHAPE if args.smoke else SHAPE) | {"branch_epochs": given["epochs"]}
-    c |= {key: value if getattr(args, key) is None else getattr(args, key) for key, value in shape.items()}
-    c = Namespace(**c)
-    if c.branch_depth < 8 or c.branch_depth % 6 != 2:
-        raise UserError(f"--branch-depth {c.branch_depth}: must be 8, 14, 20, ...")
-    for option, values in (("widths", c.branch_widths), ("epochs", [c.branch_epochs])):
-        for value in values:
-            if not 1 <= value <= LARGEST:
-                raise UserError(f"--branch-{option} {value}: must be between 1 and {LARGEST}")
-    return args, given, c
+    c = {key: given.get(key) for key in ("dataset", "data_dir", "subset", "test_subset", "amp")}
+    c |= {"batch_size": given.get("batch_size", cifar100.SETTINGS["batch_size"])}
+    c |= {"seed": args.seeds[0], "device": (args.devices or [default_device()])[0]}
+    c |= {key: getattr(args, key) or value for key, value in shape.items()}
+    return args, given, Namespace(**c)
 
 
 @dataclass
@@ -118,7 +111,7 @@ class TrainedBranches:
         return recalibrated(self.branches, features, self.data.train), features
 
 
-def by_teacher(args: Namespace, cells: dict[tuple, Cell]) -> Iterator[tuple[Path, dict[tuple, Cell]]]:
+def by_teacher(args: Namespace, cells: Cells) -> Iterator[tuple[Path, Cells]]:
     """For each teacher, the folder of its branches and the finished runs of its students."""
     for name in dict.fromkeys(cell.given["teacher"] for cell in cells.values()):
         own = {key: cell for key, cell in cells.items() if cell.given["teacher"] == name and cell.result()}
@@ -140,7 +133,7 @@ def check_files(cells: Iterable[Cell], teacher_pending: bool = False) -> None:
 
 
 @contextmanager
-def open_judges(c: Namespace, folder: Path, cells: Iterable[Cell]) -> Iterator[TrainedBranches]:
+def open_branches(c: Namespace, folder: Path, cells: Iterable[Cell]) -> Iterator[TrainedBranches]:
     """The exit branches in `folder` on the teacher of `cells`, trained if necessary; locks the folder.
 
     Raises:
@@ -161,7 +154,7 @@ def open_judges(c: Namespace, folder: Path, cells: Iterable[Cell]) -> Iterator[T
         yield TrainedBranches(teacher, branches, data)
 
 
-def measure(c: Namespace, folder: Path, cells: dict[tuple, Cell]) -> dict[tuple, dict[str, Any]]:
+def measure(c: Namespace, folder: Path, cells: Cells) -> dict[tuple | str, dict[str, Any]]:
     """Accuracies of the branches in `folder` on each student and, under the keys of TEACHER, on their teacher.
 
     A student's are stored in <folder>/<name of its run>.json and reused while neither its result.json nor branches.json
@@ -171,7 +164,7 @@ def measure(c: Namespace, folder: Path, cells: dict[tuple, Cell]) -> dict[tuple,
     settings = read_json(record).get("settings")
     check_branch_settings(folder, settings if isinstance(settings, dict) else {}, c)
     if todo := unmeasured(folder, cells.values()):
-        with open_judges(c, folder, todo) as trained:
+        with open_branches(c, folder, todo) as trained:
             for cell in (cell for cell in todo if not stored_row(folder, cell)):
                 found = accuracies(*trained.for_student(cell), trained.data.test)
                 row = {
@@ -245,7 +238,7 @@ def main(argv: list[str] | None = None) -> int:
 
     def script() -> None:
         args, given, c = parse_args(argv, __doc__, "exit_branches")
-        cells, rows, found = tables.grid(args, given, ROWS), [], []
+        cells, rows, found = grid(args, given, ROWS), [], []
         for folder, own in by_teacher(args, cells):  # before anything is trained
             more = not all(cell.result() for cell in cells.values())
             check_files(unmeasured(folder, own.values(), more), teacher_pending=more)
@@ -257,7 +250,7 @@ def main(argv: list[str] | None = None) -> int:
             shape = {"depth": c.branch_depth, "widths": ", ".join(map(str, c.branch_widths))}
             tables.write(args.out, table(rows) + NOTE.format(**shape, epochs=c.branch_epochs), rows)
 
-    return exit_code(script, "finished work is kept; rerun the command to continue")
+    return exit_code(script, tables.AFTER_INTERRUPT)
 
 
 if __name__ == "__main__":

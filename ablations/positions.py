@@ -1,13 +1,14 @@
-"""Tab. 13 (H.3): where functions are matched: at one stage alone, or at all of them by sampling.
+"""Tab. 13 (H.3): functional matching at a single stage, or at all stages by sampling.
 
     python ablations/positions.py
     python ablations/positions.py --pairs resnet32x4-resnet8x4 --seeds 1 2 3 --jobs 3
 
-L_app is at every stage in all rows, and |S| = 2 paths are drawn in a step: at one stage alone, both directions.
-At F^4, the last, there is no later stage left, but the classifier: the student's feature is sent through a bridge into
-the teacher's. That direction only, and so one path, is SRRL's idea, a special case of L_func (App. I). SRRL itself has
+All rows have L_app at every stage and sample |S| = 2 paths per step; at a single stage, these are its two directions.
+F^4 is the last stage: the bridged feature enters the other network's classifier directly. With only the direction into
+the teacher's classifier, and so one path, this is SRRL's idea, a special case of L_func (App. I). SRRL itself has
 neither L_kd nor L_app at the other stages.
-Every other option is one of cifar100.py and goes to those of its runs that have a use for it.
+
+All other options are those of cifar100.py and go to the runs they apply to.
 """
 
 import sys
@@ -16,7 +17,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from ablations import tables
-from ablations.tables import Row
+from ablations.rows import Row
 
 PAIRS = ["resnet32x4-resnet8x4"]
 HEADER = ["functional matching at"]
@@ -31,7 +32,7 @@ ROWS = [
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Run what is left of the table and write it; the exit code is that of `exit_code`."""
+    """Complete the runs and write the table. Returns the exit code (see `exit_code`)."""
     return tables.main(argv, __doc__, "positions", HEADER, ROWS, PAIRS, num_stages=4)
 
 

@@ -28,8 +28,8 @@ from torch import Tensor
 from ablations.cells import markdown
 from ablations.figures import COLORS, load_pyplot, save_figure
 from common.run.checkpoint import write_atomically
-from common.run.errors import UserError, exit_code
-from common.run.options import Parser
+from common.run.errors import exit_code
+from common.run.options import Parser, number
 
 TARGET = torch.tensor([4.0, 4.0], dtype=torch.float64)
 WEIGHT = torch.tensor([[2.0, -1.0], [-1.0, 2.0], [0.5, 1.0]], dtype=torch.float64)
@@ -140,33 +140,30 @@ def draw(rows: list[dict[str, Any]], out: Path, cells: int = 300) -> None:
 
 
 def parse_args(argv: list[str] | None) -> Namespace:
-    """Parse and check the options, and fill in the defaults."""
+    """The options."""
     parser = Parser(__doc__)
     add = parser.add_argument
-    add("--radius", type=float, metavar="R", help="radius of the ring, in L2 (default: 1)")
+    add("--radius", type=number(float, 0.01, 10), metavar="R", default=1.0, help="radius of the ring, in L2")
     add("--out", metavar="DIR", help="default: results/toy")
     add("--smoke", action="store_true", help="same computation, written to results/toy/smoke (takes seconds)")
-    given = parser.given(argv)
-    c = Namespace(**{"radius": 1.0, "smoke": False} | given)
-    c.out = Path(given.get("out", "results/toy/smoke" if c.smoke else "results/toy"))
-    if not 0.01 <= c.radius <= 10:
-        raise UserError(f"--radius {c.radius:g}: must be between 0.01 and 10")
-    return c
+    args = parser.parse(argv)
+    args.out = Path(args.out or ("results/toy/smoke" if args.smoke else "results/toy"))
+    return args
 
 
 def main(argv: list[str] | None = None) -> int:
     """Print the table; write it, the numbers and the figure. Returns the exit code (see `exit_code`)."""
 
     def script() -> None:
-        c = parse_args(argv)
+        args = parse_args(argv)
         load_pyplot()
-        rows = ring(c.radius)
-        text, numbers = table(rows), {"radius": c.radius, "target": TARGET.tolist(), "ring": rows}
-        c.out.mkdir(parents=True, exist_ok=True)
-        write_atomically(c.out / "table.md", lambda file: file.write(text.encode()))
-        write_atomically(c.out / "numbers.json", lambda file: file.write(json.dumps(numbers).encode()))
-        draw(rows, c.out / "toy.png")
-        print(f"{text}\nwritten to {c.out}/table.md, numbers.json and toy.png")
+        rows = ring(args.radius)
+        text, numbers = table(rows), {"radius": args.radius, "target": TARGET.tolist(), "ring": rows}
+        args.out.mkdir(parents=True, exist_ok=True)
+        write_atomically(args.out / "table.md", lambda file: file.write(text.encode()))
+        write_atomically(args.out / "numbers.json", lambda file: file.write(json.dumps(numbers).encode()))
+        draw(rows, args.out / "toy.png")
+        print(f"{text}\nwritten to {args.out}/table.md, numbers.json and toy.png")
 
     return exit_code(script, "rerun the command")
 

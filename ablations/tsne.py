@@ -24,8 +24,9 @@ from torch import Tensor, nn
 from ablations import tables
 from ablations.branches import Features, write_json
 from ablations.cells import markdown, mean_and_deviation
-from ablations.exit_branches import ROWS, by_teacher, check_files, open_judges, parse_args
+from ablations.exit_branches import ROWS, by_teacher, check_files, open_branches, parse_args
 from ablations.figures import load_pyplot, save_figure
+from ablations.rows import grid
 from common.data.batches import ImageSet, eval_batches
 from common.run.checkpoint import write_atomically
 from common.run.errors import UserError, exit_code
@@ -155,12 +156,12 @@ def main(argv: list[str] | None = None) -> int:
         args, given, c = parse_args(argv, __doc__, "tsne")
         load_pyplot()
         tsne = load_tsne()
-        cells, rows, note, written = tables.grid(args, given, ROWS), [], "", []
+        cells, rows, note, written = grid(args, given, ROWS), [], "", []
         done = [cell for cell in cells.values() if cell.result()]
         check_files(done, teacher_pending=len(done) < len(cells))  # before anything is trained
         tables.run(args, cells, lambda found: None)
         for folder, runs in by_teacher(args, cells):
-            with open_judges(c, folder, runs.values()) as trained:
+            with open_branches(c, folder, runs.values()) as trained:
                 images = first_classes(trained.data.test)
                 teacher = points_of(trained.branches, trained.teacher_features, images)
                 students = {key: points_of(*trained.for_student(cell), images) for key, cell in runs.items()}
@@ -182,7 +183,7 @@ def main(argv: list[str] | None = None) -> int:
             write_atomically(args.out / "table.md", lambda file: file.write(text.encode()))
             print(f"\n{text}\nwritten to {args.out}/table.md, numbers.json and {', '.join(p.name for p in written)}")
 
-    return exit_code(script, "finished work is kept; rerun the command to continue")
+    return exit_code(script, tables.AFTER_INTERRUPT)
 
 
 if __name__ == "__main__":

@@ -1,19 +1,20 @@
 """Function-Consistent Feature Distillation (Sec. 2): the data paths of a training step, and the losses on them.
 
-A network is a chain of stages M^1..M^N and a classifier C. In a training step, images flow along
+A network is a chain of stages M^1..M^N, of which M^1 is the stem, and a classifier C. In a training step, images flow
+along
 
     two pure paths     teacher: F_t^1..F_t^N, logits C_t(F_t^N)       student: F_s^1..F_s^N, logits C_s(F_s^N)
     some mixed paths   <k, 1>:  F_s^k -> bridge B_st^k -> the teacher's stages k+1..N and its classifier
                        <k, 0>:  F_t^k -> bridge B_ts^k -> the student's stages k+1..N and its classifier
 
-The training loop samples a few mixed paths for each step (the set S, of size 2 in the paper; see paths.py).
-`forward_paths` computes the pure and the sampled mixed paths. Each loss term is a few lines on what it returns.
+Each step samples a set S of mixed paths (|S| = 2 in the paper; see paths.py). `forward_paths` runs the pure and the
+sampled mixed paths. Each loss term is a function of the `Flow` that it returns.
 
-Features are close in L2 if their values are close. They are close in function if the rest of a network turns them into
-the same output. L_app asks for the first; L_func and L_func' ask for the second. L_func lets the teacher's later stages
-judge the student's feature, and L_func' lets the student's later stages judge the teacher's feature.
+L_app matches the values of features. L_func and L_func' match their function, that is, the output that the rest of a
+network computes from them: the teacher's later stages for L_func, the student's for L_func'.
 
-In every term of Eq. 9 the teacher's side is the target and is detached (in losses.py).
+In every term of Eq. 9 the target is the pure teacher's output, detached in losses.py. Gradients flow through the frozen
+later stages of the teacher into the bridge and the student.
 """
 
 from collections.abc import Callable, Iterable, Mapping
@@ -56,7 +57,7 @@ class Flow:
     s2t: dict[int, Tensor] = field(default_factory=dict)  # B_st^k(F_s^k), in the shape of F_t^k
     t2s: dict[int, Tensor] = field(default_factory=dict)  # B_ts^k(F_t^k), in the shape of F_s^k
     mixed: dict[MixedPath, MixedFlow] = field(default_factory=dict)
-    last_target: Tensor | None = None  # SimKD only: what L_app compares s2t[N] with instead of F_t^N (simkd.py)
+    last_target: Tensor | None = None  # SimKD only: replaces F_t^N as the target of L_app (simkd.py)
 
 
 def forward_paths(
@@ -69,13 +70,13 @@ def forward_paths(
 ) -> Flow:
     """Run `images` [B, 3, H, W] along both pure paths and the mixed `paths` (Fig. 2). Shared parts run once.
 
-    Nothing is detached here: a teacher that is trained too (App. F) receives gradients from every path through it.
+    Nothing is detached here, so a trainable teacher (App. F) receives gradients from every path through it.
 
     Args:
         teacher: None to run the student alone; then there are no `paths`, and `app` is ignored.
-        bridges: None if there are no `paths` and `app` is False. In training mode, mixed paths normalize by batch
-            statistics, in evaluation mode by their running statistics; the networks' modes apply to the pure paths.
-        app: bridge the student's features at all positions 2..N, as L_app needs, not only at those of `paths`.
+        bridges: may be None if there are no `paths` and `app` is False. Their mode selects batch or running statistics
+            on the mixed paths, in both networks. Each network's own mode applies to its pure path only.
+        app: also bridge the student's features at positions 2..N that are not in `paths`, as L_app needs.
     """
     last = student.num_stages
     features_t = dict(enumerate(teacher.features(images), 1)) if teacher else {}
@@ -96,7 +97,7 @@ def forward_paths(
     for path in paths:
         net, x = (teacher, flow.s2t[path.k]) if path.delta == 1 else (student, flow.t2s[path.k])
         later = {}
-        # The other network's features have other means and variances, hence running statistics of their own (Fig. 3).
+        # Bridged features differ in mean and variance from the net's own, so they have separate statistics (Fig. 3).
         with on_path(net, path.k, training=bridges.training):
             for l in range(path.k + 1, last + 1):
                 later[l] = x = net.stage(l, x)
@@ -106,8 +107,8 @@ def forward_paths(
 
 # --------------------------------------------------------------------------------------------------- loss terms
 #
-# Each term is a function of (flow, labels [B], kl) and returns a float32 scalar: the sum over its positions and paths.
-# kl(logits, target) is the KL at the run's temperature, or what replaces it, such as DKD.
+# Each term is a function of (flow, labels [B], kl) and returns a float32 scalar: the sum over its positions and paths,
+# not divided by |S|. kl(logits, target) is the KL at the run's temperature, or its replacement, such as DKD.
 
 KL = Callable[[Tensor, Tensor], Tensor]
 
@@ -125,8 +126,8 @@ def l_kd(flow: Flow, labels: Tensor, kl: KL) -> Tensor:
 def l_app(flow: Flow, labels: Tensor, kl: KL) -> Tensor:
     """Eq. 5, appearance: L2 between the bridged student feature and the teacher's, at every position 2..N.
 
-    At stage N, here and in L_func, the L2 has a second part: between the features after ReLU and pooling, which is what
-    the classifier reads. With SimKD, F_t^N is replaced by `last_target`.
+    At stage N, here and in L_func, every L2 adds an L2 between the features after ReLU and pooling, the classifier's
+    input. With SimKD, `last_target` replaces F_t^N.
     """
     last = max(flow.teacher)
     targets = flow.teacher if flow.last_target is None else flow.teacher | {last: flow.last_target}
@@ -141,12 +142,12 @@ def l_func_l2(flow: Flow, labels: Tensor, kl: KL) -> Tensor:
 
 
 def l_func_kl(flow: Flow, labels: Tensor, kl: KL) -> Tensor:
-    """Eq. 6, second part: KL of p_t against the logits of each <k, 1> path."""
+    """Eq. 6, second part: T^2 KL(p_t || p), where p is the softmax of each <k, 1> path's logits."""
     return _sum(flow, (kl(mixed.logits, flow.teacher_logits) for mixed in _paths(flow, delta=1).values()))
 
 
 def l_func_prime(flow: Flow, labels: Tensor, kl: KL) -> Tensor:
-    """Eq. 7: KL of p_t against the logits of each <k, 0> path."""
+    """Eq. 7: T^2 KL(p_t || p), where p is the softmax of each <k, 0> path's logits."""
     return _sum(flow, (kl(mixed.logits, flow.teacher_logits) for mixed in _paths(flow, delta=0).values()))
 
 
@@ -160,18 +161,21 @@ def l_func_partial(flow: Flow, labels: Tensor, kl: KL) -> Tensor:
 def l_func_prime_l2(flow: Flow, labels: Tensor, kl: KL) -> Tensor:
     """L_func'-L2 (App. G): L2 between each <k, 0> path and the pure student, after each later stage of the student.
 
-    Neither side is a target: the gradient reaches both. There is no pooled part.
+    Nothing is detached, so gradients reach both sides. There is no pooled part.
     """
     pairs = ((x, l) for mixed in _paths(flow, delta=0).values() for l, x in mixed.features.items())
     return _sum(flow, (F.mse_loss(x.float(), flow.student[l].float()) for x, l in pairs))
 
 
 class Term(NamedTuple):
-    """One row of TERMS. Options, log columns, the warm-up and the candidate paths of every script follow from it."""
+    """One row of TERMS, from which every script derives options, log columns, the warm-up and the candidate paths.
+
+    A term that is not in a script's METHODS has the default weight 0.
+    """
 
     function: Callable[[Flow, Tensor, KL], Tensor]
-    delta: int | None = None  # the direction of the mixed paths it reads; None: it reads none
-    features: bool = False  # whether it compares features: then its weight is the pair's L2 weight, and is warmed up
+    delta: int | None = None  # the direction of the mixed paths it reads; None if it reads no mixed path
+    features: bool = False  # compares features: it is warmed up, and without `delta` it needs every bridge s2t
 
 
 TERMS: dict[str, Term] = {
@@ -185,6 +189,8 @@ TERMS: dict[str, Term] = {
     "func_prime_l2": Term(l_func_prime_l2, delta=0, features=True),
 }
 EQ_9 = ("task", "kd", "app", "func_l2", "func_kl", "func_prime")  # the terms of the method; the others are variants
+
+# online_kd.py passes a table with two more terms to the functions below.
 
 
 def fcfd_terms(
@@ -212,11 +218,11 @@ def fcfd_terms(
 
 
 def term_weights(names: Iterable[str], w_l2: float, w_kl: float, table: Mapping[str, Term] = TERMS) -> dict[str, float]:
-    """The weight of every term of `table`: 0 if not among `names`, else as in the paper.
+    """The weight of every term of `table`: 0 unless in `names`, else the paper's.
 
     Terms that compare features share `w_l2`, the other terms on mixed paths share `w_kl`, and the rest have weight 1.
     """
-    chosen = {name: w_l2 if row.features else 1 if row.delta is None else w_kl for name, row in table.items()}
+    chosen = {name: w_l2 if term.features else 1 if term.delta is None else w_kl for name, term in table.items()}
     return {name: value if name in set(names) else 0 for name, value in chosen.items()}
 
 
@@ -228,16 +234,16 @@ def plan_paths(
     required: Iterable[str] = (),
     table: Mapping[str, Term] = TERMS,
 ) -> tuple[dict[str, float], list[MixedPath], int]:
-    """The terms that can be trained, the candidate paths that they read, and |S|.
+    """(weights of the usable terms, candidate paths that they read, |S|).
 
     Args:
-        weights: by term; terms of weight 0, and terms that no path at `positions` feeds, are left out of the result.
+        weights: by term; those of weight 0, and those that read none of the paths at `positions`, are dropped.
         positions: as in `candidate_paths`.
         num_paths: |S|; default 2, or the number of candidates if there are fewer.
-        required: terms that must be fed if they have a weight, such as those the user asked for.
+        required: terms that must not be dropped if they have a weight, such as those set on the command line.
 
     Raises:
-        ValueError: `positions` or `num_paths` is out of range, a required term is not fed, or no term remains.
+        ValueError: `positions` or `num_paths` is out of range, a required term is dropped, or no term remains.
     """
 
     def reads(name: str, path: MixedPath) -> bool:
@@ -246,15 +252,15 @@ def plan_paths(
 
     paths = candidate_paths(num_stages, positions)
     weights = {name: value for name, value in weights.items() if value}
-    unfed = [n for n in weights if table[n].delta is not None and not any(reads(n, path) for path in paths)]
-    if asked := [name for name in unfed if name in required]:
-        raise ValueError(f"{asked[0]} has a weight, but reads none of the mixed paths at these positions")
-    weights = {name: value for name, value in weights.items() if name not in unfed}
+    unusable = [n for n in weights if table[n].delta is not None and not any(reads(n, path) for path in paths)]
+    if missing := [name for name in unusable if name in required]:
+        raise ValueError(f"{missing[0]} has a weight, but reads none of the mixed paths at these positions")
+    weights = {name: value for name, value in weights.items() if name not in unusable}
     paths = [path for path in paths if any(reads(name, path) for name in weights)]
     num_paths = min(2, len(paths)) if num_paths is None else num_paths
     sample_paths(paths, num_paths, steps=1, seed=0, epoch=0)  # raises if num_paths is out of range
     if not num_paths and not any(table[name].delta is None for name in weights):
-        raise ValueError("no term remains to train on: sample mixed paths, or give another term a weight")
+        raise ValueError("every term has weight 0 or no path: sample mixed paths, or give another term a weight")
     return weights, paths, num_paths
 
 
@@ -268,5 +274,5 @@ def _paths(flow: Flow, delta: int) -> dict[MixedPath, MixedFlow]:
 
 
 def _sum(flow: Flow, values: Iterable[Tensor]) -> Tensor:
-    """Their sum; zero in a step without a path of that direction."""
+    """The sum of `values`; zero if there are none."""
     return sum(values, start=flow.student_logits.new_zeros((), dtype=torch.float32))

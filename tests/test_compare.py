@@ -8,7 +8,7 @@ import time
 import pytest
 
 import cifar100
-from ablations import cells, compare, tables
+from ablations import cells, compare, rows, tables
 from ablations.cells import Cell, mean_and_deviation, run_cells, with_needed
 from common.data.sources import load_data
 from common.run.errors import UserError
@@ -205,7 +205,7 @@ def test_table():
 
 def grid(*options, methods=("alone", "kd", "app", "fcfd")):
     args, given = tables.parse_args([str(word) for word in options], "", "compare", compare.PUBLISHED["pairs"])
-    return tables.grid(args, given, [compare.METHODS[method] for method in methods])
+    return rows.grid(args, given, [compare.METHODS[method] for method in methods])
 
 
 def published(tmp_path, *options):
@@ -258,18 +258,18 @@ def test_grid(tmp_path):
         (["--pairs", "resnet14-vgg8", "--methods", "fcfd"], "stages"),
         (["--student", "resnet8"], "--pairs"),
         (["--seed=3"], "--seeds"),
-        (["--jobs", "0"], "--jobs 0"),
+        (["--jobs", "0"], "--jobs: 0 must"),
         (["--pairs", "resnet8-"], "hyphen"),
         (["--devices", "cuda:99"], "cuda:99"),
         (["--device", "cpu"], "--devices"),
-        (["--teacher-epochs", "0"], "--epochs 0"),
+        (["--teacher-epochs", "0"], "--teacher-epochs: 0 must"),
         (["--teacher-ckpt", "resnet32x4=missing.pth"], "no such file"),
         (["--teacher-ckpt", "resnet110=missing.pth"], "teacher of none"),
         (["--dataset", "synthetic", "--subset", "5"], "--subset 5"),
-        (["--seeds", "-1"], "--seed -1"),
+        (["--seeds", "-1"], "--seeds: -1 must"),
         (["--teacher-ckpt", "resnet32x4"], "NAME=FILE"),
         (["--bogus"], "--bogus"),
-        (["--epochs", "0"], "--epochs 0"),
+        (["--epochs", "0"], "--epochs: 0 must"),
     ],
 )
 def test_wrong_input_is_one_line_and_exit_code_2(tmp_path, capsys, options, expected):

@@ -13,7 +13,8 @@ import torch.nn.functional as F
 from running import tensors
 from torch import nn
 
-from ablations import branches, exit_branches, tables
+from ablations import branches, exit_branches
+from ablations.rows import grid
 from common.data.batches import eval_batches, normalize, train_batches
 from common.data.sources import load_data
 from common.models import build
@@ -50,7 +51,7 @@ def trained(net, data, tmp_path_factory):
 
 def cell_of(runs, method="fcfd"):
     args, given, _ = exit_branches.parse_args([*SMOKE, "--out", str(runs)], "", "exit_branches")
-    return tables.grid(args, given, exit_branches.ROWS)["resnet14-resnet8", method, 1]
+    return grid(args, given, exit_branches.ROWS)["resnet14-resnet8", method, 1]
 
 
 def equal(a, b):
@@ -295,7 +296,7 @@ def test_what_is_done_is_kept_and_what_is_missing_is_said(branch_runs, tmp_path,
     with (
         locked(folder),
         pytest.raises(UserError, match="another process"),
-        exit_branches.open_judges(
+        exit_branches.open_branches(
             settings(dataset="synthetic", data_dir="data", subset=40, test_subset=40), folder, [cell_of(branch_runs)]
         ),
     ):
@@ -335,11 +336,11 @@ def test_table():
 @pytest.mark.parametrize(
     ("options", "expected"),
     [
-        (["--branch-depth", "9"], "--branch-depth 9"),
-        (["--branch-depth", "2"], "--branch-depth 2"),
-        (["--branch-widths", "8", "8", "0", "8"], "--branch-widths 0"),
+        (["--branch-depth", "9"], "--branch-depth: 9 must"),
+        (["--branch-depth", "2"], "--branch-depth: 2 must"),
+        (["--branch-widths", "8", "8", "0", "8"], "--branch-widths: 0 must"),
         (["--branch-widths", "8", "8"], "--branch-widths"),
-        (["--branch-epochs", "0"], "--branch-epochs 0"),
+        (["--branch-epochs", "0"], "--branch-epochs: 0 must"),
         (["--w-app", "0"], "--w-app 0"),
     ],
 )

@@ -133,11 +133,11 @@ def test_a_step_is_measured_as_it_is_trained():
         (["--simkd"], "--simkd"),
         (["--w-func-prime", "0"], "--w-func-prime"),
         (["--w-func-partial", "1"], "--w-func-partial"),
-        (["--repeats", "0"], "--repeats 0"),
+        (["--repeats", "0"], "--repeats: 0 must"),
         (["--pairs", "resnet14-resnet9"], "resnet8"),
         (["--pairs", "resnet14"], "hyphen"),
         (["--pairs", "resnet14-vgg8"], "stages"),
-        (["--seeds", "-1"], "--seed -1"),
+        (["--seeds", "-1"], "--seeds: -1 must"),
     ],
 )
 def test_wrong_input_is_one_line_and_nothing_is_measured(tmp_path, capsys, options, expected):

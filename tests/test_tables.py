@@ -6,21 +6,22 @@ from argparse import Namespace
 
 import pytest
 
+import cifar100
 import online_kd
 from ablations import compare, components, loss_terms, partial, positions, tables, train_baseline
-from ablations.tables import ALONE, PAIRS_L2, Row
+from ablations.rows import ALONE, PAIRS_L2, Row, grid, options_of
 from common.run.errors import UserError
 
 SCRIPTS = (components, loss_terms, partial, positions)
-GIVEN = {"epochs": 3}
+PAIR = ("resnet32x4", "resnet8x4")
 
 
 def settings(tmp_path, script, pair="resnet32x4-resnet8x4", *options):
     """What stands in front of each row, and all settings that its run would have."""
     words = ["--pairs", pair, "--out", str(tmp_path), "--epochs", "3", "--dataset", "synthetic", *options]
     args, given = tables.parse_args(words, "", "some", [])
-    runs = tables.grid(args, given, [row for _, row in script.ROWS])
-    return [(start, vars(runs[pair, row.name, 1].settings())) for start, row in script.ROWS]
+    runs = grid(args, given, [row for _, row in script.ROWS])
+    return [(start, runs[pair, row.name, 1].settings()) for start, row in script.ROWS]
 
 
 def weights(c):
@@ -95,7 +96,8 @@ def test_names():
 
 
 def test_each_row_takes_what_it_has_a_use_for():
-    given = GIVEN | {
+    given = {
+        "epochs": 3,
         "w_app": 2,
         "w_func_l2": 8,
         "w_func_kl": 3,
@@ -106,8 +108,8 @@ def test_each_row_takes_what_it_has_a_use_for():
         "amp": "off",
     }
 
-    def taken(method, script=tables.cifar100, **more):
-        own = tables.settings_of(Row({"method": method, **more}, script), given, "a-b")
+    def taken(method, script=cifar100, **more):
+        own = options_of(Row({"method": method, **more}, script), given, *PAIR)
         return {
             key: own.get(key) for key in ("w_app", "w_func_kl", "num_paths", "tckd", "lr", "temperature") if key in own
         }
@@ -115,7 +117,7 @@ def test_each_row_takes_what_it_has_a_use_for():
     assert taken("kd") == {"lr": 5, "temperature": 6}
     assert taken("app") == {"w_app": 2, "lr": 5, "temperature": 6}
     assert taken("app", w_func_partial=PAIRS_L2) == {"w_app": 2, "num_paths": 1, "lr": 5, "temperature": 6}
-    assert tables.settings_of(Row({"method": "app", "w_func_partial": PAIRS_L2}), given, "a-b")["w_func_partial"] == 8
+    assert options_of(Row({"method": "app", "w_func_partial": PAIRS_L2}), given, *PAIR)["w_func_partial"] == 8
     everything = {"w_app": 2, "w_func_kl": 3, "num_paths": 1, "lr": 5, "temperature": 6}
     assert taken("fcfd") == everything
     assert taken("fcfd", kd_loss="dkd") == everything | {"tckd": 4}
@@ -123,6 +125,8 @@ def test_each_row_takes_what_it_has_a_use_for():
     assert taken("fcfd", online_kd) == everything
     assert taken("dml", online_kd) == {"lr": 5, "temperature": 6}
     assert taken("crd", train_baseline) == {"lr": 5}
+    alone = options_of(ALONE, given, None, "resnet8x4")
+    assert alone == {"student": "resnet8x4", "epochs": 3, "lr": 5, "amp": "off"}
 
 
 def test_folders_are_named_by_what_was_given(tmp_path, monkeypatch):
@@ -148,16 +152,17 @@ def found(pair, method, seed, last, teacher=""):
 def test_layout():
     rows = [(("", "✓"), Row({"method": "kd"})), (("✓", ""), Row({"method": "fcfd"}))]
     numbers = [found("a-b", "kd", 1, 70.0, 80.0), found("a-b", "kd", 2, 72.0, 80.0), found("c-d", "fcfd", 1, 50.0)]
-    text = tables.layout(["one", "two"], rows, ["a-b", "c-d"], numbers, 2)
-    assert text.splitlines() == [
+    args = Namespace(pairs=["a-b", "c-d"], seeds=[1, 2, 2])
+    text = tables.layout(["one", "two"], rows, args, numbers)
+    assert text.splitlines()[:4] == [
         "| one | two | a-b (teacher 80.00) | c-d |",
         "| --- | --- | --- | --- |",
         "|  | ✓ | 71.00 ± 1.41 |  |",
         "| ✓ |  |  | 50.00 (n = 1) |",
     ]
-    args, cells = Namespace(seeds=[1, 2, 2]), dict.fromkeys(range(4))
-    assert "n = 2, as far as runs are finished." in tables.note(args, numbers, cells)
-    assert "n = 2." in tables.note(args, [*numbers, numbers[0]], cells)
+    assert "n = 2, as far as runs are finished." in text
+    every = [found(pair, row.name, seed, 1.0) for pair in args.pairs for _, row in rows for seed in (1, 2)]
+    assert "n = 2." in tables.layout(["one", "two"], rows, args, every)
 
 
 def test_online_runs_tell_of_their_teacher():
@@ -243,11 +248,11 @@ def test_wrong_input_is_one_line_and_exit_code_2(tmp_path, capsys, options, expe
 @pytest.mark.parametrize(
     ("script", "options", "expected"),
     [
-        (positions, ["--positions", "2"], "--positions is what the rows"),
+        (positions, ["--positions", "2"], "--positions is set by the rows"),
         (positions, ["--pairs", "vgg13-vgg8"], "networks of 5 stages"),
-        (components, ["--w-app", "0"], "--w-app 0: the rows say"),
+        (components, ["--w-app", "0"], "--w-app 0: the rows choose"),
         (components, ["--w-func-partial", "3"], "--w-func-partial is of no use"),
-        (compare, ["--kd-loss", "dkd"], "--kd-loss is what the rows"),
+        (compare, ["--kd-loss", "dkd"], "--kd-loss is set by the rows"),
     ],
 )
 def test_what_would_make_a_rows_name_wrong_is_refused(tmp_path, capsys, script, options, expected):
@@ -258,7 +263,7 @@ def test_what_would_make_a_rows_name_wrong_is_refused(tmp_path, capsys, script, 
 
 def test_students_of_different_teachers_make_no_table(tmp_path):
     words = ["--pairs", "resnet14-resnet8", "--epochs", "1", "--dataset", "synthetic", "--out", str(tmp_path)]
-    cells = tables.grid(*tables.parse_args(words, "", "some", []), [row for _, row in partial.ROWS[:2]])
+    cells = grid(*tables.parse_args(words, "", "some", []), [row for _, row in partial.ROWS[:2]])
     score = {"epoch": 1, "top1": 50.0}
     for cell, top1 in zip(cells.values(), (60.0, 60.1), strict=True):
         cell.folder.mkdir(parents=True)
@@ -274,7 +279,7 @@ def test_students_of_different_teachers_make_no_table(tmp_path):
 @pytest.mark.parametrize("lost", ["config.yaml", "result.json"])
 def test_a_run_whose_files_are_damaged_is_not_taken_for_a_finished_one(tmp_path, lost):
     words = ["--pairs", "resnet14-resnet8", "--epochs", "1", "--dataset", "synthetic", "--out", str(tmp_path)]
-    (cell, *_) = tables.grid(*tables.parse_args(words, "", "some", []), [Row({"method": "kd"})]).values()
+    (cell, *_) = grid(*tables.parse_args(words, "", "some", []), [Row({"method": "kd"})]).values()
     cell.folder.mkdir(parents=True)
     score = {"epoch": 1, "top1": 50.0}
     whole = {"epoch": 1, "epochs": 1, "last": score, "best": score, "teacher": None, "seconds": 1}

@@ -70,9 +70,9 @@ def test_what_it_writes(tmp_path, capsys):
 @pytest.mark.parametrize(
     ("options", "expected"),
     [
-        (["--radius", "0"], "--radius 0"),
-        (["--radius", "nan"], "--radius nan"),
-        (["--radius", "11"], "--radius 11"),
+        (["--radius", "0"], "--radius: 0 must"),
+        (["--radius", "nan"], "--radius: nan must"),
+        (["--radius", "11"], "--radius: 11 must"),
         (["--radius", "wide"], "wide"),
         (["--out", ""], "--out is empty"),
     ],

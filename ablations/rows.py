@@ -1,0 +1,131 @@
+"""The rows of a table, and the runs behind them: one for each pair of networks, row and seed.
+
+A run's folder is named after its settings, so tables share their runs.
+"""
+
+import contextlib
+from argparse import Namespace
+from dataclasses import dataclass
+from functools import cache
+from itertools import product
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import cifar100
+import online_kd
+from ablations.cells import Cell, words_of
+from common.fcfd import TERMS
+from common.run.errors import UserError
+from common.run.options import option
+
+PAIRS_L2 = "l2"  # as a weight in a row's settings: the weight that L_func's L2 part has for the pair
+Cells = dict[tuple[str, str, int], Cell]  # by pair, name of the row, seed
+
+
+@dataclass(frozen=True)
+class Row:
+    """How a student is trained.
+
+    Attributes:
+        settings: the options by name ("kd_loss"), besides its networks; empty for a student without a teacher.
+        script: the module of the training script.
+    """
+
+    settings: dict[str, Any]
+    script: ModuleType = cifar100
+
+    @property
+    def name(self) -> str:
+        """The row in the names of folders: fcfd, fcfd-w_app=0, kd-dkd, online-dml."""
+        words = ["online"] if self.script is online_kd else []
+        words.append(self.settings.get("method", "alone"))
+        for key, value in sorted(self.settings.items()):
+            if value == PAIRS_L2:
+                words.append(key.removeprefix("w_"))
+            elif key != "method":
+                words.append({"kd_loss": value, "simkd": key}.get(key) or assignment(key, value))
+        return "-".join(words)
+
+
+ALONE = Row({})
+
+
+def assignment(key: str, value: Any) -> str:
+    """An option in the name of a folder: "lr=0.1", "positions=2+3"."""
+    return f"{key}={'+'.join(map(str, value)) if isinstance(value, list) else value}"
+
+
+def grid(args: Namespace, given: dict[str, Any], rows: list[Row]) -> Cells:
+    """The runs of a table. A run that needs the network of another one has it as its `after`.
+
+    Args:
+        args, given: from `tables.parse_args`.
+
+    Raises:
+        UserError: --pairs or --teacher-ckpt is invalid; an option in `given` is set by the rows, or does not affect any
+            of them.
+    """
+    check_given(given, rows)
+    files = dict(word.partition("=")[::2] for word in args.teacher_ckpt)
+    for name, file in files.items():
+        if not (name and file):
+            raise UserError(f"--teacher-ckpt {name}{file}: write NAME=FILE, as in resnet32x4=ckpt_epoch_240.pth")
+        if not any(pair.startswith(f"{name}-") for pair in args.pairs):
+            raise UserError(f"--teacher-ckpt {name}={file}: {name} is the teacher of none of the --pairs")
+        if not Path(file).is_file():
+            raise UserError(f"--teacher-ckpt {name}={file}: no such file")
+
+    @cache  # a network that is the teacher of several pairs, or a teacher and a student, is trained once
+    def alone(network: str, seed: int, epochs: int) -> Cell:
+        duration = f"-{epochs}ep" if epochs != given["epochs"] else ""
+        options = options_of(ALONE, given, None, network) | {"seed": seed, "epochs": epochs}
+        return Cell(args.runs / f"{network}-alone{duration}-seed{seed}", options)
+
+    def cell(pair: str, row: Row, seed: int) -> Cell:
+        teacher, _, student = pair.partition("-")
+        if not (teacher and student):
+            raise UserError(f"--pairs {pair}: join teacher and student by a hyphen, as in resnet32x4-resnet8x4")
+        if row == ALONE:
+            return alone(student, seed, given["epochs"])
+        options, after = options_of(row, given, teacher, student) | {"seed": seed}, None
+        if row.script is not online_kd:  # which trains the teacher as well
+            after = None if teacher in files else alone(teacher, args.seeds[0], args.teacher_epochs or given["epochs"])
+            options["teacher_ckpt"] = str(after.network) if after else files[teacher]
+        return Cell(args.runs / f"{pair}-{row.name}-seed{seed}", options, after, row.script)
+
+    cells = {(pair, row.name, seed): cell(pair, row, seed) for pair, row, seed in product(args.pairs, rows, args.seeds)}
+    used = {key for cell in cells.values() for each in (cell, cell.after) if each for key in each.given}
+    if unused := [key for key in given if key not in used]:
+        raise UserError(f"{option(unused[0])} is of no use to any row: omit it")
+    return cells
+
+
+def check_given(given: dict[str, Any], rows: list[Row]) -> None:
+    """Raise a UserError for an option that would make the name of a row wrong.
+
+    The weight of a term that some rows omit may be given for the others.
+    """
+    weighted = any(key.startswith("w_") for row in rows for key in row.settings)
+    for key, value in given.items():
+        if any(row.settings.get(key) not in (None, 0, PAIRS_L2) for row in rows):
+            raise UserError(f"{option(key)} is set by the rows of this table: omit it")
+        if weighted and key.startswith("w_") and not value:
+            raise UserError(f"{option(key)} 0: the rows choose the terms, omit it")
+
+
+def options_of(row: Row, given: dict[str, Any], teacher: str | None, student: str) -> dict[str, Any]:
+    """The options of a run by name: its networks, the row's settings, and those in `given` that affect it."""
+    published = cifar100.SETTINGS["pairs"].get(f"{teacher}-{student}", cifar100.SETTINGS["other"])
+    l2 = given.get("w_func_l2", published["w_l2"])
+    options = {"teacher": teacher, "student": student} if teacher else {"student": student}
+    options |= {key: given.get(key, l2) if value == PAIRS_L2 else value for key, value in row.settings.items()}
+    weights = vars(row.script.parse_args(words_of(options)))
+    mixed = any(weights.get(f"w_{name}") for name, term in TERMS.items() if term.delta is not None)
+    for key, value in given.items():
+        in_use = bool(weights.get(key)) if key.startswith("w_") else mixed or key not in ("num_paths", "positions")
+        if in_use and key not in options:
+            with contextlib.suppress(UserError):  # the script does not accept the option for this row
+                row.script.parse_args(words_of(options | {key: value}))
+                options[key] = value
+    return options
