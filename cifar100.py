@@ -58,36 +58,16 @@ def parse_args(argv: list[str] | None = None, stored: dict | None = None) -> Nam
     add("--method", choices=METHODS, default="fcfd", help="kd: L_task + L_kd; app: adds L_app; fcfd: all of Eq. 9")
     add("--teacher-ckpt", metavar="FILE", help="default: an earlier run's next to --out, else it is trained first")
     add("--teacher-epochs", type=count, metavar="N", help="of a teacher that is trained first (default: --epochs)")
-    add(
-        "--teacher-bn",
-        choices=("batch", "running"),
-        default="batch",
-        help="BatchNorm statistics of the pure teacher: of each batch, or running",
-    )
+    add("--teacher-bn", choices=("batch", "running"), default="batch", help="statistics of the teacher's BatchNorm")
     add("--temperature", type=positive, metavar="T", help="of every KL (default: the pair's)")
     for name in TERMS:
         add(option(f"w_{name}"), type=weight, metavar="W", help=f"weight of {name} (default: the method's and pair's)")
-    add(
-        "--num-paths",
-        type=count_or_zero,
-        metavar="N",
-        help="|S|, mixed paths sampled per step (default: 2); terms are sums over them",
-    )
-    add(
-        "--positions",
-        type=int,
-        nargs="+",
-        metavar="K",
-        help="stages k at which mixed paths switch networks (default: 2..N-1)",
-    )
+    add("--num-paths", type=count_or_zero, metavar="N", help="|S|, mixed paths sampled per step (default: 2)")
+    add("--positions", type=int, nargs="+", metavar="K", help="where mixed paths switch networks (default: 2..N-1)")
     add("--kd-loss", choices=("kl", "dkd"), default="kl", help="loss between logits")
     add("--tckd", type=weight, default=1, metavar="W", help="weight of TCKD, the part on the target class")
     add("--nckd", type=weight, default=2, metavar="W", help="weight of NCKD, the part on the other classes")
-    add(
-        "--simkd",
-        action="store_true",
-        help="replace the student's classifier with SimKD's projector and the teacher's classifier",
-    )
+    add("--simkd", action="store_true", help="SimKD's projector and the teacher's classifier replace the student's")
     parser.add_data_options()
     parser.add_run_options()
     args = parser.parse(argv, stored)
@@ -179,7 +159,7 @@ def build_networks(args: Namespace, num_classes: int):
 
 
 def find_teacher(args: Namespace, data: Data) -> str | None:
-    """The teacher's checkpoint: --teacher-ckpt, that of an earlier run, or trained now; None if --max-minutes passed."""
+    """The teacher's checkpoint: as given, from an earlier run, or trained now; None if --max-minutes passed."""
     if args.teacher_ckpt:
         print(f"teacher: {args.teacher_ckpt}")
         return args.teacher_ckpt

@@ -65,28 +65,12 @@ def parse_args(argv: list[str] | None = None, stored: dict | None = None) -> Nam
     add = distillation.add_argument
     add("--method", choices=METHODS, default="fcfd", help="kd: L_task + L_kd; app: adds L_app; fcfd: all of Eq. 9")
     add("--teacher-ckpt", metavar="FILE", help="default: torchvision's IMAGENET1K_V1")
-    add(
-        "--teacher-bn",
-        choices=("batch", "running"),
-        default="batch",
-        help="BatchNorm statistics of the pure teacher: of each batch, or running",
-    )
+    add("--teacher-bn", choices=("batch", "running"), default="batch", help="statistics of the teacher's BatchNorm")
     add("--temperature", type=positive, metavar="T", help="of every KL (default: the pair's)")
     for name in TERMS:
         add(option(f"w_{name}"), type=weight, metavar="W", help=f"weight of {name} (default: the method's and pair's)")
-    add(
-        "--num-paths",
-        type=count_or_zero,
-        metavar="N",
-        help="|S|, mixed paths sampled per step (default: 2); terms are sums over them",
-    )
-    add(
-        "--positions",
-        type=int,
-        nargs="+",
-        metavar="K",
-        help="stages k at which mixed paths switch networks (default: 2..N-1)",
-    )
+    add("--num-paths", type=count_or_zero, metavar="N", help="|S|, mixed paths sampled per step (default: 2)")
+    add("--positions", type=int, nargs="+", metavar="K", help="where mixed paths switch networks (default: 2..N-1)")
     parser.add_run_options()
     args = parser.parse(argv, stored)
 

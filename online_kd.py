@@ -85,19 +85,8 @@ def parse_args(argv: list[str] | None = None, stored: dict | None = None) -> Nam
     add("--temperature", type=positive, metavar="T", help="of every KL (default: the pair's)")
     for name in ONLINE:
         add(option(f"w_{name}"), type=weight, metavar="W", help=f"weight of {name} (default: the method's and pair's)")
-    add(
-        "--num-paths",
-        type=count_or_zero,
-        metavar="N",
-        help="|S|, mixed paths sampled per step (default: 2); terms are sums over them",
-    )
-    add(
-        "--positions",
-        type=int,
-        nargs="+",
-        metavar="K",
-        help="stages k at which mixed paths switch networks (default: 2..N-1)",
-    )
+    add("--num-paths", type=count_or_zero, metavar="N", help="|S|, mixed paths sampled per step (default: 2)")
+    add("--positions", type=int, nargs="+", metavar="K", help="where mixed paths switch networks (default: 2..N-1)")
     parser.add_data_options()
     parser.add_run_options()
     args = parser.parse(argv, stored)
