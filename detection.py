@@ -74,7 +74,7 @@ def parse_args(argv: list[str] | None = None, stored: dict | None = None) -> Nam
     add("--workers", type=number(int, 0, 1000), default=default_workers(), metavar="N", help="image readers per rank")
     add("--iterations", type=count, default=SETTINGS["iterations"], metavar="N", help="the schedule scales with it")
     add("--batch-size", type=count, default=SETTINGS["batch_size"], metavar="N", help="of all ranks together")
-    add("--lr", type=positive, default=SETTINGS["lr"])
+    add("--lr", type=positive, default=SETTINGS["lr"], help="after the warm-up")
     add("--save-every", type=count, default=1000, metavar="N", help="iterations")
     add("--eval-every", type=count, default=5000, metavar="N", help="iterations; the last one is always tested")
     add("--evaluate", metavar="FILE", help="only test this checkpoint of --student")

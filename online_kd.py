@@ -80,7 +80,7 @@ def parse_args(argv: list[str] | None = None, stored: dict | None = None) -> Nam
     add("--student", type=name_in(NETWORKS), required=True, metavar="NAME")
     add("--method", choices=METHODS, default="fcfd", help="dml: mutual KL; kd: only the student learns from the other")
     add("--epochs", type=count, default=SETTINGS["epochs"], metavar="N", help="the milestones scale with it")
-    add("--batch-size", type=count, default=SETTINGS["batch_size"], metavar="N")
+    add("--batch-size", type=count, default=SETTINGS["batch_size"], metavar="N", help="images per step")
     add("--lr", type=positive, help="of both networks (default: the pair's)")
     add("--temperature", type=positive, metavar="T", help="of every KL (default: the pair's)")
     for name in ONLINE:

@@ -42,7 +42,8 @@ from common.run.checkpoint import load_network, write_atomically
 from common.run.device import open_device
 from common.run.errors import UserError, exit_code, user_errors
 from common.run.folder import locked
-from common.run.options import Parser, count, count_or_zero, default_device, name_in, option, positive
+from common.run.options import Parser, default_device, option
+from common.run.types import count, count_or_zero, name_in, positive
 
 DATA = ("dataset", "data_dir", "subset", "test_subset")  # settings of cifar100.py
 TRAINING = ("smoke", "epochs", "seeds", "runs")  # options that do not apply to an existing network

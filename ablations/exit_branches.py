@@ -50,7 +50,8 @@ from common.run.checkpoint import load_network
 from common.run.device import open_device
 from common.run.errors import UserError, exit_code
 from common.run.folder import locked, made_with
-from common.run.options import Parser, count, default_device
+from common.run.options import Parser, default_device
+from common.run.types import count
 
 PAIRS = ["resnet32x4-resnet8x4"]
 ROWS = [Row({"method": "app"}), Row({"method": "fcfd"})]

@@ -30,7 +30,8 @@ from common.models import build
 from common.paths import candidate_paths
 from common.run.errors import UserError, exit_code
 from common.run.folder import locked
-from common.run.options import Parser, count, option
+from common.run.options import Parser, option
+from common.run.types import count
 
 PAIRS = ["resnet32x4-resnet8x4"]
 MEASURED_WITHOUT = ("num_paths", "positions", "teacher_bn", "kd_loss", "simkd", "w_func_partial", "w_func_prime_l2")

@@ -21,7 +21,8 @@ from common.run.checkpoint import write_atomically
 from common.run.device import check_device
 from common.run.errors import UserError, exit_code
 from common.run.folder import locked
-from common.run.options import Parser, count, count_or_zero, number, option
+from common.run.options import Parser, option
+from common.run.types import count, count_or_zero, number
 
 SMOKE = ["--dataset", "synthetic", "--subset", "40", "--test-subset", "40", "--batch-size", "20", "--epochs", "1"]
 OF_ONE_RUN = ("--teacher", "--student", "--method", "--seed", "--device", "--resume", "--evaluate")

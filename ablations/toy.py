@@ -29,7 +29,8 @@ from ablations.cells import markdown
 from ablations.figures import COLORS, load_pyplot, save_figure
 from common.run.checkpoint import write_atomically
 from common.run.errors import exit_code
-from common.run.options import Parser, number
+from common.run.options import Parser
+from common.run.types import number
 
 TARGET = torch.tensor([4.0, 4.0], dtype=torch.float64)
 WEIGHT = torch.tensor([[2.0, -1.0], [-1.0, 2.0], [0.5, 1.0]], dtype=torch.float64)

@@ -402,7 +402,7 @@ def test_smoke_and_its_files(tmp_path, capsys):
     assert again.count("saved to") == 3
     assert "epoch   1/1" not in again
     message = running.call(capsys, *NETWORKS, "--resume", "--out", tmp_path / "crd", code=2, module=cifar100)
-    assert "baselines.py" in message
+    assert "train_baseline.py" in message
 
 
 def test_resume_continues_with_an_unfinished_teacher(tmp_path, capsys):

@@ -37,7 +37,7 @@ class Parser(argparse.ArgumentParser):
     def add_data_options(self) -> None:
         """What `load_data` in common/data/sources.py takes."""
         add = self.add_argument_group("data").add_argument
-        add("--dataset", choices=("cifar100", "cifar10", "folder", "synthetic"), default="cifar100")
+        add("--dataset", choices=("cifar100", "cifar10", "folder", "synthetic"), default="cifar100", help="images")
         add("--data-dir", default="data", metavar="DIR", help="for 'folder' it holds train/ and test/ or val/")
         add("--subset", type=count, metavar="N", help="train on N images, balanced over the classes")
         add("--test-subset", type=count, metavar="N", help="test on N images, balanced over the classes")
@@ -45,7 +45,7 @@ class Parser(argparse.ArgumentParser):
     def add_run_options(self, unit: str = "epoch") -> None:
         """Device, precision, output folder and time limit; a run can be stopped after each `unit`."""
         add = self.add_argument_group("run").add_argument
-        add("--seed", type=count_or_zero, default=1)
+        add("--seed", type=count_or_zero, default=1, metavar="N", help="of everything random")
         add("--device", default=default_device(), help="cpu, cuda, cuda:N or mps")
         add("--amp", choices=AMP, help="precision of autocast (default: fp16 on CUDA, else off)")
         add("--out", metavar="DIR", help="default: a folder under runs/ named after the settings")
