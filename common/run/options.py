@@ -71,7 +71,7 @@ class Parser(argparse.ArgumentParser):
             if name in stored and name not in MAY_CHANGE and not _same(actions[name], value, stored[name]):
                 raise UserError(
                     f"cannot resume with other settings: {option(name)} is {value} and was {stored[name]}; "
-                    "omit it, or choose another --out"
+                    "use what the run began with, or choose another --out"
                 )
         args = Namespace(**{name: action.default for name, action in actions.items()} | stored | given)
         args.given = set(given)
