@@ -5,7 +5,6 @@ import torch
 from running import SMALL
 
 import cifar100
-from ablations import exit_branches
 
 DATA = Path(__file__).parent / "data"
 
@@ -16,15 +15,23 @@ def pytest_collection_modifyitems(items):
             item.add_marker(pytest.mark.skip(reason="needs a CUDA device"))
 
 
+@pytest.fixture(scope="session", autouse=True)
+def stop_workers_quickly():
+    """Data loader workers that are garbage collected after an error do not end by themselves: wait less than 5 s."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(torch.utils.data._utils, "MP_STATUS_CHECK_INTERVAL", 0.2)
+        yield
+
+
 @pytest.fixture(scope="session")
 def parity():
-    """One batch, two networks, their bridges, and what a step of the method as first published gives."""
+    """One batch, two networks, their bridges, and the numbers of one training step of the published implementation."""
     return torch.load(DATA / "parity_resnet14_resnet8.pt", weights_only=True)
 
 
 @pytest.fixture(scope="session")
 def teacher(tmp_path_factory):
-    """A resnet14 trained alone, two epochs, by the script."""
+    """The folder of a resnet14 that cifar100.py trained for two epochs."""
     folder = tmp_path_factory.mktemp("teacher") / "alone"
     assert cifar100.main(["--student", "resnet14", *SMALL, "--epochs", "2", "--out", str(folder)]) == 0
     return folder
@@ -32,7 +39,9 @@ def teacher(tmp_path_factory):
 
 @pytest.fixture(scope="session")
 def branch_runs(tmp_path_factory):
-    """What ablations/exit_branches.py --smoke leaves: its results, and the runs and branches behind them."""
+    """The output folder of ablations/exit_branches.py --smoke: its results, runs and exit branches."""
+    from ablations import exit_branches
+
     folder = tmp_path_factory.mktemp("branches") / "smoke"
     assert exit_branches.main(["--smoke", "--devices", "cpu", "--out", str(folder)]) == 0
     return folder

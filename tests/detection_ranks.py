@@ -1,7 +1,7 @@
-"""What test_detection_ranks.py runs by `torchrun --nproc_per_node=2 tests/detection_ranks.py FOLDER WORD...`.
+"""Run by test_detection_ranks.py: `torchrun --nproc_per_node=2 tests/detection_ranks.py FOLDER WORD...`.
 
-gradients TERM...   DDP's gradients of one step by these terms, and those of each rank by itself
-train OPTION...     detection.py with these options; every rank leaves what it has at the end
+gradients TERM...   one step on these terms: DDP's gradients, and those of each rank without DDP
+train OPTION...     detection.py with these options; every rank saves its final state
 """
 
 import copy
@@ -17,24 +17,22 @@ from tiny_detectors import shrink
 
 import detection
 from common.detection.detectors import build_detector
-from common.detection.fcfd import TERMS
 from common.run.distributed import distribute, process_group, rank
 
 
 def gradients(folder, *terms):
     with process_group("cpu"):
-        torch.manual_seed(rank())  # rank 1 starts elsewhere
-        given = {"teacher": "resnet18", "student": "mobilenet_v2", "device": "cpu", "batch_size": 2}
-        c = detection.settle(given | {f"w_{term}": term in terms for term in TERMS}, {})
+        torch.manual_seed(rank())  # the ranks start with different weights
+        args = detection.parse_args(["--teacher", "resnet18", "--student", "mobilenet_v2", "--device", "cpu"])
         teacher = build_detector("resnet18", 3, [96], scratch=True).requires_grad_(False)
         student = build_detector("mobilenet_v2", 3, [96], rois=16, scratch=True)
-        step = detection.Step(c, student, teacher).train()
+        step = detection.Step(args, list(terms), student, teacher).train()
         distributed = distribute(step, some_unused="task" not in terms)
         alone = copy.deepcopy(step)
         images = [torch.rand(3, 96, 120, generator=torch.Generator().manual_seed(rank()))]
         targets = [{"boxes": torch.tensor([[5.0, 8.0, 60.0, 70.0]]), "labels": torch.tensor([1 + rank()])}]
         for net in (distributed, alone):
-            for _ in range(2):  # the second time a parameter without gradient has had the chance to be waited for
+            for _ in range(2):  # DDP would wait for a parameter without a gradient in the second pass
                 net.zero_grad(set_to_none=True)
                 torch.manual_seed(10 + rank())
                 values = net(images, targets)

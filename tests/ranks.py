@@ -1,8 +1,8 @@
-"""What test_distributed.py runs on two ranks: `torchrun --nproc_per_node=2 tests/ranks.py FOLDER WORD...`.
+"""Run by test_distributed.py on two ranks: `torchrun --nproc_per_node=2 tests/ranks.py FOLDER WORD...`.
 
-gradients           DDP's gradients of one step against those of one process with the whole batch
-train OPTION...     imagenet.py with these options; every rank leaves what it has at the end
-train-fixed OPT...  the same with every BatchNorm in evaluation mode, so that ranks make no difference
+gradients           one step: DDP's gradients, and those of a single process with the whole batch
+train OPTION...     imagenet.py with these options; every rank saves its final state
+train-fixed OPT...  the same with every BatchNorm in evaluation mode, so that the number of ranks does not matter
 """
 
 import copy
@@ -25,15 +25,14 @@ PATHS = [MixedPath(2, 1), MixedPath(3, 0)]  # two of six
 
 
 def a_step(seed):
-    """A step with BatchNorm in evaluation mode, after some training: its statistics are not at their start."""
+    """A step in evaluation mode; its BatchNorm statistics are no longer the initial ones."""
     torch.manual_seed(seed)
     student, teacher = build_imagenet("MobileNetV1", 3), build_imagenet("resnet18", 3).requires_grad_(False)
     bridges = build_bridges(teacher, student, 64)
     for net in (student, teacher):
         track_paths(net, [2, 3, 4])
-    given = {"teacher": "resnet18", "student": "MobileNetV1", "num_paths": 2, "device": "cpu"}
-    c = imagenet.settle(given | {f"w_{term}": w for term, w in WEIGHTS.items()}, {})
-    step = imagenet.Step(c, student, teacher, bridges)
+    args = imagenet.parse_args(["--teacher", "resnet18", "--student", "MobileNetV1", "--device", "cpu"])
+    step = imagenet.Step(args, list(WEIGHTS), student, teacher, bridges)
     norms = [module for module in step.modules() if isinstance(module, torch.nn.BatchNorm2d)]
     for norm in norms:
         norm.momentum = 1.0
@@ -49,12 +48,12 @@ def total(terms):
 
 def gradients(folder):
     with process_group("cpu"):
-        step = a_step(seed=rank())  # rank 1 starts elsewhere
+        step = a_step(seed=rank())  # the ranks start with different weights
         one, alone = copy.deepcopy(step), copy.deepcopy(step)
         images, labels = torch.randn(7, 3, 64, 64, generator=torch.Generator().manual_seed(9)), torch.arange(7) % 3
         mine = slice(rank(), None, world_size())
         distributed = distribute(step, some_unused=True)
-        # The second time a parameter without gradient has had the chance to be waited for.
+        # DDP would wait for a parameter without a gradient in the second pass.
         for _ in range(2):
             step.zero_grad(set_to_none=True)
             terms, _ = distributed(images[mine], labels[mine], PATHS)
@@ -72,7 +71,7 @@ def gradients(folder):
 
 
 def fix_batch_norm(step):
-    """Keep BatchNorm, on the pure paths and the mixed ones, to running statistics that are good for a fresh network."""
+    """Make every BatchNorm, on pure and mixed paths, use fixed running statistics that suit a fresh network."""
     for module in step.modules():
         if hasattr(module, "running_var"):
             torch.nn.init.ones_(module.running_var)

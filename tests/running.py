@@ -1,4 +1,4 @@
-"""Running a script in a test, and comparing what two runs left."""
+"""Helpers that run a script in a test, and that compare the results of two runs."""
 
 import contextlib
 import csv
@@ -19,10 +19,11 @@ SCRIPT = Path(cifar100.__file__)
 SMALL = ["--dataset", "synthetic", "--subset", "120", "--test-subset", "60", "--batch-size", "32", "--device", "cpu"]
 TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
 PAIR = ["--teacher", "resnet14", "--student", "resnet8", *SMALL]
+FEW = ["--subset", 40, "--test-subset", 20]  # given after SMALL, overrides it: two steps
 
 
 def script(cwd, *args, code=0, module=cifar100):
-    """Run the script in a process of its own, in the folder `cwd`; its output."""
+    """Run a script in a subprocess in the folder `cwd`; returns stdout, or stderr if `code` is not 0."""
     command = [sys.executable, module.__file__, *map(str, args)]
     done = subprocess.run(command, cwd=cwd, capture_output=True, text=True, timeout=300)
     assert done.returncode == code, done.stderr
@@ -31,11 +32,11 @@ def script(cwd, *args, code=0, module=cifar100):
 
 @contextlib.contextmanager
 def started(*options, module=cifar100, past="epoch   1/"):
-    """The script in a process and a process group of its own, past its first epoch."""
+    """Run a script in the background, in its own process group; yields after a line that starts with `past`."""
     command = [str(word) for word in (sys.executable, module.__file__, *options)]
-    heeds_ctrl_c = partial(signal.signal, signal.SIGINT, signal.SIG_DFL)  # also where the tests run in the background
+    handle_ctrl_c = partial(signal.signal, signal.SIGINT, signal.SIG_DFL)  # ignored if pytest runs in the background
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
-    with subprocess.Popen(command, **pipes, preexec_fn=heeds_ctrl_c, start_new_session=True) as process:
+    with subprocess.Popen(command, **pipes, preexec_fn=handle_ctrl_c, start_new_session=True) as process:
         try:
             assert any(line.startswith(past) for line in process.stdout)
             yield process
@@ -44,7 +45,7 @@ def started(*options, module=cifar100, past="epoch   1/"):
 
 
 def call(capsys, *args, code=0, module=cifar100):
-    """The same in this process, which is quicker."""
+    """As `script`, but in this process, which is faster."""
     assert module.main([str(a) for a in args]) == code
     output = capsys.readouterr()
     return output.out if code == 0 else output.err
@@ -52,7 +53,7 @@ def call(capsys, *args, code=0, module=cifar100):
 
 @contextlib.contextmanager
 def torchrun_started(*words):
-    """A job of two ranks in the background, one thread a rank."""
+    """Run a job of two ranks in the background, with one thread per rank."""
     command = [*TORCHRUN, *map(str, words)]
     environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONUNBUFFERED": "1"}
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
@@ -65,7 +66,7 @@ def torchrun_started(*words):
 
 
 def torchrun(*words, code=0):
-    """The same to its end; its output."""
+    """Run a job of two ranks; returns its output."""
     with torchrun_started(*words) as process:
         output = process.communicate(timeout=240)[0]
     assert (process.returncode == 0) == (code == 0), output
@@ -74,7 +75,7 @@ def torchrun(*words, code=0):
 
 
 def kill_a_rank(process, name):
-    """Kill one of the two ranks of a started job, whose command line holds `name`; the job must end, and say so."""
+    """Kill one of the two ranks of a job, whose command lines contain `name`; the job must end and report it."""
     children = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
     ranks = [int(child) for child in children if name in Path(f"/proc/{child}/cmdline").read_text()]
     assert len(ranks) == 2
@@ -86,7 +87,7 @@ def kill_a_rank(process, name):
 
 
 def tensors(value, path=""):
-    """Every tensor in a nested state, by its place."""
+    """All tensors in a nested state, by path."""
     if torch.is_tensor(value):
         return {path: value}
     items = value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, list) else ()
@@ -102,7 +103,7 @@ def assert_bit_for_bit(a, b):
 
 
 def image_files(folder, sizes, classes=("n1", "n2", "n3"), image_size=(40, 36)):
-    """JPEGs of noise, the same at every call: `sizes` maps a split to its number of images in each class."""
+    """Write JPEGs of seeded noise; `sizes` maps each split to its number of images per class."""
     rng = np.random.default_rng(0)
     for split, n in sizes.items():
         for name in classes:
@@ -114,6 +115,6 @@ def image_files(folder, sizes, classes=("n1", "n2", "n3"), image_size=(40, 36)):
 
 
 def read_log(run):
-    """The rows of a run's log.csv, every value as text."""
+    """The rows of a run's log.csv; all values are strings."""
     with (Path(run) / "log.csv").open() as file:
         return list(csv.DictReader(file))

@@ -1,4 +1,4 @@
-"""Pictures of what a detector finds (those that the script draws are in test_detection.py)."""
+"""Drawing detections (test_detection.py covers the pictures that the script draws)."""
 
 import numpy as np
 import torch
@@ -10,24 +10,24 @@ from common.detection.boxes import COLOURS, draw_found
 from common.detection.coco import load_coco
 
 
-class Finds(nn.Module):
-    """What a detector would find: the surest first, of the first two the second is hidden, and the last is a guess."""
+class Detector(nn.Module):
+    """A detector with three detections: the second is hidden by the first, the third has too low a score."""
 
     def __init__(self):
         super().__init__()
-        self.anything = nn.Parameter(torch.zeros(1))
+        self.weight = nn.Parameter(torch.zeros(1))
 
     def forward(self, images):
         boxes = torch.tensor([[20.0, 10, 80, 50], [20, 10, 80, 50], [100, 60, 140, 90]])
         return [{"boxes": boxes, "labels": torch.tensor([1, 2, 3]), "scores": torch.tensor([0.9, 0.6, 0.49])}]
 
 
-def test_the_surest_is_on_top_its_label_on_a_ground_of_its_colour_and_a_guess_is_left_out(tmp_path):
+def test_the_highest_score_is_on_top_and_low_scores_are_left_out(tmp_path):
     for split in ("train", "val"):
         coco_set(
             tmp_path, [(1, 99 * "a" + ".png", 160, 100)], [(1, 1, [3, 3, 9, 9]), (1, 2, [3, 3, 9, 9])], split=split
         )
-    draw_found(tmp_path / "boxes", {"net": Finds()}, load_coco(tmp_path).test, ["cat", "dog", "cow"], 1)
+    draw_found(tmp_path / "boxes", {"net": Detector()}, load_coco(tmp_path).test, ["cat", "dog", "cow"], 1)
     [path] = (tmp_path / "boxes").iterdir()
     assert path.name == f"0-{50 * 'a'}.png"
     panel = np.asarray(Image.open(path))[20:, 320:]  # twice as large as the image

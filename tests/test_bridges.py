@@ -1,10 +1,11 @@
+"""The bridges' layers, shapes and initialization."""
+
 import pytest
 import torch
 from torch import nn
 
 from common.bridges import LEAKY_SLOPE, bridge, build_bridges, feature_shapes
 from common.models import build
-from common.run.errors import UserError
 
 KIND = {
     1: (nn.Conv2d, (3, 3), (1, 1), False),
@@ -17,7 +18,7 @@ KIND = {
     ("teacher_name", "student_name"),
     [("resnet56", "resnet20"), ("wrn_40_2", "ShuffleV1"), ("vgg13", "MobileNetV2"), ("resnet32x4", "ShuffleV2")],
 )
-def test_bridges_lead_from_one_feature_space_to_the_other(teacher_name, student_name):
+def test_bridges_map_to_the_shapes_of_the_other_network(teacher_name, student_name):
     teacher, student = build(teacher_name, 10).eval(), build(student_name, 10).eval()
     bridges, last = build_bridges(teacher, student, 32).eval(), student.num_stages
     images = torch.randn(2, 3, 32, 32)
@@ -38,18 +39,18 @@ def test_bridges_lead_from_one_feature_space_to_the_other(teacher_name, student_
                 assert module[2].negative_slope == LEAKY_SLOPE == 0.1
 
 
-def test_positions_choose_the_t2s_bridges_alone():
+def test_positions_select_only_the_t2s_bridges():
     bridges = build_bridges(build("resnet14", 10), build("resnet8", 10), 32, [4])
     assert (list(bridges.s2t), list(bridges.t2s)) == (["2", "3", "4"], ["4"])
 
 
-def test_convolutions_start_from_kaiming_fan_out():
+def test_convolutions_have_kaiming_fan_out_initialization():
     torch.manual_seed(0)
     conv = bridge(torch.Size((32, 8, 8)), torch.Size((128, 8, 8)), True)[0]
     assert conv.weight.std().item() == pytest.approx((2 / (128 * 9)) ** 0.5, rel=0.03)
 
 
-def test_shapes_are_found_without_touching_the_network():
+def test_feature_shapes_do_not_change_the_network():
     net = build("resnet8", 10).train()
     before = {key: value.clone() for key, value in net.state_dict().items()}
     assert feature_shapes(net, 32)[4] == (64, 8, 8)
@@ -57,8 +58,8 @@ def test_shapes_are_found_without_touching_the_network():
     assert all(torch.equal(value, before[key]) for key, value in net.state_dict().items())
 
 
-def test_networks_that_do_not_correspond():
-    with pytest.raises(UserError, match="5 stages and the student 4"):
+def test_mismatched_networks_are_rejected():
+    with pytest.raises(ValueError, match="5 stages and the student 4"):
         build_bridges(build("vgg13", 10), build("resnet8", 10), 32)
-    with pytest.raises(UserError, match="32x32 to 8x8"):
+    with pytest.raises(ValueError, match="32x32 to 8x8"):
         bridge(torch.Size((8, 32, 32)), torch.Size((8, 8, 8)), True)

@@ -1,4 +1,4 @@
-"""Files that are whole or absent, and the checkpoints that people already have."""
+"""Atomic writes, and loading checkpoints of this and other projects."""
 
 import argparse
 import os
@@ -28,7 +28,7 @@ def same(net, other):
     "form",
     ["shared", "bare", "parallel", "net", "parallel_net", "model_state_dict", "first_of_two", "namespace", "numpy"],
 )
-def test_forms_that_checkpoints_come_in(tmp_path, net, form):
+def test_checkpoint_formats(tmp_path, net, form):
     weights = net.state_dict()
     content = {
         "shared": {"model": weights, "epoch": 240, "accuracy": torch.tensor(72.5), "optimizer": {"state": {}}},
@@ -48,7 +48,7 @@ def test_forms_that_checkpoints_come_in(tmp_path, net, form):
     assert same(net, other)
 
 
-def test_older_file_format(tmp_path, net):
+def test_the_file_format_before_zip(tmp_path, net):
     torch.save({"model": net.state_dict()}, tmp_path / "old.pth", _use_new_zipfile_serialization=False)
     other = build("resnet8", 10)
     load_network(other, tmp_path / "old.pth", "resnet8")
@@ -64,7 +64,7 @@ class Malicious:
 
 
 @pytest.mark.parametrize("write", [torch.save, lambda obj, path: path.write_bytes(pickle.dumps(obj, protocol=2))])
-def test_nothing_in_a_file_is_executed(tmp_path, net, write):
+def test_no_code_in_a_file_is_executed(tmp_path, net, write):
     write({"model": net.state_dict(), "opt": Malicious(tmp_path / "harm")}, tmp_path / "evil.pth")
     with pytest.raises(UserError, match=r"evil\.pth .*nothing was run"):
         load_network(net, tmp_path / "evil.pth", "resnet8")
@@ -112,27 +112,27 @@ def test_nested_state_dicts_are_checked_strictly(tmp_path, net, key):
             load_network(build("resnet8", 10), path, "resnet8")
 
 
-def test_wrong_content_is_named(tmp_path, net):
-    def complaint(content):
+def test_mismatched_content_is_named(tmp_path, net):
+    def message_of(content):
         torch.save(content, tmp_path / "x.pth")
         with pytest.raises(UserError) as error:
             load_network(net, tmp_path / "x.pth", "resnet8")
         assert "\n" not in str(error.value)
         return str(error.value)
 
-    assert "[100, 64], expected [10, 64]" in complaint({"model": build("resnet8", 100).state_dict()})
-    assert "missing key" in complaint({"model": build("vgg8", 10).state_dict()})
-    assert "unexpected key layer1.1.conv1.weight" in complaint({"model": build("resnet14", 10).state_dict()})
-    assert "no state dict" in complaint({"epoch": 3})
-    assert "no state dict" in complaint([1, 2])
-    assert "student.pth" in complaint({"student": net.state_dict(), "epoch": 3})
+    assert "[100, 64], expected [10, 64]" in message_of({"model": build("resnet8", 100).state_dict()})
+    assert "missing key" in message_of({"model": build("vgg8", 10).state_dict()})
+    assert "unexpected key layer1.1.conv1.weight" in message_of({"model": build("resnet14", 10).state_dict()})
+    assert "no state dict" in message_of({"epoch": 3})
+    assert "no state dict" in message_of([1, 2])
+    assert "student.pth" in message_of({"student": net.state_dict(), "epoch": 3})
     weights = net.state_dict()
-    assert "no state dict" in complaint({**weights, "bn1.bias": weights["bn1.bias"].to(torch.int8)})
+    assert "no state dict" in message_of({**weights, "bn1.bias": weights["bn1.bias"].to(torch.int8)})
     weights["bn1.bias"] = torch.full_like(weights["bn1.bias"], float("nan"))
-    assert "bn1.bias" in complaint(weights)
+    assert "bn1.bias" in message_of(weights)
 
 
-def test_a_failed_write_leaves_the_old_file(tmp_path, monkeypatch):
+def test_a_failed_write_keeps_the_old_file(tmp_path, monkeypatch):
     save({"a": 1}, tmp_path / "f.pt")
 
     def full_disk(_):

@@ -1,4 +1,4 @@
-"""cifar100.py as a user runs it."""
+"""cifar100.py, as run from the command line."""
 
 import json
 import re
@@ -9,13 +9,13 @@ import pytest
 import torch
 import yaml
 from PIL import Image
-from running import PAIR, SMALL, assert_bit_for_bit, call, read_log, script
+from running import FEW, PAIR, SMALL, assert_bit_for_bit, call, read_log, script
 
 import cifar100
 from common.bridges import build_bridges
 from common.data.batches import train_batches
 from common.data.sources import load_data
-from common.fcfd import VARIANTS, fcfd_terms, forward_paths
+from common.fcfd import TERMS, fcfd_terms, forward_paths
 from common.models import build
 from common.multipath_bn import track_paths
 from common.paths import candidate_paths, sample_paths
@@ -29,12 +29,12 @@ METHODS = {
 
 @pytest.fixture(scope="module")
 def main_job(tmp_path_factory):
-    """The main job as it stands in the README, smaller, with the folder it ran in and what it printed."""
+    """A small version of the README's first command: its working directory and output."""
     folder = tmp_path_factory.mktemp("main")
     return folder, script(folder, *PAIR, "--epochs", 2)
 
 
-def test_main_job_trains_the_teacher_and_distils(main_job):
+def test_main_job_trains_the_teacher_and_distills(main_job):
     folder, printed = main_job
     runs = folder / "runs"
     alone, distilled = (
@@ -49,13 +49,13 @@ def test_main_job_trains_the_teacher_and_distils(main_job):
             rf"^{name} +{result[name]['top1']:.2f} % top-1, {result[name]['top5']:.2f} % top-5", printed, re.M
         )
     assert str(distilled.relative_to(folder) / "student.pth") in printed
-    # The teacher's accuracy is that of its own run: it was measured before distillation moved its statistics.
+    # As in the teacher's own run: it is measured before distillation updates the running statistics.
     assert result["teacher"] == {
         key: json.loads((alone / "result.json").read_text())["last"][key] for key in ("top1", "top5")
     }
 
 
-def test_main_job_leaves_its_files(main_job):
+def test_main_job_writes_its_files(main_job):
     folder = main_job[0] / "runs" / "synthetic-subset120-resnet14-resnet8-fcfd-2ep-seed1"
     names = ["best.pt", "config.yaml", "last.pt", "log.csv", "result.json", "student.pth", "student_best.pth"]
     assert sorted(path.name for path in folder.iterdir()) == names
@@ -82,29 +82,28 @@ def test_main_job_leaves_its_files(main_job):
     assert torch.load(folder / "best.pt", weights_only=True)["epoch"] == result["best"]["epoch"]
 
 
-def test_an_earlier_teacher_is_taken_or_it_is_said_why_not(main_job):
-    folder, _ = main_job
-    printed = script(folder, *PAIR, "--epochs", 1, "--teacher-epochs", 2, "--method", "kd")
+def test_an_earlier_teacher_is_used_or_the_reason_is_printed(main_job, capsys, monkeypatch):
+    monkeypatch.chdir(main_job[0])
+    printed = call(capsys, *PAIR, "--epochs", 1, "--teacher-epochs", 2, "--method", "kd")
     assert "teacher: runs/synthetic-subset120-resnet14-alone-2ep-seed1/student.pth, from an earlier run" in printed
-    printed = script(folder, *PAIR, "--epochs", 1, "--seed", 2, "--method", "kd")
+    printed = call(capsys, *PAIR, "--epochs", 1, "--seed", 2, "--method", "kd")
     assert "trained for 2 epochs, not 1" in printed
     assert "teacher: training resnet14 for 1 epochs" in printed
-    other = [word if word != "120" else "100" for word in PAIR]
-    printed = script(folder, *other, "--epochs", 2, "--method", "kd")
-    assert "it saw other data" in printed
+    printed = call(capsys, *PAIR, *FEW, "--epochs", 2, "--method", "kd")
+    assert "it was trained on other data" in printed
 
 
-def test_evaluate_reproduces_the_accuracy_of_a_run(main_job):
-    folder = main_job[0]
-    run = folder / "runs" / "synthetic-subset120-resnet14-resnet8-fcfd-2ep-seed1"
+def test_evaluate_reproduces_the_accuracy_of_a_run(main_job, capsys):
+    run = main_job[0] / "runs" / "synthetic-subset120-resnet14-resnet8-fcfd-2ep-seed1"
     last = json.loads((run / "result.json").read_text())["last"]
-    printed = script(folder, "--evaluate", run / "student.pth", "--student", "resnet8", *SMALL)
+    printed = call(capsys, "--evaluate", run / "student.pth", "--student", "resnet8", *SMALL)
     assert f"resnet8 {last['top1']:.2f} % top-1, {last['top5']:.2f} % top-5 on 60 test images" in printed
 
 
 @pytest.mark.parametrize("method", ["kd", "app"])
-def test_methods_compute_their_terms_alone(tmp_path, capsys, teacher, method):
-    call(capsys, *PAIR, "--method", method, "--epochs", 1, "--teacher-ckpt", teacher / "student.pth", "--out", tmp_path)
+def test_methods_compute_only_their_terms(tmp_path, capsys, teacher, method):
+    options = ["--epochs", 1, "--teacher-ckpt", teacher / "student.pth", "--out", tmp_path]
+    call(capsys, *PAIR, *FEW, "--method", method, *options)
     row = read_log(tmp_path)[0]
     assert {term for term in METHODS["fcfd"] if row[term]} == METHODS[method]
     state = torch.load(tmp_path / "last.pt", weights_only=True)
@@ -120,22 +119,25 @@ def test_methods_compute_their_terms_alone(tmp_path, capsys, teacher, method):
         (["--method", "kd", "--w-func-kl", 1], {"task", "kd", "func_kl"}, False),
         (["--teacher-bn", "running", "--positions", 2, 4, "--num-paths", 4], METHODS["fcfd"], True),
         (["--amp", "bf16"], METHODS["fcfd"], True),
+        (["--num-paths", 0], METHODS["fcfd"], True),
+        (["--positions", 4], METHODS["fcfd"] - {"func_l2"}, True),  # no path feeds it
         (["--method", "app", "--w-func-partial", 2], METHODS["app"] | {"func_partial"}, False),
         (["--method", "kd", "--w-func-prime-l2", 2, "--positions", 2, 4], {"task", "kd", "func_prime_l2"}, True),
     ],
 )
-def test_settings(tmp_path, capsys, teacher, options, terms, t2s):
-    call(capsys, *PAIR, *options, "--epochs", 1, "--teacher-ckpt", teacher / "student.pth", "--out", tmp_path)
+def test_settings_select_terms_and_bridges(tmp_path, capsys, teacher, options, terms, t2s):
+    files = ["--teacher-ckpt", teacher / "student.pth", "--out", tmp_path]
+    call(capsys, *PAIR, *FEW, *options, "--epochs", 1, *files)
     row = read_log(tmp_path)[0]
-    assert {term for term in METHODS["fcfd"] | set(VARIANTS) if row.get(term)} == terms
+    assert {term for term in TERMS if row.get(term)} == terms
     assert all(np.isfinite(float(row[term])) for term in terms)
     bridges = torch.load(tmp_path / "last.pt", weights_only=True)["bridges"]
     assert any(key.startswith("t2s") for key in bridges) == t2s
 
 
 @pytest.mark.parametrize("teacher_bn", ["batch", "running"])
-def test_two_epochs_written_out(tmp_path, capsys, teacher, teacher_bn):
-    """The script's loop against one written from the paper: SGD by hand, every number given differently."""
+def test_two_epochs_match_a_loop_by_hand(tmp_path, capsys, teacher, teacher_bn):
+    """The script against a loop with SGD by hand; no setting has its default."""
     weights = {"task": 0.9, "kd": 0.8, "app": 2.0, "func_l2": 3.0, "func_kl": 0.7, "func_prime": 0.6}
     weights |= {"func_partial": 1.5, "func_prime_l2": 2.5}
     options = [word for term, w in weights.items() for word in (f"--w-{term.replace('_', '-')}", w)]
@@ -167,12 +169,12 @@ def test_two_epochs_written_out(tmp_path, capsys, teacher, teacher_bn):
     net_t.requires_grad_(False).train(teacher_bn == "batch")
     for net in (student, net_t):
         track_paths(net, [2, 3])
-    for net in (student, net_t, bridges):  # as the script has it, so that not even rounding differs much
+    for net in (student, net_t, bridges):  # as in the script, so that rounding is similar
         net.to(memory_format=torch.channels_last)
     data = load_data("synthetic", "", 40, 60)
     velocity, losses = {}, []
     for epoch in range(2):
-        warm = (epoch + 1) / 2  # a twelfth of 24 epochs
+        warm = (epoch + 1) / 2  # 1/12 of 24 epochs
         paths = sample_paths(candidate_paths(4), 3, 2, 5, epoch)
         for step, (images, labels) in enumerate(train_batches(data.train, 32, 5, epoch, True)):
             terms = fcfd_terms(forward_paths(net_t, student, bridges, images, paths[step]), labels, 3.0, weights)
@@ -198,11 +200,11 @@ def test_two_epochs_written_out(tmp_path, capsys, teacher, teacher_bn):
     for name, value in net_t.state_dict().items():
         if "running" in name:
             torch.testing.assert_close(state["teacher"][name], value, rtol=1e-2, atol=1e-4)
-            if ".path" not in name:  # by the batch the teacher's own statistics move, else they stay
+            if ".path" not in name:  # the teacher's own statistics only change with batch statistics
                 assert torch.equal(value, weights_t[name]) == (teacher_bn == "running")
 
 
-def test_files_are_written_again_from_last_pt(tmp_path, capsys):
+def test_files_are_restored_from_last_pt(tmp_path, capsys):
     options = ["--student", "resnet8", *SMALL, "--epochs", 1, "--out", tmp_path]
     call(capsys, *options)
     names = ["best.pt", "config.yaml", "log.csv", "result.json", "student.pth", "student_best.pth"]
@@ -214,21 +216,21 @@ def test_files_are_written_again_from_last_pt(tmp_path, capsys):
         assert (tmp_path / name).read_bytes() == before[name], name
 
 
-def test_max_minutes_stops_teacher_and_student_resumably(tmp_path, capsys):
-    whole = [*PAIR, "--epochs", 2, "--out"]
+def test_max_minutes_stops_teacher_and_student(tmp_path, capsys):
+    whole = [*PAIR, *FEW, "--epochs", 2, "--out"]
     call(capsys, *whole, tmp_path / "one" / "whole")
     options = [*whole, tmp_path / "two" / "part", "--max-minutes", 1e-9]
     assert "stopped after 1 of 2 epochs" in call(capsys, *options)
     other_seed = [*options, "--resume", "--out", tmp_path / "two" / "seed", "--seed", 10]
-    assert "nothing to resume" in call(capsys, *other_seed, code=2)  # the interrupted teacher is of seed 1
-    (tmp_path / "two" / "synthetic-subset120-resnet14-alone-2ep-seed1" / "result.json").unlink()  # as after a kill
-    assert "teacher: training" in call(capsys, *options, "--resume")  # its last epoch, then the student's first
-    typo = [*PAIR, "--epochs", 2, "--resume", "--out", tmp_path / "two" / "typo"]
-    assert "nothing to resume" in call(capsys, *typo, code=2)  # now that the teacher is done
-    assert "--resume" in call(capsys, *options, code=2)  # the folder holds a run now
+    assert "nothing to resume" in call(capsys, *other_seed, code=2)  # the interrupted teacher has seed 1
+    (tmp_path / "two" / "synthetic-subset40-resnet14-alone-2ep-seed1" / "result.json").unlink()  # as after a kill
+    assert "teacher: training" in call(capsys, *options, "--resume")  # the teacher's last epoch and the student's first
+    typo = [*PAIR, *FEW, "--epochs", 2, "--resume", "--out", tmp_path / "two" / "typo"]
+    assert "nothing to resume" in call(capsys, *typo, code=2)  # the teacher has finished
+    assert "--resume" in call(capsys, *options, code=2)  # the folder holds a run
     printed = call(capsys, *options, "--resume")
     assert "epoch   2/2" in printed
-    assert "lies in" in printed
+    assert "resnet8 saved to" in printed
     assert_bit_for_bit(tmp_path / "one" / "whole", tmp_path / "two" / "part")
 
 
@@ -236,16 +238,16 @@ def test_folder_dataset(tmp_path, capsys):
     rng = np.random.default_rng(0)
     for split, n in (("train", 12), ("val", 4)):
         for name in ("a", "b", "c"):
-            (tmp_path / "set" / split / name).mkdir(parents=True)
+            (tmp_path / "images" / split / name).mkdir(parents=True)
             for i in range(n):
                 Image.fromarray(rng.integers(0, 256, (40, 36, 3), np.uint8)).save(
-                    tmp_path / "set" / split / name / f"{i}.png"
+                    tmp_path / "images" / split / name / f"{i}.png"
                 )
     options = [
         "--dataset",
         "folder",
         "--data-dir",
-        tmp_path / "set",
+        tmp_path / "images",
         "--epochs",
         1,
         "--batch-size",
@@ -255,14 +257,14 @@ def test_folder_dataset(tmp_path, capsys):
     ]
     printed = call(capsys, "--teacher", "vgg8", "--student", "MobileNetV2", *options, "--out", tmp_path / "runs" / "x")
     assert "36 training and 12 test images in 3 classes" in printed
-    assert (tmp_path / "runs" / "folder-set-vgg8-alone-1ep-seed1" / "student.pth").exists()
+    assert (tmp_path / "runs" / "folder-images-vgg8-alone-1ep-seed1" / "student.pth").exists()
 
 
 def test_a_diverging_run_keeps_the_last_good_epoch(tmp_path, capsys, monkeypatch):
     options = ["--student", "resnet8", *SMALL, "--epochs", 3, "--out", tmp_path]
     call(capsys, *options, "--max-minutes", 1e-9)
     before = (tmp_path / "last.pt").read_bytes()
-    monkeypatch.setattr(cifar100, "learning_rate", lambda c, epoch: 1e30)
+    monkeypatch.setattr(cifar100, "learning_rate", lambda args, epoch: 1e30)
     message = call(capsys, *options, "--resume", code=1)
     assert "epoch 2, step 2" in message
     assert (tmp_path / "last.pt").read_bytes() == before
@@ -275,20 +277,22 @@ def test_a_diverging_run_keeps_the_last_good_epoch(tmp_path, capsys, monkeypatch
         (["--student", "resnet8", "--teacher", "vgg8"], "5 stages and the student 4"),
         (["--student", "resnet8", "--teacher", "resnet14", "--num-paths", 5], "4 candidates"),
         (["--student", "resnet8", "--teacher", "resnet14", "--positions", 1], "outside 2..4"),
-        (["--student", "resnet8", "--teacher", "resnet14", "--w-app", "nan"], "--w-app nan"),
-        (["--student", "resnet8", "--teacher", "resnet14", "--temperature", 0], "--temperature 0"),
+        (["--student", "resnet8", "--teacher", "resnet14", "--w-app", "nan"], "--w-app: nan"),
+        (["--student", "resnet8", "--teacher", "resnet14", "--temperature", 0], "--temperature: 0"),
         (["--student", "resnet8", "--teacher", "resnet14", "--teacher-ckpt", "missing.pth"], "missing.pth"),
-        ([*PAIR[:4], "--teacher-ckpt", "x.pth", "--teacher-epochs", 2], "give one of them"),
+        ([*PAIR[:4], "--teacher-ckpt", "x.pth", "--teacher-epochs", 2], "omit it, or --teacher-ckpt"),
         (["--student", "resnet8", "--method", "kd"], "--teacher"),
-        (["--student", "resnet8", "--teacher", ""], "--teacher is empty"),
+        (["--student", "resnet8", "--teacher", ""], "--teacher: unknown network"),
+        (["--student", "resnet8", "--out", ""], "--out is empty"),
         (["--student", "resnet8", "--out", "x" * 300], "x" * 300),
         (["--student", "resnet8", "--device", "meta"], "meta"),
-        (["--student", "resnet8", "--seed", 10**20], "--seed 1"),
+        (["--student", "resnet8", "--seed", 10**20], "--seed: 1"),
         (["--student", "resnet8", "--teacher", "vgg8", "--method", "kd", "--w-task", 0, "--w-kd", 0], "no term"),
         ([*PAIR[:4], "--epochs", 1, "--out", "synthetic-subset120-resnet14-alone-1ep-seed1"], "choose another --out"),
         ([*PAIR[:4], "--positions", 4, "--w-func-kl", 0, "--w-func-prime", 0, "--num-paths", 1], "0 candidates"),
-        (["--student", "resnet8", "--lr", "inf"], "--lr inf"),
-        (["--student", "resnet8", "--epochs", 0], "--epochs 0"),
+        ([*PAIR[:4], "--positions", 4, "--w-func-l2", 5], "func_l2"),
+        (["--student", "resnet8", "--lr", "inf"], "--lr: inf"),
+        (["--student", "resnet8", "--epochs", 0], "--epochs: 0"),
         (["--student", "resnet8", "--subset", 10], "--subset 10"),
         (["--student", "resnet8", "--subset", 20], "20 training images"),
         (["--student", "resnet8", "--device", "cuda:99"], "cuda:99"),
@@ -299,17 +303,17 @@ def test_a_diverging_run_keeps_the_last_good_epoch(tmp_path, capsys, monkeypatch
         (["--student", "resnet8", "--evaluate", "missing.pth"], "missing.pth"),
     ],
 )
-def test_wrong_input_is_one_line_and_exit_code_2(tmp_path, capsys, monkeypatch, options, expected):
+def test_invalid_input_ends_in_one_line_and_exit_code_2(tmp_path, capsys, monkeypatch, options, expected):
     monkeypatch.chdir(tmp_path)
     defaults = [word for pair in zip(SMALL[::2], SMALL[1::2], strict=True) if pair[0] not in options for word in pair]
     message = call(capsys, *defaults, *options, code=2)
     assert message.startswith("error: ")
     assert expected in message
     assert message.count("\n") == 1
-    assert not list(tmp_path.iterdir())  # nothing was trained, nothing is left
+    assert not list(tmp_path.iterdir())  # nothing was trained or written
 
 
-def test_resume_with_other_settings_names_the_first(tmp_path, capsys, main_job):
+def test_resuming_with_other_settings_is_rejected_by_name(tmp_path, capsys, main_job):
     run = main_job[0] / "runs" / "synthetic-subset120-resnet14-resnet8-fcfd-2ep-seed1"
     before = (run / "last.pt").read_bytes()
     for option, name in (
@@ -322,7 +326,7 @@ def test_resume_with_other_settings_names_the_first(tmp_path, capsys, main_job):
     assert (run / "last.pt").read_bytes() == before
 
 
-def test_resumed_settings_are_compared_before_anything_else(tmp_path, capsys):
+def test_stored_settings_are_compared_first(tmp_path, capsys):
     call(capsys, "--student", "resnet8", *SMALL, "--epochs", 1, "--out", tmp_path)
     for options, name in (
         (["--student", "resnet8", "--teacher", "resnet14"], "--teacher"),
@@ -332,30 +336,34 @@ def test_resumed_settings_are_compared_before_anything_else(tmp_path, capsys):
         assert f"{name} is" in call(capsys, *options, "--resume", "--out", tmp_path, code=2)
 
 
-def test_a_last_pt_that_is_none_is_not_resumed(tmp_path, capsys):
+def test_a_file_that_is_not_a_run_is_not_resumed(tmp_path, capsys):
     torch.save({"model": {}}, tmp_path / "last.pt")
-    assert "is not what a run leaves" in call(
+    assert "was not written by a run" in call(
         capsys, "--student", "resnet8", *SMALL, "--resume", "--out", tmp_path, code=2
     )
 
 
-def test_process_prints_no_traceback(tmp_path):
+def test_the_process_prints_no_traceback(tmp_path):
     message = script(tmp_path, "--student", "resnet9", code=2)
-    assert message.startswith("error: unknown network")
+    assert message.startswith("error: --student: unknown network")
     assert message.count("\n") == 1
 
 
 def test_schedules():
     def rates(epochs):
-        c = Namespace(lr=0.05, epochs=epochs)
-        return [cifar100.learning_rate(c, epoch) for epoch in range(epochs)]
+        args = Namespace(lr=0.05, epochs=epochs)
+        return [cifar100.learning_rate(args, epoch) for epoch in range(epochs)]
+
+    def warmup(epochs, epoch):
+        weights = cifar100.warmed_up({"app": 1, "func_kl": 3}, Namespace(epochs=epochs), epoch)
+        assert weights["func_kl"] == 3  # only weights of L2 terms are warmed up
+        return weights["app"]
 
     assert rates(240) == [0.05] * 150 + [0.05 / 10] * 30 + [0.05 / 100] * 30 + [0.05 / 1000] * 30
     assert rates(8) == [0.05] * 5 + [0.05 / 10] + [0.05 / 100] + [0.05 / 1000]
-    warmup = [cifar100.l2_warmup(Namespace(epochs=240), epoch) for epoch in range(22)]
-    assert warmup == [(epoch + 1) / 20 for epoch in range(20)] + [1, 1]
-    assert [cifar100.l2_warmup(Namespace(epochs=24), epoch) for epoch in range(3)] == [0.5, 1, 1]
-    assert cifar100.l2_warmup(Namespace(epochs=3), 0) == 1
+    assert [warmup(240, epoch) for epoch in range(22)] == [(epoch + 1) / 20 for epoch in range(20)] + [1, 1]
+    assert [warmup(24, epoch) for epoch in range(3)] == [0.5, 1, 1]
+    assert warmup(3, 0) == 1
 
 
 @pytest.mark.parametrize(
@@ -376,10 +384,11 @@ def test_schedules():
     ],
 )
 def test_published_settings(teacher_name, student_name, row):
-    c = cifar100.settle({"teacher": teacher_name, "student": student_name, "device": "cuda"}, {})
-    assert (c.lr, c.temperature, c.w_app, c.w_func_kl) == row
-    assert (c.w_func_l2, c.w_func_prime, c.w_task, c.w_kd) == (c.w_app, c.w_func_kl, 1, 1)
-    assert (c.epochs, c.batch_size, c.teacher_bn, c.method, c.amp) == (240, 64, "batch", "fcfd", "fp16")
+    args = cifar100.parse_args(["--teacher", teacher_name, "--student", student_name, "--device", "cuda"])
+    assert (args.lr, args.temperature, args.w_app, args.w_func_kl) == row
+    assert (args.w_func_l2, args.w_func_prime, args.w_task, args.w_kd) == (args.w_app, args.w_func_kl, 1, 1)
+    assert (args.w_func_partial, args.w_func_prime_l2) == (0, 0)
+    assert (args.epochs, args.batch_size, args.teacher_bn, args.method, args.amp) == (240, 64, "batch", "fcfd", "fp16")
 
 
 @pytest.mark.slow

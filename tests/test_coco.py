@@ -1,4 +1,4 @@
-"""Sets in COCO's format: what is taken from them, and what is wrong with them."""
+"""Reading datasets in COCO format, and the faults that are reported."""
 
 import json
 
@@ -10,10 +10,10 @@ from common.detection.coco import load_coco
 from common.run.errors import UserError
 
 VAL = {"images": [(1, "v.jpg", 40, 30)], "annotations": [(1, 3, [1, 2, 10, 10]), (1, 7, [5, 5, 8, 9])]}
-CATEGORIES = ((7, "dog"), (3, "cat"))  # of labels 2 and 1
+CATEGORIES = ((7, "dog"), (3, "cat"))  # labels 2 and 1
 
 
-def make(folder, images, annotations, **more):
+def write(folder, images, annotations, **more):
     coco_set(folder, images, annotations, CATEGORIES, pixels=False, **more)
     coco_set(folder, VAL["images"], VAL["annotations"], CATEGORIES, "val", pixels=False)
     return folder
@@ -25,11 +25,11 @@ def folder(tmp_path):
     annotations = [
         (13, 7, [0, 0, 30, 60]),
         (11, 3, [10, 5, 20.5, 10]),
-        (14, 3, [4, 4, 20, 20], 1),  # an image of a crowd alone
+        (14, 3, [4, 4, 20, 20], 1),  # an image with only a crowd
         (11, 7, [0.5, 1, 3, 4]),
         (11, 3, [0, 0, 50, 40], 1),
     ]
-    return make(tmp_path / "set", images, annotations)
+    return write(tmp_path / "data", images, annotations)
 
 
 def names(split):
@@ -41,19 +41,19 @@ def boxes(split, i):
     return split.labels[mine].tolist(), split.boxes[mine].tolist()
 
 
-def test_what_is_trained_on(folder):
+def test_training_split(folder):
     data = load_coco(folder)
     assert data.categories == {3: "cat", 7: "dog"}
     assert names(data.train) == ["a.jpg", "c.jpg", "d.jpg"]  # b.jpg is empty
     assert data.train.sizes.tolist() == [[50, 40], [30, 60], [50, 40]]
     assert boxes(data.train, 0) == ([1, 2], [[10, 5, 30.5, 15], [0.5, 1, 3.5, 5]])
     assert boxes(data.train, 1) == ([2], [[0, 0, 30, 60]])
-    assert boxes(data.train, 2) == ([], [])  # a crowd is no box, and no reason to leave the image out
+    assert boxes(data.train, 2) == ([], [])  # a crowd is not a training box, but its image is kept
     assert data.train.boxes.dtype == np.float32
     assert data.notes == []
 
 
-def test_the_truth_is_the_file_with_crowds_and_empty_images(tmp_path):
+def test_the_ground_truth_keeps_crowds_and_empty_images(tmp_path):
     coco_set(tmp_path, [(1, "a.jpg", 9, 9)], [(1, 3, [0, 0, 9, 9]), (1, 7, [0, 0, 9, 9])], CATEGORIES, pixels=False)
     images = [(8, "x.jpg", 50, 40), (5, "y.jpg", 50, 40)]
     file = coco_set(
@@ -61,7 +61,7 @@ def test_the_truth_is_the_file_with_crowds_and_empty_images(tmp_path):
     )
     content = json.loads(file.read_text())
     content["annotations"][0]["area"] = 5.5
-    content["annotations"][1]["area"] = 1e11  # more than pycocotools counts
+    content["annotations"][1]["area"] = 1e11  # more than pycocotools' largest range
     file.write_text(json.dumps(content))
     data = load_coco(tmp_path)
     assert names(data.test) == ["x.jpg", "y.jpg"]
@@ -69,27 +69,27 @@ def test_the_truth_is_the_file_with_crowds_and_empty_images(tmp_path):
     assert data.truth["categories"] == [{"id": 1, "name": "cat"}, {"id": 2, "name": "dog"}]
     crowd, box = data.truth["annotations"]
     assert crowd == {"id": 1, "image_id": 1, "category_id": 2, "bbox": [1, 2, 3, 4], "area": 5.5, "iscrowd": 1}
-    assert (box["bbox"], box["area"], box["iscrowd"], box["id"]) == ([45, 2, 10, 4], 40, 0, 2)  # as it is, not clipped
+    assert (box["bbox"], box["area"], box["iscrowd"], box["id"]) == ([45, 2, 10, 4], 40, 0, 2)  # not clipped
 
 
-def test_boxes_of_no_use_are_dropped_or_clipped_counted_and_said_once(tmp_path):
+def test_unusable_boxes_are_dropped_or_clipped_and_counted(tmp_path):
     images = [(1, "a.jpg", 50, 40), (2, "b.jpg", 50, 40), (3, "c.jpg", 50, 40), (4, "e.jpg", 50, 40)]
     annotations = [
-        (1, 3, [40, 30, 20, 20]),  # reaches out
+        (1, 3, [40, 30, 20, 20]),  # extends beyond the image
         (1, 7, [-5, -5, 10, 10]),
         (1, 7, [5, 5, 0, 10]),  # no area
         (1, 7, [5, 5, 10, -3]),
         (1, 7, [60, 5, 10, 10]),  # outside
-        (1, 7, [20, 20, 30.2, 20]),  # reaches out by rounding
-        (2, 3, [3, 3, 1, 20]),  # an image whose boxes are all a pixel wide or high
+        (1, 7, [20, 20, 30.2, 20]),  # extends beyond the image because of rounding
+        (2, 3, [3, 3, 1, 20]),  # all boxes of this image are a pixel wide or high
         (2, 3, [3, 3, 20, 0.5]),
         (3, 3, [3, 3, 1, 20]),
         (3, 3, [3, 3, 2, 20]),
         (1, 7, [20, 20, 0.009, 20]),
-        (1, 3, [-5, 20, 5.005, 20]),  # a sliver of it is inside
-        (4, 3, [3, 50, 20, 20]),  # an image whose only box is outside stays, as one of a crowd does
+        (1, 3, [-5, 20, 5.005, 20]),  # only a sliver is inside
+        (4, 3, [3, 50, 20, 20]),  # an image whose only box is outside is kept, like one with only a crowd
     ]
-    data = load_coco(make(tmp_path, images, annotations))
+    data = load_coco(write(tmp_path, images, annotations))
     assert names(data.train) == ["a.jpg", "c.jpg", "e.jpg"]
     assert boxes(data.train, 0) == ([1, 2, 2], [[40, 30, 50, 40], [0, 0, 5, 5], [20, 20, 50, 40]])
     assert boxes(data.train, 1) == ([1, 1], [[3, 3, 4, 23], [3, 3, 5, 23]])
@@ -100,7 +100,7 @@ def test_boxes_of_no_use_are_dropped_or_clipped_counted_and_said_once(tmp_path):
     ]
 
 
-def test_cocos_own_names_come_first(tmp_path):
+def test_coco_2017_is_preferred_and_ambiguous_names_are_rejected(tmp_path):
     row = [(1, "a.jpg", 9, 9)], [(1, 3, [0, 0, 9, 9]), (1, 7, [0, 0, 9, 9])]
     for split in ("train2014", "train2017", "val2014", "val2017"):
         coco_set(tmp_path, *row, CATEGORIES, split, pixels=False)
@@ -111,8 +111,8 @@ def test_cocos_own_names_come_first(tmp_path):
         load_coco(tmp_path / "other")
 
 
-def test_images_may_lie_in_folders(tmp_path):
-    make(tmp_path, [(1, "a.jpg", 9, 9)], [(1, 3, [0, 0, 9, 9]), (1, 7, [0, 0, 9, 9])])
+def test_images_may_be_in_subfolders(tmp_path):
+    write(tmp_path, [(1, "a.jpg", 9, 9)], [(1, 3, [0, 0, 9, 9]), (1, 7, [0, 0, 9, 9])])
     (tmp_path / "train" / "below").mkdir()
     (tmp_path / "train" / "a.jpg").rename(tmp_path / "train" / "below" / "a.jpg")
     file = tmp_path / "annotations" / "instances_train.json"
@@ -120,10 +120,10 @@ def test_images_may_lie_in_folders(tmp_path):
     assert load_coco(tmp_path).train.files[0].decode().endswith("/train/below/a.jpg")
 
 
-def test_a_subset_is_spread_over_the_file(tmp_path):
+def test_a_subset_is_evenly_spaced(tmp_path):
     images = [(i, f"{i}.jpg", 40, 40) for i in range(10)]
     annotations = [(i, 3 + 4 * (i % 2), [i, 0, 20, 20]) for i in range(10)]
-    data = load_coco(make(tmp_path, images, annotations), subset=4, test_subset=1)
+    data = load_coco(write(tmp_path, images, annotations), subset=4, test_subset=1)
     assert names(data.train) == ["0.jpg", "3.jpg", "6.jpg", "9.jpg"]
     assert [boxes(data.train, i) for i in range(4)] == [([1 + k % 2], [[k, 0, k + 20, 20]]) for k in (0, 3, 6, 9)]
     assert data.fingerprint != load_coco(tmp_path).fingerprint
@@ -132,7 +132,7 @@ def test_a_subset_is_spread_over_the_file(tmp_path):
             load_coco(tmp_path, **{option: count})
 
 
-def test_the_fingerprint_is_of_what_is_trained_on(folder):
+def test_the_fingerprint_depends_on_the_training_data(folder):
     before = load_coco(folder).fingerprint
     assert load_coco(folder).fingerprint == before
     file = folder / "annotations" / "instances_train.json"
@@ -157,23 +157,23 @@ def test_the_fingerprint_is_of_what_is_trained_on(folder):
 
 
 BROKEN = {
-    "no JSON": (lambda content: "{", "is not JSON, or is truncated"),
+    "not JSON": (lambda content: "{", "is not JSON, or is truncated"),
     "a list": (lambda content: [], "'categories' is missing, or not a list of objects"),
     "no images": (lambda content: content | {"images": []}, "'images' is empty"),
     "no annotations": (
         lambda content: {key: content[key] for key in ("images", "categories")},
         "'annotations' is missing",
     ),
-    "numbers for annotations": (
+    "numbers as annotations": (
         lambda content: content | {"annotations": [1]},
         "'annotations' is missing, or not a list of objects",
     ),
     "no categories": (lambda content: content | {"categories": []}, "'categories' is empty"),
-    "an id twice": (
+    "a repeated id": (
         lambda content: content | {"images": 2 * content["images"]},
         r"'images' \[4\] lacks a unique id",
     ),
-    "a name twice": (  # by which a detector's classes are known
+    "a repeated name": (  # classes are matched by name
         lambda content: content | {"categories": [row | {"name": "cat"} for row in content["categories"]]},
         r"'categories' \[1\] lacks a unique id or a unique name",
     ),
@@ -185,24 +185,24 @@ BROKEN = {
         lambda content: content | {"images": [{"id": 1, "file_name": "a.jpg", "width": 0, "height": 4}]},
         r"'images' \[0\]",
     ),
-    "a category twice": (lambda content: content | {"categories": 2 * content["categories"]}, r"'categories' \[2\]"),
+    "a repeated category": (lambda content: content | {"categories": 2 * content["categories"]}, r"'categories' \[2\]"),
     "a nameless category": (lambda content: content | {"categories": [{"id": 1}]}, r"'categories' \[0\]"),
     "an unknown image": (lambda content: changed(content, image_id=99), r"'annotations' \[0\] lacks a known image_id"),
     "an unknown category": (lambda content: changed(content, category_id=99), r"'annotations' \[0\]"),
     "three numbers": (lambda content: changed(content, bbox=[1, 2, 3]), r"'annotations' \[0\]"),
-    "no number": (lambda content: changed(content, bbox=[1, 2, 3, "x"]), r"'annotations' \[0\]"),
+    "a word in a box": (lambda content: changed(content, bbox=[1, 2, 3, "x"]), r"'annotations' \[0\]"),
     "NaN": (lambda content: changed(content, bbox=[1, 2, 3, float("nan")]), r"'annotations' \[0\]"),
-    "text for numbers": (lambda content: changed(content, bbox="1234"), r"'annotations' \[0\]"),
-    "text for a number": (lambda content: changed(content, bbox=[1, 2, 3, "4"]), r"'annotations' \[0\]"),
-    "truth for numbers": (lambda content: changed(content, bbox=[True] * 4), r"'annotations' \[0\]"),
-    "text for iscrowd": (lambda content: changed(content, iscrowd="1"), r"'annotations' \[0\] lacks .* an iscrowd"),
-    "half a pixel": (
+    "text as a box": (lambda content: changed(content, bbox="1234"), r"'annotations' \[0\]"),
+    "a number as text": (lambda content: changed(content, bbox=[1, 2, 3, "4"]), r"'annotations' \[0\]"),
+    "booleans in a box": (lambda content: changed(content, bbox=[True] * 4), r"'annotations' \[0\]"),
+    "text as iscrowd": (lambda content: changed(content, iscrowd="1"), r"'annotations' \[0\] lacks .* an iscrowd"),
+    "a fractional width": (
         lambda content: content | {"images": [{"id": 1, "file_name": "a.jpg", "width": 1.5, "height": 4}]},
         r"'images' \[0\]",
     ),
     "no box": (lambda content: changed(content, bbox=None), r"'annotations' \[0\]"),
-    "a list for an id": (lambda content: changed(content, image_id=[1]), r"'annotations' \[0\]"),
-    "an image too many": (
+    "a list as an id": (lambda content: changed(content, image_id=[1]), r"'annotations' \[0\]"),
+    "a missing image": (
         lambda content: (
             content | {"images": content["images"] + [{"id": 1, "file_name": "e.jpg", "width": 9, "height": 9}]}
         ),
@@ -212,7 +212,7 @@ BROKEN = {
         lambda content: content | {"annotations": [row for row in content["annotations"] if row["category_id"] == 3]},
         "the category 'dog' has no box to train on",
     ),
-    "nothing but crowds of a category": (
+    "a category with only crowds": (
         lambda content: (
             content | {"annotations": [row | {"iscrowd": row["category_id"] == 7} for row in content["annotations"]]}
         ),
@@ -222,11 +222,11 @@ BROKEN = {
         lambda content: content | {"categories": [{"id": 3, "name": "cat"}, {"id": 7, "name": "fox"}]},
         "must have the same categories",
     ),
-    "a line for an image": (
+    "an extreme aspect ratio": (
         lambda content: content | {"images": [content["images"][0] | {"width": 26661}, *content["images"][1:]]},
         r"the aspect ratio of image a\.jpg is too extreme",
     ),
-    "lines for boxes": (
+    "boxes without area": (
         lambda content: content | {"annotations": [row | {"bbox": [1, 1, 1, 9]} for row in content["annotations"]]},
         "every box is at most a pixel wide or high",
     ),
@@ -238,7 +238,7 @@ def changed(content, **values):
 
 
 @pytest.mark.parametrize("fault", BROKEN)
-def test_what_is_not_cocos_format_is_said(folder, fault):
+def test_faults_are_reported_in_one_line(folder, fault):
     change, expected = BROKEN[fault]
     file = folder / "annotations" / "instances_train.json"
     content = change(json.loads(file.read_text()))
@@ -249,7 +249,7 @@ def test_what_is_not_cocos_format_is_said(folder, fault):
     assert "\n" not in str(error.value)
 
 
-def test_missing_files_and_folders_are_said(folder):
+def test_missing_files_and_folders_are_reported(folder):
     with pytest.raises(UserError, match=r"there is no missing/annotations/instances_train\*.json: --data-dir needs"):
         load_coco("missing")
     (folder / "train").rename(folder / "pictures")
@@ -264,8 +264,8 @@ def test_missing_files_and_folders_are_said(folder):
         load_coco(folder)
 
 
-def test_a_test_without_boxes_is_refused(tmp_path):
-    make(tmp_path, [(1, "a.jpg", 9, 9)], [(1, 3, [0, 0, 9, 9]), (1, 7, [0, 0, 9, 9])])
+def test_a_test_split_without_boxes_is_rejected(tmp_path):
+    write(tmp_path, [(1, "a.jpg", 9, 9)], [(1, 3, [0, 0, 9, 9]), (1, 7, [0, 0, 9, 9])])
     file = tmp_path / "annotations" / "instances_val.json"
     file.write_text(json.dumps(json.loads(file.read_text()) | {"annotations": []}))
     with pytest.raises(UserError, match="none of the test images has a usable box"):

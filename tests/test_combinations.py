@@ -1,4 +1,4 @@
-"""cifar100.py with DKD and SimKD (Tab. 4), as a user runs it."""
+"""cifar100.py with DKD and SimKD (Tab. 4), as run from the command line."""
 
 import json
 import re
@@ -6,15 +6,14 @@ import re
 import pytest
 import torch
 import yaml
-from running import PAIR, SMALL, assert_bit_for_bit, call, read_log
+from running import FEW, PAIR, SMALL, assert_bit_for_bit, call, read_log
 
 import cifar100
 from ablations import agreement
 from ablations.cells import Cell
-from common.fcfd import TERMS
+from common.fcfd import EQ_9
 
 RESNETS = ["--teacher", "resnet14", "--student", "resnet8"]
-FEW = ["--subset", 40, "--test-subset", 20]
 
 
 def run(capsys, teacher, out, *options, epochs=1):
@@ -30,10 +29,10 @@ def simkd(teacher, tmp_path_factory):
     return out
 
 
-def test_simkd_with_dkd_leaves_its_settings_and_its_student(simkd):
+def test_simkd_with_dkd_stores_its_settings_and_student(simkd):
     config = yaml.safe_load((simkd / "config.yaml").read_text())
     assert (config["simkd"], config["kd_loss"], config["tckd"], config["nckd"]) == (True, "dkd", 1, 2)
-    assert all(float(row[term]) > 0 for row in read_log(simkd) for term in TERMS)
+    assert all(float(row[term]) > 0 for row in read_log(simkd) for term in EQ_9)
     model = torch.load(simkd / "student.pth", weights_only=True)["model"]
     assert {key.split(".")[0] for key in model} == {"student", "projector", "classifier"}
     assert not any(".path" in key or key.startswith("student.fc") for key in model)
@@ -55,7 +54,7 @@ def test_a_simkd_run_resumes_bit_for_bit(tmp_path, capsys, teacher, simkd):
     printed = run(capsys, teacher, tmp_path, *options, epochs=2)
     assert "by fcfd-dkd-simkd" in printed
     assert "SimKD: projector and teacher's classifier add" in printed
-    call(capsys, *PAIR, "--resume", "--out", tmp_path, "--epochs", 2)  # the rest as stored
+    call(capsys, *PAIR, "--resume", "--out", tmp_path, "--epochs", 2)  # the other options are stored
     assert_bit_for_bit(simkd, tmp_path)
 
 
@@ -74,18 +73,18 @@ def test_methods_combine(tmp_path, capsys, monkeypatch, teacher, options, name):
     files = ["--teacher-ckpt", teacher / "student.pth"]
     call(capsys, *PAIR, *options, "--epochs", 1, *files, *FEW)
     (row,) = read_log(f"runs/synthetic-subset40-resnet14-resnet8-{name}-1ep-seed1")
-    assert [term for term in TERMS if row[term]] == list(cifar100.METHODS[name.split("-")[0]])
+    assert [term for term in EQ_9 if row[term]] == list(cifar100.METHODS[name.split("-")[0]])
 
 
-def test_the_loss_and_its_weights_reach_the_terms(tmp_path, capsys, teacher):
-    """One step an epoch, from the same start: what DKD is of, and by which weights, is seen in the log."""
+def test_kd_loss_and_its_weights_reach_the_terms(tmp_path, capsys, teacher):
+    """One step from the same initial weights: the log shows which terms use DKD, and with which weights."""
     kinds = {"kl": [], "1": ["--kd-loss", "dkd"], "t": ["--kd-loss", "dkd", "--tckd", 3, "--nckd", 0]}
     kinds["n"] = ["--kd-loss", "dkd", "--tckd", 0, "--nckd", 5]
     log = {}
     for kind, options in kinds.items():
         run(capsys, teacher, tmp_path / kind, *options, *FEW, "--batch-size", 40)
         (log[kind],) = read_log(tmp_path / kind)
-    for term in TERMS:
+    for term in EQ_9:
         kl, both, label, others = (float(log[kind][term]) for kind in kinds)
         if term in ("kd", "func_kl", "func_prime"):
             assert both != kl
@@ -94,12 +93,12 @@ def test_the_loss_and_its_weights_reach_the_terms(tmp_path, capsys, teacher):
             assert both == label == others == kl
 
 
-def test_a_run_older_than_the_options_resumes_as_it_was(tmp_path, capsys, teacher):
+def test_a_run_from_before_the_options_resumes(tmp_path, capsys, teacher):
     whole, old = tmp_path / "whole", tmp_path / "old"
     run(capsys, teacher, whole, *FEW, epochs=2)
     run(capsys, teacher, old, *FEW, "--max-minutes", 1e-9, epochs=2)
     state = torch.load(old / "last.pt", weights_only=True)
-    for key in cifar100.ADDED:
+    for key in ("simkd", "kd_loss", "tckd", "nckd", "w_func_partial", "w_func_prime_l2"):
         del state["config"][key]
     torch.save(state, old / "last.pt")
     (old / "config.yaml").write_text(yaml.safe_dump(state["config"]))
@@ -112,12 +111,12 @@ def test_a_run_older_than_the_options_resumes_as_it_was(tmp_path, capsys, teache
     assert_bit_for_bit(whole, old)
 
 
-def test_weights_of_dkd_are_compared_on_resumption(capsys, simkd):
+def test_weights_of_dkd_are_compared_when_resuming(capsys, simkd):
     message = call(capsys, *PAIR, "--nckd", 3, "--epochs", 2, "--resume", "--out", simkd, code=2)
     assert "--nckd is 3.0 and was 2" in message
 
 
-def test_a_simkd_student_is_no_plain_network(tmp_path, capsys, simkd, teacher):
+def test_a_simkd_student_is_not_a_plain_network(tmp_path, capsys, simkd, teacher):
     file = simkd / "student.pth"
     for options in (
         ["--student", "resnet8", "--evaluate", file],
@@ -145,20 +144,20 @@ def test_a_simkd_student_is_no_plain_network(tmp_path, capsys, simkd, teacher):
 @pytest.mark.parametrize(
     ("options", "expected"),
     [
-        (["--student", "resnet8", "--simkd"], "--simkd is about distillation: name the --teacher too"),
-        (["--student", "resnet8", "--simkd", "--evaluate", "x.pth"], "name the --teacher too"),
+        (["--student", "resnet8", "--simkd"], "--simkd is about distillation: also give --teacher"),
+        (["--student", "resnet8", "--simkd", "--evaluate", "x.pth"], "also give --teacher"),
         (["--student", "resnet8", "--kd-loss", "dkd"], "--kd-loss is about distillation"),
-        ([*RESNETS, "--tckd", 1], "--tckd is a weight inside DKD: give --kd-loss dkd too"),
-        ([*RESNETS, "--kd-loss", "kl", "--nckd", 1], "--nckd is a weight inside DKD"),
-        ([*RESNETS, "--kd-loss", "dkd", "--nckd", -1], "--nckd -1"),
-        ([*RESNETS, "--kd-loss", "dkd", "--tckd", "nan"], "--tckd nan"),
+        ([*RESNETS, "--tckd", 1], "--tckd and --nckd are weights inside DKD: also give --kd-loss dkd"),
+        ([*RESNETS, "--kd-loss", "kl", "--nckd", 1], "--tckd and --nckd are weights inside DKD"),
+        ([*RESNETS, "--kd-loss", "dkd", "--nckd", -1], "--nckd: -1"),
+        ([*RESNETS, "--kd-loss", "dkd", "--tckd", "nan"], "--tckd: nan"),
         ([*RESNETS, "--kd-loss", "crd"], "crd"),
         ([*RESNETS, "--simkd", "--positions", 2, 4], "--positions 4: with --simkd"),
         ([*RESNETS, "--simkd", "--method", "kd", "--positions", 4], "--positions 4: with --simkd"),
         (["--teacher", "vgg8", "--student", "resnet8", "--simkd"], "5 stages and the student 4"),
     ],
 )
-def test_wrong_input_is_one_line_and_exit_code_2(tmp_path, capsys, monkeypatch, options, expected):
+def test_invalid_input_ends_in_one_line_and_exit_code_2(tmp_path, capsys, monkeypatch, options, expected):
     monkeypatch.chdir(tmp_path)
     message = call(capsys, *SMALL, *options, code=2)
     assert message.startswith("error: ")
@@ -167,7 +166,7 @@ def test_wrong_input_is_one_line_and_exit_code_2(tmp_path, capsys, monkeypatch, 
     assert not list(tmp_path.iterdir())
 
 
-def test_a_grid_of_simkd_runs_passes_the_flag_on(tmp_path):
+def test_a_grid_passes_simkd_to_its_runs(tmp_path):
     command = Cell(tmp_path, {"teacher": "resnet14", "student": "resnet8", "simkd": True, "seed": 1}).command(None)
     assert command[2:] == ["--teacher=resnet14", "--student=resnet8", "--simkd", "--seed=1", f"--out={tmp_path}"]
 

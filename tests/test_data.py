@@ -1,4 +1,4 @@
-"""Batches, and the formats that image sets come in: made here in those formats, read by the real code."""
+"""Batches, and reading datasets, which are written here in their original formats."""
 
 import hashlib
 import pickle
@@ -27,7 +27,7 @@ def raw(images):
 
 
 def position_images(n):
-    """n equal images whose red is the row and whose green the column, both counted from 1 (0 is padding)."""
+    """n equal images: red is the row and green the column, both from 1; 0 is padding."""
     at = torch.arange(1, 33, dtype=torch.uint8)
     image = torch.stack([at[:, None].expand(32, 32), at[None, :].expand(32, 32), torch.full((32, 32), 7)], -1)
     return image.expand(n, -1, -1, -1)
@@ -36,14 +36,14 @@ def position_images(n):
 def crop_of(image):
     """(top, left, flipped) of a crop of a position image: uint8 [3, 32, 32]."""
     red, green = image[0].int(), image[1].int()
-    y, x = red.argmax() // 32, green.argmax() % 32  # where the largest row, and the largest column, came to lie
+    y, x = red.argmax() // 32, green.argmax() % 32  # positions of the largest row and column
     flipped = bool(green.max(0).values.diff().clamp(-1, 1).sum() < 0) if green.any() else False
     left = green.max() - 1 - (31 - x if flipped else x) + PAD
     return int(red.max() - 1 - y + PAD), int(left), flipped
 
 
-def test_crops_and_flips_are_those_of_torchvision():
-    """Each batch is exactly some crop and flip, and all 81 * 2 come as often as by torchvision's transforms."""
+def test_crops_and_flips_match_torchvision():
+    """Each image is an exact crop and flip; all 81 * 2 are as frequent as with torchvision's transforms."""
     n = 16_200
     images = position_images(n)
     ours = torch.cat([raw(x) for x, _ in train_batches(ImageSet(images, torch.zeros(n, dtype=torch.long)), 512, 1, 0)])
@@ -56,7 +56,7 @@ def test_crops_and_flips_are_those_of_torchvision():
     for count in counts:
         assert set(count) == every
         chi_square = sum((m - 100) ** 2 / 100 for m in count.values())
-        assert 100 < chi_square < 240  # 161 degrees of freedom: mean 161, deviation 18
+        assert 100 < chi_square < 240  # 161 degrees of freedom: mean 161, standard deviation 18
     padded = functional.pad(one, [PAD])
     for image in ours[:200]:
         top, left, flipped = crop_of(image)
@@ -65,12 +65,12 @@ def test_crops_and_flips_are_those_of_torchvision():
 
 
 def numbered(n):
-    """A set whose image i is filled with i, labelled i."""
+    """A dataset in which image i has label i and all its pixels are i."""
     labels = torch.arange(n)
     return ImageSet(labels.to(torch.uint8)[:, None, None, None].expand(n, 32, 32, 3).contiguous(), labels)
 
 
-def test_an_epoch_has_every_image_once_with_its_label_and_a_short_last_batch():
+def test_an_epoch_has_every_image_once_with_its_label():
     batches = list(train_batches(numbered(50), 16, seed=0, epoch=0))
     assert [len(labels) for _, labels in batches] == [16, 16, 16, 2]
     assert sorted(torch.cat([labels for _, labels in batches]).tolist()) == list(range(50))
@@ -78,7 +78,7 @@ def test_an_epoch_has_every_image_once_with_its_label_and_a_short_last_batch():
         assert torch.equal(raw(images)[:, 0, 16, 16].long(), labels)
 
 
-def test_order_and_augmentation_depend_on_seed_and_epoch_alone():
+def test_order_and_augmentation_depend_only_on_seed_and_epoch():
     def epoch(seed, number):
         return torch.cat([x for x, _ in train_batches(numbered(50), 16, seed, number)])
 
@@ -87,7 +87,7 @@ def test_order_and_augmentation_depend_on_seed_and_epoch_alone():
     assert not torch.equal(epoch(1, 2), epoch(2, 2))
 
 
-def test_memory_format_changes_no_value():
+def test_memory_format_does_not_change_values():
     for batches in (lambda cl: train_batches(numbered(20), 8, 0, 0, cl), lambda cl: eval_batches(numbered(20), 8, cl)):
         for (x, _), (y, _) in zip(batches(False), batches(True), strict=True):
             assert torch.equal(x, y)
@@ -95,7 +95,7 @@ def test_memory_format_changes_no_value():
             assert y.is_contiguous(memory_format=torch.channels_last)
 
 
-def test_normalise_is_torchvisions():
+def test_normalize_matches_torchvision():
     image = np.random.default_rng(0).integers(0, 256, (32, 32, 3), np.uint8)
     expected = transforms.Compose([transforms.ToTensor(), transforms.Normalize(MEAN, STD)])(Image.fromarray(image))
     torch.testing.assert_close(normalize(torch.from_numpy(image)[None])[0], expected)
@@ -104,7 +104,7 @@ def test_normalise_is_torchvisions():
 # ------------------------------------------------------------------------------------------------- synthetic
 
 
-def test_synthetic_is_a_fixed_set_whose_start_is_a_smaller_one():
+def test_synthetic_is_fixed_and_a_smaller_dataset_is_a_prefix():
     images, labels = synthetic_images(250, "train")
     assert images.shape == (250, 32, 32, 3)
     assert labels.tolist() == [i % 20 for i in range(250)]
@@ -114,7 +114,7 @@ def test_synthetic_is_a_fixed_set_whose_start_is_a_smaller_one():
     assert len({image.tobytes() for image in images}) == 250
 
 
-def test_synthetic_subsets_are_those_of_the_whole_set(monkeypatch):
+def test_synthetic_subsets_match_the_whole_dataset(monkeypatch):
     monkeypatch.setattr(sources, "SYNTHETIC_SIZES", {"train": 200, "test": 100})
     whole, part = load_data("synthetic", ""), load_data("synthetic", "", subset=50, test_subset=30)
     assert whole.classes == CLASSES
@@ -127,14 +127,14 @@ def test_synthetic_subsets_are_those_of_the_whole_set(monkeypatch):
 
 
 @pytest.mark.parametrize("subset", [19, 201, 0, -5])
-def test_subsets_out_of_range(monkeypatch, subset):
+def test_subsets_out_of_range_are_rejected(monkeypatch, subset):
     monkeypatch.setattr(sources, "SYNTHETIC_SIZES", {"train": 200, "test": 100})
     with pytest.raises(UserError, match=r"between 20 .* and 200"):
         load_data("synthetic", "", subset=subset)
 
 
 def assert_test_split(result, data):
-    """`result`, from load_test, is the test split of `data`."""
+    """Check that `result`, from load_test, is the test split of `data`."""
     test, classes = result
     assert classes == data.classes
     assert torch.equal(test.images, data.test.images)
@@ -142,7 +142,7 @@ def assert_test_split(result, data):
 
 
 @pytest.mark.parametrize("count", [None, 30])
-def test_synthetic_test_split_alone(monkeypatch, count):
+def test_load_test_reads_only_the_synthetic_test_split(monkeypatch, count):
     monkeypatch.setattr(sources, "SYNTHETIC_SIZES", {"train": 200, "test": 100})
     data = load_data("synthetic", "", test_subset=count)
 
@@ -186,7 +186,7 @@ def test_folder_converts_and_resizes(tmp_path):
     assert (data.train.images[0] == 200).all()
 
 
-def test_folder_scales_16_bit_gray_and_refuses_unknown_ranges(tmp_path):
+def test_folder_scales_16_bit_gray_and_rejects_unknown_ranges(tmp_path):
     write_folder(tmp_path)
     ramp = np.linspace(0, 65535, 1024).astype(np.uint16).reshape(32, 32)
     Image.fromarray(ramp).save(tmp_path / "train" / "cat" / "0.png")
@@ -196,15 +196,15 @@ def test_folder_scales_16_bit_gray_and_refuses_unknown_ranges(tmp_path):
         load_data("folder", tmp_path)
 
 
-def test_folder_leaves_hidden_things_out(tmp_path):
+def test_folder_ignores_hidden_files_and_folders(tmp_path):
     write_folder(tmp_path)
     (tmp_path / "train" / ".cache").mkdir()
-    (tmp_path / "train" / "cat" / "._0.png").write_bytes(b"no picture")
+    (tmp_path / "train" / "cat" / "._0.png").write_bytes(b"not an image")
     data = load_data("folder", tmp_path)
     assert (data.classes, len(data.train)) == (["cat", "dog"], 6)
 
 
-def test_folder_subset_is_spread_over_unequal_classes(tmp_path):
+def test_folder_subset_is_balanced_over_unequal_classes(tmp_path):
     write_folder(tmp_path, per_class=2)
     for i in range(5):
         Image.new("RGB", (32, 32)).save(tmp_path / "train" / "cat" / f"more{i}.png")
@@ -228,11 +228,11 @@ def test_folder_without_train(tmp_path, test_split, count):
         load_test("folder", tmp_path)
 
 
-def test_folder_errors_name_what_is_wrong(tmp_path):
+def test_folder_errors_name_the_problem(tmp_path):
     with pytest.raises(UserError, match="train"):
         load_data("folder", tmp_path / "missing")
     write_folder(tmp_path)
-    (tmp_path / "train" / "cat" / "1.png").write_bytes(b"no picture")
+    (tmp_path / "train" / "cat" / "1.png").write_bytes(b"not an image")
     with pytest.raises(UserError, match=r"cat/1\.png"):
         load_data("folder", tmp_path)
     (tmp_path / "train" / "cat").rename(tmp_path / "train" / "cow")
@@ -248,7 +248,7 @@ def test_folder_errors_name_what_is_wrong(tmp_path):
 
 
 def write_cifar100(root, monkeypatch):
-    """CIFAR-100's own format, small: a pickled dictionary a split, and one of class names."""
+    """A small dataset in CIFAR-100's format: one pickled dictionary per split, and one with the class names."""
     folder = root / datasets.CIFAR100.base_folder
     folder.mkdir()
     pixels = np.random.default_rng(0).integers(0, 256, (300, 3072), np.uint8)
@@ -279,7 +279,7 @@ def test_cifar100_files(tmp_path, monkeypatch):
     assert_test_split(load_test("cifar100", tmp_path), data)
 
 
-def test_damaged_or_missing_cifar_without_network(tmp_path, monkeypatch):
+def test_damaged_or_missing_cifar_without_a_network(tmp_path, monkeypatch):
     def no_network(*_, **__):
         raise urllib.error.URLError("no route")
 

@@ -1,4 +1,4 @@
-"""detection.py as a user runs it, with small ROI heads on a small made set; several ranks: test_detection_ranks.py."""
+"""detection.py, as run from the command line, with small ROI heads; test_detection_ranks.py uses several ranks."""
 
 import json
 import os
@@ -47,14 +47,14 @@ def run(capsys, *args, code=0):
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("drawn") / "set"
+    folder = tmp_path_factory.mktemp("drawn") / "data"
     drawn.write(folder, {"train": 9, "val": 3})
     return folder
 
 
 @pytest.fixture(scope="module")
 def teacher(folder, tmp_path_factory):
-    """A resnet18 of these classes, made by the script."""
+    """A resnet18 detector that the script trained on these classes."""
     out = tmp_path_factory.mktemp("teacher") / "run"
     options = ["--data-dir", folder, "--student", "resnet18", "--scratch", *SMALL, "--iterations", 2, "--out", out]
     with pytest.MonkeyPatch.context() as patch:
@@ -68,16 +68,16 @@ def pair(folder, teacher):
     return ["--data-dir", folder, *PAIR, "--teacher-ckpt", teacher]
 
 
-def test_a_detector_is_trained_and_then_distilled(tmp_path, capsys, monkeypatch, folder):
-    """By the commands of the README, each finding what the one before it left."""
+def test_train_and_distill_a_detector(tmp_path, capsys, monkeypatch, folder):
+    """The README's commands; distillation finds the teacher that the first one trained."""
     monkeypatch.chdir(tmp_path)
     options = ["--data-dir", folder, "--scratch", *SMALL, "--iterations", 6, "--save-every", 2, "--eval-every", 4]
     printed = run(capsys, "--student", "resnet18", *options)
-    assert "resnet18 saved to runs/set-resnet18-alone-scratch-6it-seed1/student.pth" in printed
+    assert "resnet18 saved to runs/data-resnet18-alone-scratch-6it-seed1/student.pth" in printed
     printed = run(capsys, "--teacher", "resnet18", "--student", "mobilenet_v2", *options, "--visualize", 2)
-    assert "teacher: runs/set-resnet18-alone-scratch-6it-seed1/student.pth" in printed
+    assert "teacher: runs/data-resnet18-alone-scratch-6it-seed1/student.pth" in printed
 
-    out = Path("runs/set-resnet18-mobilenet_v2-fcfd-scratch-6it-seed1")
+    out = Path("runs/data-resnet18-mobilenet_v2-fcfd-scratch-6it-seed1")
     files = "best.pt boxes config.yaml last.pt log.csv result.json student.pth student_best.pth"
     assert sorted(path.name for path in out.iterdir()) == files.split()
     rows, result = read_log(out), json.loads((out / "result.json").read_text())
@@ -102,22 +102,22 @@ def test_a_detector_is_trained_and_then_distilled(tmp_path, capsys, monkeypatch,
     assert list(shared["model"]) == list(build_detector("mobilenet_v2", 4, [96], scratch=True).state_dict())
     assert len(list((out / "boxes").iterdir())) == 2
 
-    # At the size that it was trained at.
+    # The default size is the one in training.
     evaluate = ["--data-dir", folder, "--student", "mobilenet_v2", "--device", "cpu", "--evaluate", out / "student.pth"]
     printed = run(capsys, *evaluate)
     figures = ", ".join(f"{name} {f'{float(rows[2][name]):.2f}' if rows[2][name] else '-'}" for name in METRICS)
     assert printed == f"mobilenet_v2: {figures} on 3 test images of 96 pixels\n"
 
 
-def test_the_script_itself_from_another_folder(tmp_path, folder):
-    """In a process of its own, with full-size ROI heads and a reader."""
+def test_the_script_in_a_subprocess(tmp_path, folder):
+    """With full-size ROI heads and a worker process, in another working directory."""
     options = ["--data-dir", folder, *ALONE[:3], "--min-size", 96, "--rois", 8, "--batch-size", 1, "--workers", 1]
     options += ["--test-subset", 2, "--iterations", 1, "--device", "cpu", "--out", "run"]
     assert "student.pth (last)" in script(tmp_path, *options, module=detection)
     shutil.rmtree(tmp_path / "run")
 
 
-def test_resumed_in_the_middle_of_an_epoch_it_is_bit_for_bit_the_unbroken_run(tmp_path, capsys, pair):
+def test_resumed_within_an_epoch_matches_an_uninterrupted_run_bit_for_bit(tmp_path, capsys, pair):
     options = [*pair, "--iterations", 6, "--save-every", 2, "--eval-every", 4]
     run(capsys, *options, "--out", tmp_path / "whole")
     out = tmp_path / "part"
@@ -136,14 +136,14 @@ def test_resumed_in_the_middle_of_an_epoch_it_is_bit_for_bit_the_unbroken_run(tm
     ]
 
 
-def test_a_detector_alone_is_not_resumed_with_a_teacher(tmp_path, capsys, folder):
+def test_a_run_without_a_teacher_is_not_resumed_with_one(tmp_path, capsys, folder):
     options = ["--data-dir", folder, *ALONE, "--iterations", 2, "--out", tmp_path]
     run(capsys, *options, "--max-minutes", 1e-9)
     assert "--teacher is resnet18 and was None" in run(capsys, *options, "--resume", "--teacher", "resnet18", code=2)
 
 
-def test_a_test_that_fails_costs_no_training(tmp_path, capsys, folder):
-    images = tmp_path / "set"
+def test_an_error_during_testing_loses_no_training(tmp_path, capsys, folder):
+    images = tmp_path / "data"
     shutil.copytree(folder, images)
     bad = images / "val" / f"{1:012}.jpg"
     whole = bad.read_bytes()
@@ -162,7 +162,7 @@ def test_a_test_that_fails_costs_no_training(tmp_path, capsys, folder):
     assert_bit_for_bit(tmp_path / "part", tmp_path / "whole")
 
 
-def test_the_command_for_a_missing_teacher_makes_one_that_is_found(tmp_path, capsys, monkeypatch, folder):
+def test_the_suggested_command_trains_the_missing_teacher(tmp_path, capsys, monkeypatch, folder):
     monkeypatch.chdir(tmp_path)
     options = ["--data-dir", folder, *PAIR, "--iterations", 1, "--subset", 5, "--out", "mine/run"]
     message = run(capsys, *options, code=2)
@@ -171,12 +171,12 @@ def test_the_command_for_a_missing_teacher_makes_one_that_is_found(tmp_path, cap
     assert "teacher: mine/resnet18/student.pth" in run(capsys, *options)
 
 
-def test_a_resume_takes_the_runs_settings(tmp_path, capsys, pair):
+def test_resuming_uses_the_stored_settings(tmp_path, capsys, pair):
     run(capsys, *pair, "--iterations", 2, "--out", tmp_path, "--max-minutes", 1e-9)
     resume = ["--student", "mobilenet_v2", "--out", tmp_path, "--resume", "--device", "cpu"]
     assert "--rois is 17 and was 16" in run(capsys, *resume, "--rois", 17, code=2)
     assert "--min-size is [128] and was [96]" in run(capsys, *resume, "--min-size", 128, code=2)
-    assert "holds a run already" in run(capsys, *pair, "--iterations", 2, "--out", tmp_path, code=2)
+    assert "already holds a run" in run(capsys, *pair, "--iterations", 2, "--out", tmp_path, code=2)
     assert "iteration      2/2" in run(capsys, *resume, "--temperature", 1, "--visualize", 1)
     assert len(list((tmp_path / "boxes").iterdir())) == 1
 
@@ -190,7 +190,7 @@ def test_a_resume_takes_the_runs_settings(tmp_path, capsys, pair):
         (["--amp", "bf16"], set(TERMS)),
     ],
 )
-def test_settings(tmp_path, capsys, pair, teacher, options, terms):
+def test_settings_select_terms_and_bridges(tmp_path, capsys, pair, teacher, options, terms):
     run(capsys, *pair, *options, "--iterations", 1, "--out", tmp_path)
     row = read_log(tmp_path)[0]
     assert {term for term in TERMS if row[term]} == terms
@@ -242,8 +242,8 @@ def test_imagenet_weights_are_where_a_student_begins(tmp_path, capsys, folder):
             assert torch.equal(after[f"backbone.body.{name}"], value) == fixed, name
 
 
-def test_two_steps_written_out(tmp_path, capsys, folder, teacher, pair):
-    """The script's loop against one written from the paper: SGD by hand, every number given differently."""
+def test_two_steps_match_a_loop_by_hand(tmp_path, capsys, folder, teacher, pair):
+    """The script against a loop with SGD by hand; no setting has its default."""
     weights = {"task": 0.9, "kd": 0.8, "app": 0.2, "func": 0.7, "func_prime": 0.6}
     options = [word for term, w in weights.items() for word in (f"--w-{term.replace('_', '-')}", w)]
     options += ["--iterations", 2, "--lr", 0.004, "--temperature", 3, "--seed", 5, "--min-size", 96, 128]
@@ -270,7 +270,7 @@ def test_two_steps_written_out(tmp_path, capsys, folder, teacher, pair):
         terms = detection_terms(flow, 3.0)
         loss = sum(w * terms[name] for name, w in weights.items())
         losses.append(loss.item())
-        # Two iterations: the warm-up is over after the first, and the rate has fallen from its two thirds on.
+        # In a run of two iterations the warm-up ends after the first, and the second is past a milestone.
         rate = 0.004 * [0.001, 0.1][step]
         trained = [p for net in (student, bridges) for p in net.parameters()]
         for p, g in zip(trained, torch.autograd.grad(loss, trained), strict=True):
@@ -285,8 +285,8 @@ def test_two_steps_written_out(tmp_path, capsys, folder, teacher, pair):
         assert (state["student"][name] - p.detach()).norm() < 0.01 * moved + 1e-6, name
 
 
-def test_batchnorms_parameters_do_not_decay(tmp_path, capsys, folder, monkeypatch):
-    """With a loss that has no gradient, weight decay is all that moves a parameter."""
+def test_batchnorm_parameters_have_no_weight_decay(tmp_path, capsys, folder, monkeypatch):
+    """With zero gradients, only weight decay changes a parameter."""
     terms = detection.detection_terms
     monkeypatch.setattr(detection, "detection_terms", lambda *args: {k: 0 * v for k, v in terms(*args).items()})
     run(capsys, "--data-dir", folder, *ALONE, "--iterations", 2, "--lr", 1, "--out", tmp_path)
@@ -299,13 +299,14 @@ def test_batchnorms_parameters_do_not_decay(tmp_path, capsys, folder, monkeypatc
 
 
 def test_the_teacher_is_never_in_training_mode():
-    c = detection.settle({"teacher": "resnet18", "student": "mobilenet_v2", "device": "cpu"}, {})
-    step = detection.Step(c, *(build_detector(name, 2, [96], scratch=True) for name in (c.student, c.teacher))).train()
+    args = detection.parse_args(["--teacher", "resnet18", "--student", "mobilenet_v2", "--device", "cpu"])
+    detectors = [build_detector(name, 2, [96], scratch=True) for name in (args.student, args.teacher)]
+    step = detection.Step(args, list(TERMS), *detectors).train()
     assert not any(layer.training for layer in step.teacher.modules())
     assert all(layer.training for net in (step.student, step.bridges) for layer in net.modules())
 
 
-def test_a_row_is_of_the_iterations_since_the_last_and_the_best_test_stays_the_best():
+def test_log_rows_cover_the_iterations_since_the_last_row():
     state = {"config": {"device": "cpu", "batch_size": 4}, "log": [], "best": {}}
     for done, ap in ((10, 20.0), (20, 30.0), (30, None), (40, 25.0)):
         state |= {"iteration": done, "sums": {"steps": 2, "seconds": 5.0, "waited": 1.0, "loss": 6.0, "task": done}}
@@ -319,27 +320,28 @@ def test_a_row_is_of_the_iterations_since_the_last_and_the_best_test_stays_the_b
 
 
 def test_the_1x_schedule():
-    c = Namespace(lr=0.01, iterations=180_000)
-    rate = [detection.learning_rate(c, i) for i in (0, 500, 999, 1000, 119_999, 120_000, 159_999, 160_000, 179_999)]
+    args = Namespace(lr=0.01, iterations=180_000)
+    rate = [detection.learning_rate(args, i) for i in (0, 500, 999, 1000, 119_999, 120_000, 159_999, 160_000, 179_999)]
     assert rate == pytest.approx([1e-5, 0.005005, 0.00999001, 0.01, 0.01, 1e-3, 1e-3, 1e-4, 1e-4])
-    c = Namespace(lr=0.01, iterations=1800)  # shorter in all its parts
-    rate = [detection.learning_rate(c, i) for i in (0, 5, 10, 1199, 1200, 1599, 1600)]
+    args = Namespace(lr=0.01, iterations=1800)  # everything scales
+    rate = [detection.learning_rate(args, i) for i in (0, 5, 10, 1199, 1200, 1599, 1600)]
     assert rate == pytest.approx([1e-5, 0.005005, 0.01, 0.01, 1e-3, 1e-3, 1e-4])
-    c = Namespace(lr=0.01, iterations=540_000)  # longer, but for the warm-up
-    rate = [detection.learning_rate(c, i) for i in (500, 1000, 359_999, 360_000, 480_000)]
+    args = Namespace(lr=0.01, iterations=540_000)  # all but the warm-up scales
+    rate = [detection.learning_rate(args, i) for i in (500, 1000, 359_999, 360_000, 480_000)]
     assert rate == pytest.approx([0.005005, 0.01, 0.01, 1e-3, 1e-4])
 
 
 def test_published_settings():
-    c = detection.settle({"teacher": "resnet101", "student": "resnet18", "device": "cuda"}, {})
-    assert [getattr(c, f"w_{term}") for term in TERMS] == [1] * 5
-    assert (c.temperature, c.lr, c.iterations, c.batch_size, c.amp) == (1, 0.01, 180_000, 8, "fp16")
-    assert (c.min_size, c.rois, c.save_every, c.eval_every) == ([640, 672, 704, 736, 768, 800], 512, 1000, 5000)
-    assert (c.scratch, c.inherit) == (False, False)
+    args = detection.parse_args(["--teacher", "resnet101", "--student", "resnet18", "--device", "cuda"])
+    assert [getattr(args, f"w_{term}") for term in TERMS] == [1] * 5
+    assert (args.temperature, args.lr, args.iterations, args.batch_size, args.amp) == (1, 0.01, 180_000, 8, "fp16")
+    assert (args.min_size, args.rois) == ([640, 672, 704, 736, 768, 800], 512)
+    assert (args.save_every, args.eval_every) == (1000, 5000)
+    assert (args.scratch, args.inherit) == (False, False)
 
 
 def test_pictures_show_boxes(tmp_path, capsys, folder, teacher):
-    """Three panels; in the first the left edges of the boxes have the colours of their classes."""
+    """Three panels; in the first, the left edges of the boxes have the colors of their classes."""
     options = ["--data-dir", folder, "--student", "resnet18", "--teacher", "resnet18", "--teacher-ckpt", teacher]
     run(capsys, *options, *SMALL, "--evaluate", teacher, "--visualize", 3, "--out", tmp_path)
     data = load_coco(folder)
@@ -351,11 +353,11 @@ def test_pictures_show_boxes(tmp_path, capsys, folder, teacher):
         assert picture.shape[:2] == (20 + height, 3 * width)
         mine = slice(data.test.first[i], data.test.first[i + 1])
         for box, label in zip(data.test.boxes[mine] * scale, data.test.labels[mine], strict=True):
-            colour = [int(COLOURS[label][k : k + 2], 16) for k in (1, 3, 5)]
+            color = [int(COLOURS[label][k : k + 2], 16) for k in (1, 3, 5)]
             edge = picture[20 + int(box[1] + box[3]) // 2, max(0, int(box[0]) - 2) : int(box[0]) + 3]
-            edges += (edge == colour).all(1).any()
+            edges += (edge == color).all(1).any()
         assert not np.array_equal(picture[:, :width], picture[:, width : 2 * width])
-    assert edges >= 0.8 * len(data.test.boxes) > 0  # a later box may lie over one
+    assert edges >= 0.8 * len(data.test.boxes) > 0  # a later box may cover one
 
 
 @pytest.mark.parametrize(
@@ -364,22 +366,22 @@ def test_pictures_show_boxes(tmp_path, capsys, folder, teacher):
         (["--student", "resnet20"], "did you mean resnet"),
         (["--student", "resnet34"], "unknown network 'resnet34'"),
         (["--student", "resnet18", "--teacher", "vgg13"], "unknown network 'vgg13'"),
-        (["--student", "resnet18", "--inherit"], "--inherit is about distillation: name the --teacher too"),
+        (["--student", "resnet18", "--inherit"], "--inherit is about distillation: also give --teacher"),
         (["--student", "resnet18", "--scratch", "--method", "kd"], "--method is about distillation"),
-        (["--student", "resnet18", "--scratch", "--backbone-ckpt", "x.pth"], "leave out either"),
+        (["--student", "resnet18", "--scratch", "--backbone-ckpt", "x.pth"], "omit it, or --backbone-ckpt"),
         (
             ["--student", "resnet18", "--scratch", "--data-dir", "missing"],
             "there is no missing/annotations/instances_train",
         ),
         (["--student", "resnet18", "--scratch", "--batch-size", 10], "there are only 9 training images"),
-        (["--student", "resnet18", "--scratch", "--batch-size", 0], "--batch-size 0"),
-        (["--student", "resnet18", "--scratch", "--min-size", 64, 96], "--min-size 64 96: it must lie between 96"),
-        (["--student", "resnet18", "--scratch", "--rois", 0], "--rois 0"),
-        (["--student", "resnet18", "--scratch", "--iterations", 0], "--iterations 0"),
-        (["--student", "resnet18", "--scratch", "--eval-every", 0], "--eval-every 0"),
-        (["--student", "resnet18", "--scratch", "--visualize", -1], "--visualize -1"),
+        (["--student", "resnet18", "--scratch", "--batch-size", 0], "--batch-size: 0"),
+        (["--student", "resnet18", "--scratch", "--min-size", 64, 96], "--min-size: 64 must be between 96"),
+        (["--student", "resnet18", "--scratch", "--rois", 0], "--rois: 0"),
+        (["--student", "resnet18", "--scratch", "--iterations", 0], "--iterations: 0"),
+        (["--student", "resnet18", "--scratch", "--eval-every", 0], "--eval-every: 0"),
+        (["--student", "resnet18", "--scratch", "--visualize", -1], "--visualize: -1"),
         (["--student", "resnet18", "--scratch", "--subset", 10], "--subset 10"),
-        ([*PAIR[:4], "--scratch", "--method", "kd", "--w-task", 0, "--w-kd", 0], "no term is left"),
+        ([*PAIR[:4], "--scratch", "--method", "kd", "--w-task", 0, "--w-kd", 0], "no term remains"),
         (["--student", "resnet18", "--scratch", "--resume"], "nothing to resume"),
         (["--student", "resnet18", "--evaluate", "missing.pth"], "there is no checkpoint missing.pth"),
         (["--student", "resnet18", "--backbone-ckpt", "missing.pth"], "there is no checkpoint missing.pth"),
@@ -391,7 +393,7 @@ def test_pictures_show_boxes(tmp_path, capsys, folder, teacher):
         (["--teacher", "resnet18", "--student", "resnet18", "--scratch", "--device", "cuda:99"], "cuda:99"),
     ],
 )
-def test_bad_input_ends_in_one_line_and_exit_code_2(tmp_path, capsys, monkeypatch, folder, options, expected):
+def test_invalid_input_ends_in_one_line_and_exit_code_2(tmp_path, capsys, monkeypatch, folder, options, expected):
     monkeypatch.chdir(tmp_path)
     standard = [*SMALL, "--data-dir", folder]
     defaults = [w for pair in zip(standard[::2], standard[1::2], strict=True) if pair[0] not in options for w in pair]
@@ -402,7 +404,7 @@ def test_bad_input_ends_in_one_line_and_exit_code_2(tmp_path, capsys, monkeypatc
     assert not os.listdir(tmp_path)
 
 
-def test_a_teacher_of_other_classes_is_told_how_to_train_one(tmp_path, capsys, folder, teacher):
+def test_the_error_for_a_teacher_of_other_classes_says_how_to_train_one(tmp_path, capsys, folder, teacher):
     other = coco_set(
         tmp_path / "other", [(1, "a.png", 96, 96)] * 1, [(1, 1, [9, 9, 40, 40]), (1, 2, [9, 9, 20, 20])]
     ).parents[1]
@@ -411,15 +413,15 @@ def test_a_teacher_of_other_classes_is_told_how_to_train_one(tmp_path, capsys, f
     message = run(capsys, *options, "--out", tmp_path / "run", code=2)
     assert message == (
         f"error: {teacher} is a detector for other classes: it lacks 'cat'; give a "
-        "--teacher-ckpt of these classes, or train one by: "
+        "--teacher-ckpt of these classes, or train one: "
         f"python detection.py --data-dir {other} --student resnet18 --iterations 180000 --scratch "
         f"--out {tmp_path / 'resnet18'}\n"
     )
     assert not (tmp_path / "run").exists()
 
 
-def test_a_missing_and_a_damaged_image_are_named(tmp_path, capsys, folder):
-    images = tmp_path / "set"
+def test_missing_and_damaged_images_are_named(tmp_path, capsys, folder):
+    images = tmp_path / "data"
     shutil.copytree(folder, images)
     bad = images / "val" / f"{1:012}.jpg"
     bad.write_bytes(b"\xff\xd8\xff")
@@ -432,8 +434,8 @@ def test_a_missing_and_a_damaged_image_are_named(tmp_path, capsys, folder):
     assert not (tmp_path / "other").exists()
 
 
-def test_boxes_that_are_dropped_are_said_once(tmp_path, capsys, folder):
-    images = tmp_path / "set"
+def test_dropped_boxes_are_reported_once(tmp_path, capsys, folder):
+    images = tmp_path / "data"
     shutil.copytree(folder, images)
     file = images / "annotations" / "instances_train.json"
     content = json.loads(file.read_text())
@@ -446,20 +448,20 @@ def test_boxes_that_are_dropped_are_said_once(tmp_path, capsys, folder):
 def test_a_diverging_run_ends_with_code_1_and_keeps_what_was_saved(tmp_path, capsys, monkeypatch, folder):
     options = ["--data-dir", folder, *ALONE, "--iterations", 3, "--out", tmp_path / "run"]
     run(capsys, *options, "--max-minutes", 1e-9)
-    monkeypatch.setattr(detection, "learning_rate", lambda c, iteration: 1e30)
+    monkeypatch.setattr(detection, "learning_rate", lambda args, iteration: 1e30)
     message = run(capsys, *options, "--resume", code=1)
     assert "non-finite loss in iteration 3" in message or "in iteration 2" in message
     assert torch.load(tmp_path / "run" / "last.pt", weights_only=True)["iteration"] == 1
 
 
 @pytest.mark.parametrize(("sent", "code"), [(signal.SIGKILL, -9), (signal.SIGTERM, 143)])
-def test_a_run_that_is_ended_keeps_what_was_saved(tmp_path, folder, sent, code):
+def test_a_killed_run_keeps_what_was_saved(tmp_path, folder, sent, code):
     words = [tmp_path, "train", "--data-dir", folder, *ALONE, "--iterations", 10**6, "--save-every", 1]
     with started(*words, "--out", tmp_path / "run", module=detection_ranks, past="iteration      1/") as process:
         os.killpg(process.pid, sent)
         message = process.communicate(timeout=60)[1]
         assert process.returncode == code
-    expected = "interrupted: what was saved is kept, go on with --resume (without it if nothing was)\n"
+    expected = "interrupted: what was saved is kept; continue with --resume (without it if nothing was)\n"
     assert message == (expected if code > 0 else "")
     assert torch.load(tmp_path / "run" / "last.pt", weights_only=True)["iteration"] >= 1
 

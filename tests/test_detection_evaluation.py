@@ -1,4 +1,4 @@
-"""Average precision: against a form written from its definition, and on sets whose answer is known."""
+"""Average precision against its definition, and on examples with known results."""
 
 import builtins
 from importlib.util import find_spec
@@ -19,7 +19,7 @@ THRESHOLDS = [0.5 + 0.05 * i for i in range(10)]
 
 
 def truth_of(boxes, images, classes=2):
-    """boxes: (image, label, x, y, w, h) or with iscrowd each."""
+    """The ground truth of `boxes`, tuples (image, label, x, y, w, h) or (..., iscrowd)."""
     keys = ("id", "image_id", "category_id", "bbox", "area", "iscrowd")
     rows = [(i, row[0], row[1], list(row[2:6]), row[4] * row[5], int(len(row) > 6)) for i, row in enumerate(boxes, 1)]
     return {
@@ -41,7 +41,7 @@ def iou(a, b):
 
 
 def naive_ap(truth, found, threshold):
-    """Without crowds: detections by falling score each take the best box that is free; 101 points of recall."""
+    """AP without crowds: detections in descending order of score take the best free box; 101 points of recall."""
     figures = []
     for label in {row["category_id"] for row in truth["annotations"]}:
         boxes = [row for row in truth["annotations"] if row["category_id"] == label]
@@ -62,7 +62,7 @@ RECALLS = np.linspace(0, 1, 101)
 
 
 @needs_pycocotools
-def test_against_the_definition():
+def test_average_precision_matches_its_definition():
     rng = np.random.default_rng(0)
     boxes, rows = [], []
     for image in range(12):
@@ -83,21 +83,21 @@ def test_against_the_definition():
 
 
 @needs_pycocotools
-def test_sizes_crowds_and_what_is_not_there():
-    """A small and a medium box, of which the medium one is found; and a crowd, in which something is found."""
+def test_sizes_crowds_and_missing_sizes():
+    """A small box that is missed, a medium box that is found, and a detection inside a crowd."""
     truth = truth_of([(0, 1, 0, 0, 20, 20), (1, 1, 0, 0, 50, 50), (1, 1, 100, 100, 80, 80, 1)], 3)
     found = found_of([[1, 0, 0, 50, 50, 0.8, 1], [1, 110, 110, 20, 20, 0.9, 1]])
     ours = average_precision(found, truth)
-    half = 100 * 51 / 101  # recall 0.5, of 101 points
+    half = 100 * 51 / 101  # recall 0.5 at 101 points
     expected = {"AP": half, "AP50": half, "AP75": half, "APs": 0, "APm": 100, "APl": None}
     assert ours == pytest.approx(expected)
     assert list(ours) == list(METRICS)
     alone = truth_of([(0, 1, 0, 0, 20, 20), (1, 1, 0, 0, 50, 50)], 3)
-    assert average_precision(found, alone)["AP"] < half  # without the crowd that was a mistake
+    assert average_precision(found, alone)["AP"] < half  # without the crowd, the detection in it is an error
 
 
 @needs_pycocotools
-def test_a_mistake_counts_among_boxes_of_its_own_size():
+def test_a_false_positive_only_counts_at_its_own_size():
     truth = truth_of([(0, 1, 0, 0, 20, 20), (1, 1, 0, 0, 50, 50)], 2)
     found = found_of([[0, 100, 0, 50, 50, 0.9, 1], [0, 0, 0, 20, 20, 0.8, 1], [1, 0, 0, 50, 50, 0.7, 1]])
     ours = average_precision(found, truth)
@@ -105,18 +105,18 @@ def test_a_mistake_counts_among_boxes_of_its_own_size():
 
 
 @needs_pycocotools
-def test_where_nothing_is_found_it_is_zero():
+def test_ap_without_detections_is_zero():
     assert average_precision(found_of([]), truth_of([(0, 2, 0, 0, 20, 20)], 1))["AP"] == 0
 
 
 @needs_pycocotools
-def test_a_class_without_boxes_does_not_count():
+def test_classes_without_boxes_do_not_count():
     truth = truth_of([(0, 1, 0, 0, 20, 20)], 1)
     found = found_of([[0, 0, 0, 20, 20, 0.9, 1], [0, 0, 0, 20, 20, 0.9, 2]])
     assert average_precision(found, truth)["AP"] == pytest.approx(100)
 
 
-def test_what_a_detector_finds_is_in_the_images_own_pixels(tmp_path, monkeypatch):
+def test_detections_are_in_pixels_of_the_original_image(tmp_path, monkeypatch):
     shrink(monkeypatch)
     torch.manual_seed(0)
     images = [(1, "a.png", 60, 40), (2, "b.png", 200, 150)]
@@ -146,7 +146,7 @@ def test_what_a_detector_finds_is_in_the_images_own_pixels(tmp_path, monkeypatch
         torch.testing.assert_close(rows[:, 1:3].float(), theirs["boxes"][:, :2])
 
 
-def test_pycocotools_missing_is_said(monkeypatch):
+def test_missing_pycocotools_is_reported(monkeypatch):
     original = builtins.__import__
 
     def missing(name, *args, **kwargs):

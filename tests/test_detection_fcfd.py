@@ -1,4 +1,4 @@
-"""The method on detectors: against a form written as plainly as can be, and where each term's gradient goes."""
+"""The method on detectors against a simple implementation, and the modules that each term trains."""
 
 import copy
 import math
@@ -29,7 +29,7 @@ IMAGES = [(90, 120), (100, 130)]
 
 @pytest.fixture
 def pair(monkeypatch):
-    """A frozen teacher, a student and their bridges, none of them at a neutral start; and two images."""
+    """A frozen teacher, a student, their bridges, with random BatchNorm weights, and two images with targets."""
     shrink(monkeypatch)
     torch.manual_seed(0)
     teacher = build_detector("resnet18", K, [96], scratch=True).requires_grad_(False)
@@ -41,14 +41,14 @@ def pair(monkeypatch):
                 nn.init.uniform_(layer.weight, 0.5, 1.5)
                 nn.init.normal_(layer.bias, 0, 0.2)
     for net in (teacher, student):
-        nn.init.normal_(net.roi_heads.box_predictor.cls_score.weight, 0, 1)  # answers that differ
+        nn.init.normal_(net.roi_heads.box_predictor.cls_score.weight, 0, 1)  # distinct outputs
         nn.init.normal_(net.roi_heads.box_predictor.bbox_pred.weight, 0, 0.3)
     images = [torch.rand(3, height, width) for height, width in IMAGES]
     targets = [
         {"boxes": torch.tensor([[5.0, 8.0, 60.0, 70.0], [50.0, 20.0, 90.0, 80.0]]), "labels": torch.tensor([1, 3])},
         {"boxes": torch.tensor([[20.0, 10.0, 44.0, 50.0]]), "labels": torch.tensor([2])},
     ]
-    # Proposals of all sizes, larger than the images too, so that all four levels are read.
+    # Proposals of all sizes, some larger than the images, so that all four levels are read.
     sides = torch.tensor([20.0, 35.0, 60.0, 120.0, 150.0, 230.0, 300.0, 460.0, 900.0])
     boxes = torch.stack([sides / 90, sides / 70, 1.1 * sides, sides], 1)
 
@@ -66,7 +66,7 @@ def flow_of(pair, terms=TERMS):
 
 
 class Naive:
-    """Each ROI head written out, each proposal cropped by itself, each term on copies of its own."""
+    """ROI heads without modules, proposals cropped one by one, each term on fresh copies."""
 
     def __init__(self, teacher, student, bridges, images, targets):
         self.nets = teacher, student, bridges
@@ -104,7 +104,7 @@ class Naive:
         return self.head(student, {level: bridges.t2s[level](levels_t[level]) for level in ROI_LEVELS}), target
 
     def term(self, which):
-        """Its value, and its gradients by (net, parameter)."""
+        """The term's value, and its gradients by (network, parameter)."""
         nets = [copy.deepcopy(net) for net in self.nets]
         teacher, student, bridges = nets
         if which == "app":
@@ -130,7 +130,7 @@ def gradients(student, bridges):
 
 
 @pytest.mark.parametrize("term", ["kd", "app", "func", "func_prime"])
-def test_terms_and_gradients_agree_with_the_naive_form(pair, term):
+def test_terms_and_gradients_match_the_naive_implementation(pair, term):
     value, expected = Naive(*pair).term(term)
     ours = detection_terms(flow_of(pair), terms=(term,))[term]
     ours.backward()
@@ -156,7 +156,7 @@ REACH = {
 
 
 @pytest.mark.parametrize("term", TERMS)
-def test_a_terms_gradient_reaches_exactly_the_modules_it_should(pair, term):
+def test_each_term_trains_exactly_its_modules(pair, term):
     detection_terms(flow_of(pair), terms=(term,))[term].backward()
     for role, net in (("student", pair[1]), ("bridges", pair[2]), ("teacher", pair[0])):
         for name, parameter in net.named_parameters():
@@ -165,7 +165,7 @@ def test_a_terms_gradient_reaches_exactly_the_modules_it_should(pair, term):
             assert has_gradient == reached, (role, name)
 
 
-def test_the_task_is_torchvisions(pair):
+def test_the_task_loss_matches_torchvision(pair):
     student, images, targets = pair[1], *pair[3:]
     torch.manual_seed(1)
     theirs = student(images, targets)
@@ -177,7 +177,7 @@ def test_the_task_is_torchvisions(pair):
     assert detection_terms(flow, terms=("task",))["task"].item() == pytest.approx(sum(theirs.values()).item())
 
 
-def test_bridges_are_those_that_the_terms_need():
+def test_only_bridges_that_the_terms_need_are_built():
     bridges = level_bridges()
     assert list(bridges.s2t) == ["0", "1", "2", "3", "pool"]
     assert list(bridges.t2s) == ["0", "1", "2", "3"]
@@ -193,8 +193,8 @@ def test_bridges_are_those_that_the_terms_need():
         assert (len(bridges.s2t), len(bridges.t2s)) == (s2t, t2s), terms
 
 
-def test_an_answers_distance_by_hand():
-    """Two proposals, two classes; the offsets of the background do not count."""
+def test_distance_matches_a_calculation_by_hand():
+    """Two proposals and two classes; the offsets of the background are ignored."""
     p, q = torch.tensor([[0.5, 0.25, 0.25], [0.2, 0.2, 0.6]]), torch.tensor([[0.125, 0.375, 0.5], [0.2, 0.2, 0.6]])
     target, answer = (Answer(x.log() + 3, torch.zeros(2, 12)) for x in (p, q))
     target.offsets[:, :4] = 100.0
@@ -206,7 +206,7 @@ def test_an_answers_distance_by_hand():
     assert distance(answer, target, temperature=2).item() == pytest.approx(4 * kl + 2.0**2 / 16)
 
 
-def test_an_image_without_boxes_trains_too(pair):
+def test_images_without_boxes_can_be_trained_on(pair):
     teacher, student, bridges, images, targets = pair
     targets = [{"boxes": torch.zeros(0, 4), "labels": torch.zeros(0, dtype=torch.int64)}, targets[1]]
     terms = detection_terms(flow_of((teacher, student, bridges, images, targets)))

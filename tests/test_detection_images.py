@@ -1,4 +1,4 @@
-"""The order of the images, their flips, and reading them."""
+"""Order, flips and loading of images with boxes."""
 
 import signal
 from collections import Counter
@@ -18,7 +18,7 @@ CPU = torch.device("cpu")
 
 
 def split_of(wide, high):
-    """Images without files: `wide` of them lie, `high` stand, in turn where both are left."""
+    """`wide` landscape and `high` portrait images in random order, without files."""
     sizes = [(20, 10)] * wide + [(10, 20)] * high
     order = np.random.default_rng(0).permutation(len(sizes))
     n = len(sizes)
@@ -29,38 +29,38 @@ def indices(batches):
     return [[i for _, _, i in batch] for batch in batches]
 
 
-def test_each_image_comes_once_an_epoch_in_batches_of_its_like():
+def test_each_image_is_used_once_per_epoch_in_batches_of_one_orientation():
     split = split_of(13, 6)
     stream = indices(batches(split, 4, seed=3, first=0, last=190))  # 40 epochs
     high = split.sizes[:, 1] > split.sizes[:, 0]
     assert all(len(batch) == 4 and len(set(high[batch].tolist())) == 1 for batch in stream)
-    # Some images wait for their like, so the streams of wide and high ones are looked at by themselves.
+    # Images wait until their batch is full, so landscape and portrait images are checked separately.
     for kind, n in ((False, 13), (True, 6)):
         of_kind = [i for i in chain(*stream) if high[i] == kind]
         epochs = [of_kind[i : i + n] for i in range(0, len(of_kind) - n + 1, n)]
         assert len(epochs) >= 38
         assert all(len(set(epoch)) == n for epoch in epochs)
-        assert all(a != b for a, b in pairwise(epochs))  # each has its own order
+        assert all(a != b for a, b in pairwise(epochs))  # each epoch has its own order
     counts = Counter(chain(*stream)).values()
     assert max(counts) - min(counts) <= 1
     assert indices(batches(split, 4, seed=4, first=0, last=9)) != stream[:9]
 
 
-def test_square_images_go_with_wide_ones():
+def test_square_images_are_batched_with_landscape_ones():
     split = split_of(2, 2)
     split.sizes[:] = [(10, 10), (10, 20), (20, 10), (10, 11)]
     assert {frozenset(batch) for batch in indices(batches(split, 2, 1, 0, 6))} == {frozenset({0, 2}), frozenset({1, 3})}
 
 
 @pytest.mark.parametrize("first", [1, 5, 7])
-def test_resumed_in_the_middle_of_an_epoch_nothing_is_repeated_or_skipped(first):
+def test_resuming_within_an_epoch_repeats_and_skips_nothing(first):
     split = split_of(13, 6)
     whole = list(batches(split, 4, seed=3, first=0, last=30))
     assert list(batches(split, 4, seed=3, first=first, last=30)) == whole[first:]
     assert [batch[0][0] for batch in whole] == list(range(30))
 
 
-def test_ranks_share_out_each_batch():
+def test_ranks_partition_each_batch():
     split = split_of(13, 6)
     whole = list(batches(split, 6, 3, 0, 20))
     parts = [list(batches(split, 6, 3, 0, 20, rank, 3)) for rank in range(3)]
@@ -78,7 +78,7 @@ def data(tmp_path):
     return load_coco(tmp_path)
 
 
-def test_a_flip_takes_the_boxes_along(data):
+def test_flips_mirror_the_boxes(data):
     plain, flipping = BoxedImages(data.train), BoxedImages(data.train, seed=1)
     image, target = plain[0, 0, 0]
     assert (image.shape, image.dtype) == ((12, 20, 3), np.uint8)
@@ -101,7 +101,7 @@ def test_a_flip_takes_the_boxes_along(data):
     assert 8 < flips < 32
 
 
-def test_flips_are_drawn_for_each_iteration_place_and_seed(data):
+def test_flips_depend_on_iteration_and_seed(data):
     def flips(seed, iteration):
         pictures = [BoxedImages(data.train, seed)[iteration, place, 0][0] for place in range(30)]
         return [np.array_equal(picture, pictures[0]) for picture in pictures]
@@ -112,7 +112,7 @@ def test_flips_are_drawn_for_each_iteration_place_and_seed(data):
 
 
 @pytest.mark.parametrize("workers", [0, 2])
-def test_batches_come_as_floats_on_the_device_whatever_the_workers(data, workers):
+def test_batches_are_floats_and_do_not_depend_on_workers(data, workers):
     order = list(batches(data.train, 1, 1, 0, 5))
     loaded = list(load(BoxedImages(data.train, 1), order, workers, CPU))
     assert len(loaded) == 5
@@ -127,7 +127,7 @@ def test_batches_come_as_floats_on_the_device_whatever_the_workers(data, workers
 @pytest.mark.parametrize("workers", [0, 1])
 def test_an_image_of_another_size_or_damaged_is_named(data, workers):
     path = data.train.files[0].decode()
-    Image.new("RGB", (12, 20)).save(path)  # turned, as some tools do
+    Image.new("RGB", (12, 20)).save(path)  # rotated, as by some tools
     with pytest.raises(UserError) as error:
         list(load(BoxedImages(data.train), [[(0, 0, 0)]], workers, CPU))
     assert str(error.value) == (
@@ -139,7 +139,7 @@ def test_an_image_of_another_size_or_damaged_is_named(data, workers):
         list(load(BoxedImages(data.train), [[(0, 0, 0)]], workers, CPU))
 
 
-def test_workers_leave_ctrl_c_to_the_process_that_fetches():
+def test_workers_ignore_ctrl_c():
     class Signals(BoxedImages):
         def __getitem__(self, key):
             ignored = [signal.getsignal(number) is signal.SIG_IGN for number in (signal.SIGINT, signal.SIGHUP)]

@@ -1,4 +1,4 @@
-"""The detectors and the weights they start from: torchvision's own, other people's, a teacher's."""
+"""The detectors, and loading weights of torchvision, of this project, and of a teacher."""
 
 import pytest
 import torch
@@ -28,17 +28,17 @@ CATEGORIES = {i: name for i, name in enumerate(COCO) if i and name != "N/A"}  # 
 
 @pytest.fixture(autouse=True)
 def small(monkeypatch, request):
-    if "torchvision" not in request.node.name:  # those compare with torchvision's own, of full size
+    if "torchvision" not in request.node.name:  # those compare with torchvision's full-size detectors
         shrink(monkeypatch)
 
 
 def differ(a, b):
-    """Relatively, as a whole: layers of random weights make rounding large."""
+    """The relative difference of whole tensors: random weights amplify rounding errors."""
     return ((a - b).norm() / b.norm()).item()
 
 
 @pytest.mark.parametrize("name", DETECTORS)
-def test_five_levels_at_strides_4_to_64(name):
+def test_five_levels_with_strides_4_to_64(name):
     levels = build_detector(name, 3, [128], scratch=True).eval().backbone(torch.zeros(1, 3, 128, 192))
     assert tuple(levels) == LEVELS
     sides = [tuple(level.shape) for level in levels.values()]
@@ -48,7 +48,7 @@ def test_five_levels_at_strides_4_to_64(name):
 @pytest.mark.parametrize(
     ("name", "frozen"), [("resnet18", ("conv1", "layer1")), ("resnet50", ("conv1", "layer1")), ("mobilenet_v2", ())]
 )
-def test_what_is_frozen(name, frozen):
+def test_frozen_layers(name, frozen):
     body = build_detector(name, 3, [128]).backbone.body
     assert {key.split(".")[0] for key, p in body.named_parameters() if not p.requires_grad} == set(frozen)
     assert not [layer for layer in body.modules() if isinstance(layer, nn.BatchNorm2d)]
@@ -57,7 +57,7 @@ def test_what_is_frozen(name, frozen):
     assert not [layer for layer in scratch.modules() if isinstance(layer, FrozenBatchNorm2d)]
 
 
-def test_mobilenet_v2s_levels_come_from_the_ends_of_24_32_96_and_320_channels():
+def test_mobilenet_v2_levels_have_24_32_96_and_320_channels():
     net = build_detector("mobilenet_v2", 3, [128])
     assert [conv[0].in_channels for conv in net.backbone.fpn.inner_blocks] == [24, 32, 96, 320]
     published = models.mobilenet_v2().features
@@ -69,8 +69,8 @@ def test_mobilenet_v2s_levels_come_from_the_ends_of_24_32_96_and_320_channels():
     assert [end.conv[-1].num_features for end in ends] == [24, 32, 96, 320]
 
 
-def test_a_detector_is_torchvisions():
-    """Its weights load strictly both ways, and it is set as the paper's are."""
+def test_detectors_match_torchvision():
+    """State dicts load strictly both ways, and the settings are the paper's."""
     net = build_detector("resnet50", 3, [640, 800])
     theirs = fasterrcnn_resnet50_fpn(weights=None, weights_backbone=None, num_classes=4)
     theirs.load_state_dict(net.state_dict())
@@ -88,7 +88,7 @@ def test_a_detector_is_torchvisions():
 
 
 @pytest.mark.parametrize("name", ["resnet18", "mobilenet_v2"])
-def test_a_classification_network_gives_the_backbone(tmp_path, name):
+def test_a_classification_network_initializes_the_backbone(tmp_path, name):
     published = models.get_model(name, num_classes=7).eval()
     for layer in published.modules():
         if isinstance(layer, nn.BatchNorm2d):
@@ -111,13 +111,13 @@ def test_a_classification_network_gives_the_backbone(tmp_path, name):
             assert differ(ours, theirs) < 1e-4
 
 
-def test_a_wrong_backbone_is_refused(tmp_path):
+def test_a_mismatched_backbone_is_rejected(tmp_path):
     torch.save(models.resnet18().state_dict(), tmp_path / "net.pth")
     with pytest.raises(OtherNetworkError, match=r"net.pth does not match mobilenet_v2"):
         load_backbone(build_detector("mobilenet_v2", 3, [128]), "mobilenet_v2", tmp_path / "net.pth")
 
 
-def test_torchvisions_backbone_is_asked_for_by_default(tmp_path, monkeypatch):
+def test_torchvision_weights_are_downloaded_by_default(tmp_path, monkeypatch):
     asked = []
 
     def download(url, path, digest):
@@ -135,13 +135,13 @@ def test_torchvisions_backbone_is_asked_for_by_default(tmp_path, monkeypatch):
 
 @pytest.fixture
 def published(tmp_path, monkeypatch):
-    """A detector as torchvision's COCO_V1 is: 91 outputs, and an epsilon of 0; its file lies where it is looked for."""
+    """A detector like torchvision's COCO_V1, with 91 outputs and epsilon 0, and its file in the download cache."""
     torch.manual_seed(0)
     net = FasterRCNN(resnet_fpn_backbone(backbone_name="resnet50", weights=None), 91).eval()
     overwrite_eps(net, 0.0)
     for layer in net.modules():
         if isinstance(layer, FrozenBatchNorm2d):
-            nn.init.uniform_(layer.running_var, 1e-6, 1e-4)  # small enough that an epsilon would be seen
+            nn.init.uniform_(layer.running_var, 1e-6, 1e-4)  # small enough for epsilon to matter
             layer.weight *= 0.005
     monkeypatch.setattr(torch.hub, "get_dir", lambda: str(tmp_path))
     file = tmp_path / "checkpoints" / FasterRCNN_ResNet50_FPN_Weights.COCO_V1.url.rpartition("/")[2]
@@ -160,7 +160,7 @@ def rows_of(net, images):
     return logits, offsets.unflatten(1, (-1, 4))
 
 
-def test_torchvisions_coco_weights_answer_as_in_torchvision(published):
+def test_coco_weights_have_the_same_outputs_as_in_torchvision(published):
     net = build_detector("resnet50", 80, [128]).eval()
     assert load_coco_v1(net, CATEGORIES) == published[1]
     given = build_detector("resnet50", 80, [128])
@@ -173,8 +173,8 @@ def test_torchvisions_coco_weights_answer_as_in_torchvision(published):
     ids = [0, *CATEGORIES]
     for ours, theirs in zip(rows_of(net, images), rows_of(published[0], images), strict=True):
         assert differ(ours, theirs[:, ids]) < 1e-2
-        assert differ(ours, theirs[:, :81]) > 0.1  # of the labels 1..80
-    # Some of COCO's categories in another set are known too, under their ids.
+        assert differ(ours, theirs[:, :81]) > 0.1  # labels 1..80
+    # A dataset may have some of COCO's categories, with their ids.
     few = build_detector("resnet50", 2, [128]).eval()
     load_coco_v1(few, {17: "cat", 18: "dog"})
     torch.testing.assert_close(rows_of(few, images)[0], rows_of(net, images)[0][:, [0, 16, 17]])
@@ -183,8 +183,8 @@ def test_torchvisions_coco_weights_answer_as_in_torchvision(published):
 
 
 @pytest.mark.parametrize(("outputs", "fits"), [(4, True), (10, True), (5, False), (91, False)])
-def test_a_detector_of_other_classes_is_refused_unless_its_outputs_are_category_ids(tmp_path, outputs, fits):
-    """Of three categories with the ids 2, 5 and 9."""
+def test_a_detector_for_other_classes_is_rejected_unless_its_outputs_are_category_ids(tmp_path, outputs, fits):
+    """The data has three categories with ids 2, 5 and 9."""
     torch.manual_seed(0)
     theirs, ours = build_detector("resnet18", outputs - 1, [128]).eval(), build_detector("resnet18", 3, [128]).eval()
     file = tmp_path / "teacher.pth"
@@ -206,7 +206,7 @@ def test_a_detector_of_other_classes_is_refused_unless_its_outputs_are_category_
     ("wanted", "rows"),
     [({1: "a", 2: "b", 3: "c"}, [0, 1, 2, 3]), ({5: "c", 6: "a"}, [0, 3, 1]), ({1: "c", 2: "b", 3: "a"}, [0, 3, 2, 1])],
 )
-def test_classes_are_known_by_the_names_in_the_file(tmp_path, wanted, rows):
+def test_classes_are_matched_by_the_names_in_the_file(tmp_path, wanted, rows):
     torch.manual_seed(0)
     theirs = build_detector("resnet18", 3, [128]).eval()
     torch.save({"model": theirs.state_dict(), "classes": ["a", "b", "c"]}, tmp_path / "net.pth")
@@ -222,12 +222,12 @@ def test_classes_are_known_by_the_names_in_the_file(tmp_path, wanted, rows):
 @pytest.mark.parametrize(
     ("saved", "size"), [({"min_size": [96, 128]}, [96, 128]), ({}, None), ({"min_size": "x"}, None), ([1], None)]
 )
-def test_the_size_that_a_detector_was_trained_at(tmp_path, saved, size):
+def test_trained_size(tmp_path, saved, size):
     torch.save(saved, tmp_path / "net.pth")
     assert trained_size(tmp_path / "net.pth") == size
 
 
-def test_other_files_are_refused(tmp_path):
+def test_other_files_are_rejected(tmp_path):
     net = build_detector("resnet18", 3, [128])
     torch.save(models.resnet18().state_dict(), tmp_path / "classifier.pth")
     with pytest.raises(OtherNetworkError, match=r"classifier.pth is not a resnet18 detector: it lacks roi_heads"):
@@ -248,7 +248,7 @@ def test_other_files_are_refused(tmp_path):
         load_backbone(net, "resnet18", tmp_path / "odd.pth")
 
 
-def test_trained_from_scratch_or_not_a_detector_can_teach(tmp_path):
+def test_a_detector_trained_from_scratch_loads_into_a_frozen_one(tmp_path):
     scratch, frozen = build_detector("resnet18", 3, [128], scratch=True).eval(), build_detector("resnet18", 3, [128])
     nn.init.normal_(scratch.backbone.body.bn1.running_mean)
     torch.save(scratch.state_dict(), tmp_path / "net.pth")
@@ -257,7 +257,7 @@ def test_trained_from_scratch_or_not_a_detector_can_teach(tmp_path):
     torch.testing.assert_close(rows_of(frozen, images)[0], rows_of(scratch, images)[0])
 
 
-def test_inherited_is_all_but_the_backbones_body():
+def test_inherit_copies_all_but_the_backbone_body():
     torch.manual_seed(0)
     teacher, student = build_detector("resnet50", 3, [128], scratch=True), build_detector("resnet50", 3, [128])
     body = {key: value.clone() for key, value in student.backbone.body.state_dict().items()}
@@ -273,12 +273,12 @@ def test_inherited_is_all_but_the_backbones_body():
     ]
 
 
-def test_what_cannot_be_inherited_is_named():
+def test_a_student_that_cannot_inherit_is_rejected():
     with pytest.raises(UserError, match=r"backbone.fpn.inner_blocks.0.0.weight is \[256, 256, 1, 1\] in the teacher"):
         inherit(build_detector("resnet18", 3, [128]), build_detector("resnet50", 3, [128]))
 
 
-def test_backbones():
+def test_backbone_depths():
     assert set(DETECTORS) == {"resnet18", "resnet50", "resnet101", "mobilenet_v2"}
     blocks = {"resnet18": [2, 2, 2, 2], "resnet50": [3, 4, 6, 3], "resnet101": [3, 4, 23, 3]}
     for name, expected in blocks.items():

@@ -1,4 +1,4 @@
-"""The made detection set."""
+"""The synthetic detection dataset."""
 
 import json
 
@@ -12,12 +12,12 @@ from common.detection.coco import load_coco
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("drawn") / "set"
+    folder = tmp_path_factory.mktemp("drawn") / "data"
     assert drawn.main([str(folder), "--train", "80", "--val", "5"]) == 0
     return folder
 
 
-def test_it_is_in_cocos_format(folder):
+def test_it_is_in_coco_format(folder):
     data = load_coco(folder)
     assert list(data.categories.values()) == list(drawn.CLASSES)
     assert len(data.test) == 5
@@ -27,7 +27,7 @@ def test_it_is_in_cocos_format(folder):
         assert 96 <= min(size) <= max(size) <= 256
 
 
-def test_it_has_crowds_empty_images_and_objects_that_overlap(folder):
+def test_it_has_crowds_empty_images_and_overlapping_objects(folder):
     content = json.loads((folder / "annotations" / "instances_train.json").read_text())
     of_image = {image["id"]: [] for image in content["images"]}
     for row in content["annotations"]:
@@ -46,8 +46,8 @@ def test_it_has_crowds_empty_images_and_objects_that_overlap(folder):
     assert sum(overlap(a["bbox"], b["bbox"]) for a, b in pairs) > 20
 
 
-def test_a_box_is_what_its_object_changes(monkeypatch):
-    """That of the last object, over which nothing is painted."""
+def test_boxes_match_the_pixels_of_their_objects(monkeypatch):
+    """Checked for the last object, which nothing occludes."""
     last = {}
 
     def paste(image, *args):
@@ -66,13 +66,13 @@ def test_a_box_is_what_its_object_changes(monkeypatch):
         rows, columns = np.nonzero(np.abs(last["after"] - last["before"]).max(2) > 0.02)
         changed = np.array([columns.min(), rows.min(), columns.max() + 1, rows.max() + 1])
         x, y, w, h = annotations[-1]["bbox"]
-        assert np.abs(changed - [x, y, x + w, y + h]).max() <= 4  # its edge is soft
+        assert np.abs(changed - [x, y, x + w, y + h]).max() <= 4  # edges are soft
         assert annotations[-1]["area"] <= w * h
         checked += 1
     assert checked >= 10
 
 
-def test_a_smaller_set_is_the_start_of_a_larger_one(folder, tmp_path):
+def test_a_smaller_dataset_is_a_prefix_of_a_larger_one(folder, tmp_path):
     drawn.main([str(tmp_path / "small"), "--train", "4", "--val", "2"])
     for split in ("train", "val"):
         small, large = (
@@ -89,7 +89,7 @@ def test_a_smaller_set_is_the_start_of_a_larger_one(folder, tmp_path):
     assert train != val
 
 
-def test_a_folder_that_is_there_is_left_alone(folder, capsys):
+def test_an_existing_folder_is_not_changed(folder, capsys):
     before = sorted(folder.rglob("*"))
     assert drawn.main([str(folder)]) == 2
     assert capsys.readouterr().err == f"error: {folder} already exists: choose a new folder, or remove it\n"
@@ -97,9 +97,9 @@ def test_a_folder_that_is_there_is_left_alone(folder, capsys):
 
 
 @pytest.mark.parametrize(
-    ("options", "expected"), [([], "DIR"), (["set", "--val", "0"], "above 0"), (["set", "-x"], "-x")]
+    ("options", "expected"), [([], "DIR"), (["data", "--val", "0"], "above 0"), (["data", "-x"], "-x")]
 )
-def test_bad_options_end_in_one_line(tmp_path, capsys, monkeypatch, options, expected):
+def test_invalid_options_end_in_one_line(tmp_path, capsys, monkeypatch, options, expected):
     monkeypatch.chdir(tmp_path)
     assert drawn.main(options) == 2
     message = capsys.readouterr().err

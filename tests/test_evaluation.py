@@ -1,3 +1,5 @@
+"""Top-1 and top-5 accuracy."""
+
 import pytest
 import torch
 from torch import nn
@@ -6,7 +8,7 @@ from common.run.evaluation import evaluate
 
 
 class Echo(nn.Module):
-    """A network whose logits are its input, as long as it is in evaluation mode."""
+    """A network whose logits are its input; asserts that it is in evaluation mode."""
 
     def forward(self, x):
         assert not self.training
@@ -14,12 +16,12 @@ class Echo(nn.Module):
 
 
 def logits_with_label_at_rank(ranks, classes):
-    """One row for each rank: the label, 0, has exactly `rank` classes above it."""
+    """One row per rank; `rank` classes score higher than the label, which is 0."""
     rows = [[0.5] + [1.0 + i for i in range(rank)] + [-1.0 - i for i in range(classes - 1 - rank)] for rank in ranks]
     return torch.tensor(rows), torch.zeros(len(ranks), dtype=torch.long)
 
 
-def test_accuracies_count_ranks_over_batches_of_different_sizes():
+def test_accuracy_over_batches_of_different_sizes():
     ranks = [0, 0, 1, 4, 5, 9, 0]  # top-1 has rank 0, top-5 ranks 0 to 4
     logits, labels = logits_with_label_at_rank(ranks, 10)
     batches = [(logits[:4], labels[:4]), (logits[4:], labels[4:])]
@@ -27,6 +29,6 @@ def test_accuracies_count_ranks_over_batches_of_different_sizes():
     assert accuracy == pytest.approx({"top1": 100 * 3 / 7, "top5": 100 * 5 / 7})
 
 
-def test_with_fewer_than_five_classes_top5_is_all():
+def test_top5_is_100_percent_with_fewer_than_five_classes():
     accuracy = evaluate(Echo(), [logits_with_label_at_rank([0, 2], 3)])
     assert accuracy == {"top1": 50.0, "top5": 100.0}

@@ -1,4 +1,4 @@
-"""Runs that are killed, interrupted, short of disk space, or two at once: at most the epoch in progress is lost."""
+"""Runs that are killed, interrupted, out of disk space, or run twice: at most the current epoch is lost."""
 
 import os
 import resource
@@ -8,12 +8,13 @@ import warnings
 
 import pytest
 import torch
-from running import PAIR, SMALL, assert_bit_for_bit, call, read_log, script, started
+from running import PAIR, SMALL, assert_bit_for_bit, call, read_log, started
 
+import cifar100
 from common.data.image_files import next_batch
 from common.run import checkpoint
 from common.run.errors import Terminated, UserError, exit_code
-from common.run.folder import open_run, publish, save_run
+from common.run.folder import locked, open_folder, publish, read_state
 
 CODES = {signal.SIGKILL: -9, signal.SIGINT: 130, signal.SIGTERM: 143}
 
@@ -25,47 +26,47 @@ def options(teacher):
 
 @pytest.fixture(scope="module")
 def whole(options, tmp_path_factory):
-    """A run that nothing disturbed."""
+    """The folder of an uninterrupted run."""
     folder = tmp_path_factory.mktemp("whole") / "run"
-    script(folder.parent, *options, "--out", folder)
+    assert cifar100.main([str(word) for word in (*options, "--out", folder)]) == 0
     return folder
 
 
 @pytest.mark.parametrize("sent", CODES)
-def test_ended_and_resumed_is_bit_for_bit_the_unbroken_run(tmp_path, options, whole, sent):
-    out = tmp_path / "broken"
+def test_killed_and_resumed_matches_an_uninterrupted_run_bit_for_bit(tmp_path, capsys, options, whole, sent):
+    out = tmp_path / "interrupted"
     with started(*options, "--out", out) as process:
         process.send_signal(sent)
         message = process.communicate(timeout=60)[1]
         assert process.returncode == CODES[sent]
     assert message.count("\n") == (sent != signal.SIGKILL)
     assert torch.load(out / "last.pt", weights_only=True)["epoch"] < 3
-    # What was not given is taken from the run.
-    assert "epoch   1/3" not in script(tmp_path, "--student", "resnet8", "--resume", "--out", out)
+    # Options that are not given are those of the run.
+    assert "epoch   1/3" not in call(capsys, "--student", "resnet8", "--resume", "--out", out)
     assert_bit_for_bit(whole, out)
     columns = ("epoch", "loss", "func_prime", "train_top1", "test_top1")
     logs = [read_log(run) for run in (whole, out)]
     assert [[row[c] for c in columns] for row in logs[0]] == [[row[c] for c in columns] for row in logs[1]]
 
 
-def test_a_second_process_is_refused(tmp_path, capsys):
+def test_a_second_process_is_rejected(tmp_path, capsys):
     alone = ["--student", "resnet8", *SMALL, "--epochs", 10**6, "--out", tmp_path / "run"]
     with started(*alone):
         for resume in ([], ["--resume"]):
-            assert "another process is at work" in call(capsys, *alone, *resume, code=2)
-    call(capsys, *alone, "--resume", "--max-minutes", 1e-9)  # the lock went with its process
+            assert "another process is using" in call(capsys, *alone, *resume, code=2)
+    call(capsys, *alone, "--resume", "--max-minutes", 1e-9)  # the lock ended with its process
 
 
-def test_a_second_process_that_needs_the_same_teacher_is_refused(tmp_path, capsys):
+def test_a_second_process_that_needs_the_same_teacher_is_rejected(tmp_path, capsys):
     pair = [*PAIR, "--epochs", 10**6]
     with started(*pair, "--out", tmp_path / "one"):  # its teacher's first epoch
         message = call(capsys, *pair, "--out", tmp_path / "two", code=2)
     assert "(the teacher in" in message
-    assert "another process is at work" in message
+    assert "another process is using" in message
     assert not (tmp_path / "two").exists()
 
 
-def test_a_disk_that_fills_while_saving(tmp_path, capsys, options, whole):
+def test_a_disk_that_is_full_while_saving(tmp_path, capsys, options, whole):
     out = tmp_path / "run"
 
     def call_with_small_disk(*more):
@@ -90,7 +91,7 @@ def test_a_disk_that_fills_while_saving(tmp_path, capsys, options, whole):
 
 
 def state_after(epoch):
-    """What a run of two epochs hands to save_run; each epoch is the best so far."""
+    """The state of a run of two epochs after `epoch`; each epoch is the best so far."""
     log = [{"epoch": e, "test_top1": 10.0 * e, "test_top5": 50.0, "seconds": 1.0} for e in range(1, epoch + 1)]
     return {
         "config": {"epochs": 2},
@@ -103,22 +104,29 @@ def state_after(epoch):
     }
 
 
+def save_epoch(out, epoch):
+    """As Run.end_epoch does."""
+    state = state_after(epoch)
+    checkpoint.save(state, out / "last.pt")
+    publish(out, state, {"student": state["student"]})
+
+
 def test_killed_at_any_point_of_saving(tmp_path, monkeypatch):
-    """A child saves the second epoch and is killed at its n-th sync or rename, for every n there is."""
+    """A child saves the second epoch and is killed at the n-th sync or rename, for each n."""
     expected = tmp_path / "expected"
-    with open_run(expected, resume=False):
-        save_run(expected, state_after(2), {"student": state_after(2)["student"]})
+    with open_folder(expected, resume=False):
+        save_epoch(expected, 2)
     names = sorted(path.name for path in expected.iterdir())
 
     for point in range(100):
         out = tmp_path / str(point)
-        with open_run(out, resume=False):
-            save_run(out, state_after(1), {"student": state_after(1)["student"]})
+        with open_folder(out, resume=False):
+            save_epoch(out, 1)
         child = os.fork()
         if child == 0:
             try:
                 die_at_call(point, monkeypatch)
-                save_run(out, state_after(2), {"student": state_after(2)["student"]})
+                save_epoch(out, 2)
                 os._exit(0)
             finally:
                 os._exit(1)
@@ -126,17 +134,18 @@ def test_killed_at_any_point_of_saving(tmp_path, monkeypatch):
         assert ended in (0, -signal.SIGKILL)
         for path in out.glob("*.pt*"):
             if path.suffix != ".tmp":
-                torch.load(path, weights_only=True)  # whole
-        with open_run(out, resume=True) as state:
+                torch.load(path, weights_only=True)  # not truncated
+        with open_folder(out, resume=True):
+            state = read_state(out, "cifar100", "epoch")
             assert state["epoch"] in (1, 2)
             publish(out, state, {"student": state["student"]})
             if state["epoch"] == 1:
-                save_run(out, state_after(2), {"student": state_after(2)["student"]})
+                save_epoch(out, 2)
         for name in names:
             assert (out / name).read_bytes() == (expected / name).read_bytes(), (point, name)
         if ended == 0:
             break
-    assert point == 2 * len(names)  # it was killed at each
+    assert point == 2 * len(names)  # it was killed at each of them
 
 
 def die_at_call(point, monkeypatch):
@@ -154,23 +163,20 @@ def die_at_call(point, monkeypatch):
         monkeypatch.setattr(checkpoint.os, name, dying(getattr(os, name)))
 
 
-def test_an_empty_folder_is_removed_only_where_it_was_made(tmp_path):
+def test_an_empty_folder_is_removed_only_if_it_was_created(tmp_path):
     (tmp_path / "mine").mkdir()
     for name in ("mine", "new"):
-        with pytest.raises(ZeroDivisionError), open_run(tmp_path / name, resume=False):
+        with pytest.raises(ZeroDivisionError), open_folder(tmp_path / name, resume=False):
             1 / 0  # noqa: B018
     assert [path.name for path in tmp_path.iterdir()] == ["mine"]
 
 
-def test_a_folder_is_opened_once_at_a_time(tmp_path):
-    with (
-        open_run(tmp_path, resume=False),
-        pytest.raises(UserError, match="another process"),
-        open_run(tmp_path, resume=False),
-    ):
+def test_a_folder_can_be_opened_only_once_at_a_time(tmp_path):
+    for lock in (locked(tmp_path), open_folder(tmp_path, resume=False)):
+        with lock, pytest.raises(UserError, match="another process"), open_folder(tmp_path, resume=False):
+            pass
+    with open_folder(tmp_path, resume=False):
         pass
-    with open_run(tmp_path, resume=False) as state:
-        assert state is None
 
 
 @pytest.mark.parametrize(
@@ -198,9 +204,9 @@ def test_exit_codes(capsys, error, code, word):
 
 
 @pytest.mark.parametrize(("sent", "code"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
-def test_a_signal_whose_exception_is_lost_is_heeded_at_the_next_batch(capsys, sent, code):
+def test_a_signal_whose_exception_was_ignored_ends_the_script_at_the_next_batch(capsys, sent, code):
     class Forking:
-        def __del__(self):  # Python ignores what is raised here, as in a hook at a fork
+        def __del__(self):  # Python ignores exceptions here, as in a fork hook
             signal.raise_signal(sent)
 
     def script():
@@ -216,10 +222,10 @@ def test_a_signal_whose_exception_is_lost_is_heeded_at_the_next_batch(capsys, se
     finally:
         sys.unraisablehook = hook
     assert capsys.readouterr().err.startswith("interrupted: ")
-    assert next_batch(iter([1])) == 1  # and forgotten
+    assert next_batch(iter([1])) == 1  # and it was cleared
 
 
-def test_an_error_is_one_line_whatever_is_in_a_files_name(capsys):
+def test_errors_with_a_line_break_are_one_line(capsys):
     def script():
         raise UserError("there is no a\nb.jpg")
 
@@ -227,12 +233,12 @@ def test_an_error_is_one_line_whatever_is_in_a_files_name(capsys):
     assert capsys.readouterr().err == "error: there is no a\\nb.jpg\n"
 
 
-def test_output_that_was_closed_before_the_start(monkeypatch):
+def test_closed_stdout(monkeypatch):
     monkeypatch.setattr(sys, "stdout", None)
     assert exit_code(lambda: sys.stdout.write("x")) == 0
 
 
-def test_faults_of_our_own_are_not_hidden():
+def test_bugs_are_not_hidden():
     def script():
         raise RuntimeError("a shape is wrong")
 
@@ -240,8 +246,8 @@ def test_faults_of_our_own_are_not_hidden():
         exit_code(script)
 
 
-def test_signals_that_were_ignored_stay_ignored():
-    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)  # as nohup starts a script
+def test_ignored_signals_stay_ignored():
+    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)  # as under nohup
     try:
         assert exit_code(lambda: signal.raise_signal(signal.SIGHUP)) == 0
     finally:

@@ -1,5 +1,6 @@
-"""What the parity and naive tests do not see: what is left out, what is shared, and what a step leaves alone."""
+"""Properties that test_parity.py and test_naive.py do not cover: what is skipped, shared, and left unchanged."""
 
+import copy
 from collections import Counter
 
 import pytest
@@ -7,13 +8,13 @@ import torch
 from torch import nn
 
 from common.bridges import build_bridges
-from common.fcfd import fcfd_terms, forward_paths
+from common.fcfd import EQ_9, TERMS, Term, fcfd_terms, forward_paths, needs_all_bridges, plan_paths, term_weights
 from common.models import build
 from common.multipath_bn import track_paths
 from common.paths import MixedPath, candidate_paths, sample_paths
 from common.run.optimizer import sgd
 
-WIDER = [  # (teacher, student): the ten published pairs, and one that bridges everything at equal size
+PAIRS = [  # (teacher, student): the ten published pairs, and one with features of equal size
     ("wrn_40_2", "wrn_16_2"),
     ("wrn_40_2", "wrn_40_1"),
     ("resnet56", "resnet20"),
@@ -41,13 +42,13 @@ def batch(n=4):
     return torch.randn(n, 3, 32, 32), torch.randint(100, (n,))
 
 
-@pytest.mark.parametrize(("teacher_name", "student_name"), WIDER)
-def test_published_pairs_step_and_lower_their_loss(teacher_name, student_name):
+@pytest.mark.parametrize(("teacher_name", "student_name"), PAIRS)
+def test_published_pairs_decrease_their_loss(teacher_name, student_name):
     teacher, student, bridges = pair(teacher_name, student_name)
-    images, labels = batch(8)
+    images, labels = batch()
     optimizer = torch.optim.SGD([*student.parameters(), *bridges.parameters()], 0.005, momentum=0.9, nesterov=True)
     last, losses = student.num_stages, []
-    for _ in range(5):
+    for _ in range(3):
         flow = forward_paths(teacher, student, bridges, images, [MixedPath(last - 1, 1), MixedPath(last - 1, 0)])
         terms = fcfd_terms(flow, labels, 4.0)
         assert all(value.isfinite() and value > 0 for value in terms.values())
@@ -60,7 +61,7 @@ def test_published_pairs_step_and_lower_their_loss(teacher_name, student_name):
 
 
 @pytest.mark.parametrize("fused", [False, True])
-def test_a_bridge_whose_path_was_not_drawn_is_left_alone(fused):
+def test_a_bridge_whose_path_is_not_sampled_does_not_change(fused):
     teacher, student, bridges = pair()
     images, labels = batch()
     optimizer = sgd(
@@ -83,13 +84,13 @@ def test_a_bridge_whose_path_was_not_drawn_is_left_alone(fused):
     unused = bridges.t2s["3"]
     tensors = [*unused.state_dict().values(), *(optimizer.state[p]["momentum_buffer"] for p in unused.parameters())]
     before = [t.clone() for t in tensors]
-    drawn = bridges.t2s["2"][0].weight.clone()
+    sampled = bridges.t2s["2"][0].weight.clone()
     step([MixedPath(2, 0), MixedPath(3, 1)])
     assert all(torch.equal(t, b) for t, b in zip(tensors, before, strict=True))
-    assert not torch.equal(bridges.t2s["2"][0].weight, drawn)
+    assert not torch.equal(bridges.t2s["2"][0].weight, sampled)
 
 
-def test_what_two_paths_share_runs_once():
+def test_shared_parts_run_once():
     teacher, student, bridges = pair()
     calls = Counter()
     for role, net in (("teacher", teacher), ("student", student)):
@@ -102,7 +103,7 @@ def test_what_two_paths_share_runs_once():
     assert set(calls.values()) == {1}
 
 
-def test_what_is_not_wanted_is_not_computed():
+def test_only_requested_parts_are_computed():
     teacher, student, bridges = pair()
     images, labels = batch()
     flow = forward_paths(teacher, student, bridges, images, [MixedPath(3, 1)], app=False)
@@ -110,14 +111,31 @@ def test_what_is_not_wanted_is_not_computed():
     terms = fcfd_terms(flow, labels, 4.0, ("kd", "func_l2", "func_prime"))
     assert list(terms) == ["kd", "func_l2", "func_prime"]
     assert terms["func_prime"].item() == 0
-    with pytest.raises(KeyError):  # no L_app of some positions only
+    with pytest.raises(KeyError):  # L_app needs every position
         fcfd_terms(flow, labels, 4.0)
     flow = forward_paths(teacher, student, None, images, app=False)
     assert (flow.s2t, flow.t2s, flow.mixed) == ({}, {}, {})
 
 
+def test_a_student_without_a_teacher():
+    student = build("resnet8", 100)
+    images, labels = batch()
+    logits = copy.deepcopy(student)(images)
+    flow = forward_paths(None, student, None, images)
+    assert torch.equal(flow.student_logits, logits)
+    assert list(flow.student) == [1, 2, 3, 4]
+    assert (flow.teacher, flow.teacher_logits, flow.s2t, flow.t2s, flow.mixed) == ({}, None, {}, {}, {})
+    terms = fcfd_terms(flow, labels, 4.0, terms={"task": 1})
+    assert list(terms) == ["task"]
+    before = student.fc.weight.clone()
+    terms["task"].backward()
+    torch.optim.SGD(student.parameters(), 0.1).step()
+    assert not torch.equal(student.fc.weight, before)
+    assert forward_paths(None, student, None, images, app=True).s2t == {}
+
+
 @pytest.mark.parametrize(("teacher_name", "student_name"), [("vgg8", "resnet8"), ("resnet8", "vgg8")])
-def test_kd_alone_needs_no_corresponding_stages(teacher_name, student_name):
+def test_kd_works_with_different_numbers_of_stages(teacher_name, student_name):
     teacher, student = build(teacher_name, 10).eval(), build(student_name, 10).eval()
     images, _ = batch()
     flow = forward_paths(teacher, student, None, images, app=False)
@@ -125,7 +143,7 @@ def test_kd_alone_needs_no_corresponding_stages(teacher_name, student_name):
     torch.testing.assert_close(flow.student_logits, student(images))
 
 
-def test_the_last_position_matches_through_the_classifier_alone():
+def test_the_last_position_only_feeds_the_classifier():
     teacher, student, bridges = pair(positions=[4])
     images, labels = batch()
     paths = [MixedPath(4, 1), MixedPath(4, 0)]
@@ -138,8 +156,8 @@ def test_the_last_position_matches_through_the_classifier_alone():
     assert terms["func_kl"].item() > 0
 
 
-def test_a_teacher_in_evaluation_mode_still_sees_mixed_paths_by_their_batch():
-    """--teacher-bn running: p_t and F_t by its running statistics, which stay; mixed paths train theirs."""
+def test_mixed_paths_use_batch_statistics_even_if_the_teacher_is_in_evaluation_mode():
+    """--teacher-bn running: p_t and F_t use the running statistics, which do not change; those of mixed paths do."""
     teacher, student, bridges = pair()
     teacher.eval()
     images, _ = batch()
@@ -154,8 +172,8 @@ def test_a_teacher_in_evaluation_mode_still_sees_mixed_paths_by_their_batch():
     assert teacher.layer2[0].bn1.path2.num_batches_tracked == 1
 
 
-def test_a_trainable_teacher_is_trained_by_the_mixed_paths_but_never_as_a_target():
-    """App. F: a mixed path trains every module that it passes, the teacher's early stages included."""
+def test_a_trainable_teacher_is_trained_by_mixed_paths_but_not_as_a_target():
+    """App. F: a mixed path trains every module that it passes through, including the teacher's early stages."""
     teacher, student, bridges = pair()
     teacher.requires_grad_(True)
     images, labels = batch()
@@ -176,8 +194,61 @@ def test_a_trainable_teacher_is_trained_by_the_mixed_paths_but_never_as_a_target
     assert trained(MixedPath(2, 1), "app") == {f"student.{m}" for m in early | late - {"fc"}}
 
 
+def test_term_weights_are_the_published_ones():
+    zero = dict.fromkeys(TERMS, 0)
+    published = {"task": 1, "kd": 1, "app": 0.02, "func_l2": 0.02, "func_kl": 0.2, "func_prime": 0.2}
+    assert term_weights(EQ_9, w_l2=0.02, w_kl=0.2) == zero | published
+    assert term_weights(("task", "kd", "app"), 5, 1) == zero | {"task": 1, "kd": 1, "app": 5}
+    assert term_weights(("task", "func_partial", "func_prime_l2"), 5, 1) == zero | {
+        "task": 1,
+        "func_partial": 5,
+        "func_prime_l2": 5,
+    }
+
+
+def test_plan_paths():
+    weights = term_weights(EQ_9, w_l2=5, w_kl=1)
+    used = {name: weights[name] for name in EQ_9}
+    assert plan_paths(weights, 4) == (used, candidate_paths(4), 2)
+    assert plan_paths(weights, 4, num_paths=0) == (used, candidate_paths(4), 0)
+    # A path that leaves the last stage only has logits, so it does not feed L2 terms.
+    planned, paths, num_paths = plan_paths(weights, 4, [4])
+    assert planned == {name: value for name, value in used.items() if name != "func_l2"}
+    assert (paths, num_paths) == (candidate_paths(4, [4]), 2)
+    # Paths are candidates only if some term reads them.
+    planned, paths, num_paths = plan_paths(weights | {"func_prime": 0, "func_kl": 0}, 4, [3, 4])
+    assert (paths, num_paths) == ([MixedPath(3, 1)], 1)
+    assert plan_paths(term_weights(("task", "kd"), 0, 0), 4) == ({"task": 1, "kd": 1}, [], 0)
+
+
+def test_plan_paths_rejects_settings_that_cannot_be_trained():
+    weights = term_weights(EQ_9, w_l2=5, w_kl=1)
+    with pytest.raises(ValueError, match="func_l2"):
+        plan_paths(weights, 4, [4], required=["func_l2"])
+    plan_paths(weights | {"func_l2": 0}, 4, [4], required=["func_l2"])  # without a weight it is not needed
+    with pytest.raises(ValueError, match="4 candidates"):
+        plan_paths(weights, 4, num_paths=5)
+    with pytest.raises(ValueError, match=r"outside 2\.\.4"):
+        plan_paths(weights, 4, [5])
+    only_mixed = {"func_kl": 1}
+    assert plan_paths(only_mixed, 4)[0] == only_mixed
+    for kwargs in (
+        {"weights": {}},
+        {"weights": only_mixed, "num_paths": 0},
+        {"weights": {"func_l2": 1}, "positions": [4]},
+    ):
+        with pytest.raises(ValueError, match="no term remains"):
+            plan_paths(num_stages=4, **kwargs)
+
+
+def test_needs_all_bridges_only_for_terms_like_l_app():
+    assert [name for name in TERMS if needs_all_bridges([name])] == ["app"]
+    table = TERMS | {"own": Term(TERMS["app"].function, features=True)}
+    assert needs_all_bridges(["own"], table)
+
+
 @pytest.mark.gpu
-@pytest.mark.parametrize(("teacher_name", "student_name"), WIDER)
+@pytest.mark.parametrize(("teacher_name", "student_name"), PAIRS)
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 def test_published_pairs_take_ten_finite_amp_steps(teacher_name, student_name, dtype):
     nets = pair(teacher_name, student_name)

@@ -1,6 +1,6 @@
-"""Every family's forward pass again, written from its state dict alone: no modules, one expression after the other.
+"""The forward pass of every network family against an implementation on its state dict, without modules.
 
-Keys and shapes do not say where a ReLU, a shortcut or a shuffle stands; a checkpoint of others would load and be wrong.
+Neither keys nor shapes show where a ReLU, a shortcut or a shuffle is: a shared checkpoint could load and be wrong.
 """
 
 import pytest
@@ -170,11 +170,11 @@ def shufflev2(n, x, _):
         ("ShuffleV2", shufflev2, None),
     ],
 )
-def test_forward_from_the_state_dict_alone(name, forward, size):
+def test_forward_matches_one_on_the_state_dict(name, forward, size):
     torch.manual_seed(0)
     net = build(name, 10).eval()
     for layer in net.modules():
-        if isinstance(layer, nn.BatchNorm2d):  # as after training, with variances that keep the scale
+        if isinstance(layer, nn.BatchNorm2d):  # random, with variances that keep the scale
             for tensor, low, high in (("weight", 0.7, 1.3), ("bias", -0.4, 0.4), ("running_mean", -0.3, 0.3)):
                 nn.init.uniform_(getattr(layer, tensor), low, high)
             nn.init.uniform_(layer.running_var, 0.5, 1.5)

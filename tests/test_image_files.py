@@ -1,4 +1,4 @@
-"""Images read from files: the same whatever the number of processes, each one once whatever the number of ranks."""
+"""Reading images from files: independent of the number of workers, each image once over all ranks."""
 
 import shutil
 import signal
@@ -25,7 +25,7 @@ def folder(tmp_path_factory):
 
 
 def epochs(folder, workers, which=(0, 1)):
-    """The batches of some epochs, from one loader as in training."""
+    """The batches of some epochs, from one loader, as in training."""
     shard = Shard(21, 8, seed=3)
     loader = train_loader(ImageFiles(list_files(folder).train, 32, seed=3), shard, workers, CPU)
     batches = []
@@ -34,18 +34,18 @@ def epochs(folder, workers, which=(0, 1)):
     return batches
 
 
-def test_the_number_of_workers_and_the_epochs_before_change_nothing(folder):
+def test_batches_do_not_depend_on_workers_or_earlier_epochs(folder):
     reference = epochs(folder, workers=0)
     for workers in (1, 2):
         for ours, theirs in zip(epochs(folder, workers), reference, strict=True):
             for (images, labels), (images_0, labels_0) in zip(ours, theirs, strict=True):
                 assert torch.equal(images, images_0)
                 assert torch.equal(labels, labels_0)
-    alone = epochs(folder, workers=2, which=[1])[0]  # as after a resume
+    alone = epochs(folder, workers=2, which=[1])[0]  # as after resuming
     assert all(torch.equal(a[0], b[0]) for a, b in zip(alone, reference[1], strict=True))
 
 
-def test_augmentation_differs_by_epoch_image_and_seed_and_leaves_the_global_generator_alone(folder):
+def test_augmentation_depends_on_epoch_image_and_seed_and_keeps_the_global_generator(folder):
     samples = [list_files(folder).train[0]] * 2
     state = torch.get_rng_state()
     views = [
@@ -57,7 +57,7 @@ def test_augmentation_differs_by_epoch_image_and_seed_and_leaves_the_global_gene
             assert not torch.equal(views[i], views[j])
 
 
-def test_augmentation_is_torchvisions(folder):
+def test_augmentation_matches_torchvision(folder):
     path, label = list_files(folder).train[10]
     image = Image.open(path).convert("RGB")
     seen = {"flipped": 0, "kept": 0}
@@ -66,7 +66,7 @@ def test_augmentation_is_torchvisions(folder):
         assert ours_label == label == 1
         assert ours.dtype == torch.uint8
         assert ours.shape == (32, 32, 3)
-        with torch.random.fork_rng(devices=[]):  # the crop that torchvision draws from the same seed
+        with torch.random.fork_rng(devices=[]):  # torchvision's crop for the same seed
             torch.manual_seed(seed_of(1, epoch, "augmentation", 0))
             crop = transforms.RandomResizedCrop(32)(image)
         if np.array_equal(ours.numpy(), np.asarray(functional.hflip(crop))):
@@ -74,7 +74,7 @@ def test_augmentation_is_torchvisions(folder):
         elif np.array_equal(ours.numpy(), np.asarray(crop)):
             seen["kept"] += 1
     assert sum(seen.values()) == 40
-    assert min(seen.values()) >= 8  # a fair coin falls below with a probability of 1 in 20,000
+    assert min(seen.values()) >= 8  # a fair coin has fewer with probability 1 in 20,000
 
 
 def test_evaluation_images(folder):
@@ -88,17 +88,17 @@ def test_evaluation_images(folder):
     assert batch.is_contiguous(memory_format=torch.channels_last)
 
 
-def test_each_set_keeps_its_moments():
+def test_normalize_keeps_the_moments_of_each_dataset_apart():
     images = torch.randint(0, 256, (1, 4, 4, 3), dtype=torch.uint8)
     assert not torch.equal(normalize(images), normalize(images, mean=MEAN, std=STD))
 
 
 @pytest.mark.parametrize("world", [1, 2, 3])
-def test_the_shards_of_an_epoch_are_its_batches(world):
+def test_shards_partition_the_batches_of_an_epoch(world):
     shards = [list(Shard(26, 8, 5, rank, world, epoch=2)) for rank in range(world)]
     whole = [[i for _, i in batch] for batch in Shard(26, 8, 5, epoch=2)]
     assert sorted(i for batch in whole for i in batch) == list(range(26))
-    # The last batch holds two images: enough for one rank, not for more.
+    # The last batch has two images: enough for one rank only.
     assert Shard(26, 8, 5, 0, world).sizes == [8, 8, 8, 2][: 4 if world == 1 else 3]
     for b, size in enumerate(Shard(26, 8, 5, 0, world).sizes):
         parts = [[i for _, i in shard[b]] for shard in shards]
@@ -107,10 +107,10 @@ def test_the_shards_of_an_epoch_are_its_batches(world):
         assert max(map(len, parts)) - min(map(len, parts)) <= 1
     assert {epoch for shard in shards for batch in shard for epoch, _ in batch} == {2}
     assert list(Shard(26, 8, 5, epoch=3)) != list(Shard(26, 8, 5, epoch=2))
-    assert len(Shard(9, 8, 5)) == 1  # a single image is left out
+    assert len(Shard(9, 8, 5)) == 1  # a single image is dropped
 
 
-def test_every_test_image_falls_to_one_rank(folder):
+def test_each_test_image_is_on_exactly_one_rank(folder):
     files = ImageFiles([(path, i) for i, (path, _) in enumerate(list_files(folder).test)], 32)
     for world in (1, 2, 4, 20):
         labels = [eval_loader(files, 0, CPU, rank, world) for rank in range(world)]
@@ -119,7 +119,7 @@ def test_every_test_image_falls_to_one_rank(folder):
 
 
 @pytest.mark.parametrize("workers", [0, 2])
-def test_a_damaged_image_is_named_in_one_line(tmp_path, workers):
+def test_a_damaged_image_is_reported_in_one_line(tmp_path, workers):
     image_files(tmp_path, {"train": 4, "val": 1})
     bad = tmp_path / "train" / "n2" / "1.JPEG"
     bad.write_bytes(bad.read_bytes()[:300])
@@ -130,7 +130,7 @@ def test_a_damaged_image_is_named_in_one_line(tmp_path, workers):
     assert "\n" not in str(error.value)
 
 
-def test_whatever_a_decoder_stumbles_over_names_the_image(tmp_path, monkeypatch):
+def test_any_decoder_error_is_reported_with_the_image(tmp_path, monkeypatch):
     path = image_files(tmp_path, {"train": 1, "val": 1}, ["a\nb"]) / "train" / "a\nb" / "0.JPEG"
 
     def convert(self, mode):
@@ -142,7 +142,7 @@ def test_whatever_a_decoder_stumbles_over_names_the_image(tmp_path, monkeypatch)
     assert str(error.value).startswith(f"cannot read the image {tmp_path}/train/a\\nb/0.JPEG (Failed")
 
 
-def test_fingerprint_is_of_classes_and_training_files(tmp_path):
+def test_fingerprint_depends_on_classes_and_training_files(tmp_path):
     one, two = (image_files(tmp_path / name, {"train": 3, "val": 2}) for name in ("one", "two"))
     assert list_files(one).fingerprint == list_files(two).fingerprint
     assert list_files(one, subset=6).fingerprint != list_files(one).fingerprint
@@ -162,7 +162,7 @@ def test_subsets_and_both_names_of_the_test_split(tmp_path):
         list_files(tmp_path)
 
 
-def test_test_files_without_train(tmp_path):
+def test_list_test_files_needs_no_train(tmp_path):
     image_files(tmp_path, {"train": 4, "val": 3})
     for count in (None, 4):
         data = list_files(tmp_path, test_subset=count)
@@ -175,7 +175,7 @@ def test_test_files_without_train(tmp_path):
         list_test_files(tmp_path, 10)
 
 
-def test_workers_leave_ctrl_c_to_the_process_that_fetches():
+def test_workers_ignore_ctrl_c():
     class Signals(ImageFiles):
         def __getitem__(self, key):
             ignored = [signal.getsignal(number) is signal.SIG_IGN for number in (signal.SIGINT, signal.SIGHUP)]

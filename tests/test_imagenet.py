@@ -1,7 +1,9 @@
-"""imagenet.py as a user runs it, on small folders of JPEGs; with several ranks: test_distributed.py."""
+"""imagenet.py, as run from the command line, on small folders of JPEGs; test_distributed.py uses several ranks."""
 
+import contextlib
 import json
 import os
+import shutil
 import signal
 from argparse import Namespace
 from pathlib import Path
@@ -17,7 +19,7 @@ from torchvision import models
 import imagenet
 from common.bridges import build_bridges, feature_shapes
 from common.data.image_files import ImageFiles, Shard, list_files, train_loader
-from common.fcfd import TERMS, fcfd_terms, forward_paths
+from common.fcfd import EQ_9, TERMS, fcfd_terms, forward_paths
 from common.models import IMAGENET_NETWORKS, build_imagenet
 from common.multipath_bn import track_paths
 from common.paths import candidate_paths, sample_paths
@@ -38,7 +40,7 @@ def folder(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def teacher(folder, tmp_path_factory):
-    """A resnet18 of these three classes, made by the script."""
+    """A resnet18 that the script trained on these three classes."""
     out = tmp_path_factory.mktemp("teacher") / "run"
     options = ["--data-dir", folder, "--student", "resnet18", *SMALL, "--epochs", 1, "--out", out]
     assert imagenet.main([str(option) for option in options]) == 0
@@ -50,10 +52,45 @@ def pair(folder, teacher):
     return ["--data-dir", folder, *PAIR, "--teacher-ckpt", teacher]
 
 
-def test_distilled_as_a_user_does_it(tmp_path, folder, pair):
-    # With worker processes, and from another folder than the project's.
-    printed = script(tmp_path, *pair, "--workers", 2, "--epochs", 2, module=imagenet)
-    out = tmp_path / "runs" / f"{folder.name}-32px-resnet18-MobileNetV1-fcfd-2ep-seed1"
+@pytest.fixture(scope="module")
+def main_job(tmp_path_factory, folder, pair):
+    """Two epochs of FCFD in a subprocess with worker processes, in another working directory: the run, its output."""
+    cwd = tmp_path_factory.mktemp("main")
+    printed = script(cwd, *pair, "--workers", 2, "--epochs", 2, module=imagenet)
+    return cwd / "runs" / f"{folder.name}-32px-resnet18-MobileNetV1-fcfd-2ep-seed1", printed
+
+
+@pytest.fixture(scope="module")
+def first_epoch(tmp_path_factory, pair):
+    """The same run without workers, stopped after its first epoch; and the epochs of the batches that it read."""
+    out, options = tmp_path_factory.mktemp("first") / "run", [*pair, "--epochs", 2, "--max-minutes", 1e-9]
+    with recorded_epochs() as epochs:
+        assert imagenet.main([str(word) for word in (*options, "--out", out)]) == 0
+    return out, epochs
+
+
+@pytest.fixture
+def stopped(tmp_path, first_epoch):
+    """A copy of the stopped run."""
+    return shutil.copytree(first_epoch[0], tmp_path / "run")
+
+
+@contextlib.contextmanager
+def recorded_epochs():
+    epochs = []
+
+    class Recorded(Shard):
+        def __iter__(self):
+            epochs.append(self.epoch)
+            return super().__iter__()
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(imagenet, "Shard", Recorded)
+        yield epochs
+
+
+def test_distillation_and_evaluation(main_job, capsys, folder):
+    out, printed = main_job
     assert sorted(path.name for path in out.iterdir()) == [
         "best.pt",
         "config.yaml",
@@ -66,44 +103,25 @@ def test_distilled_as_a_user_does_it(tmp_path, folder, pair):
     rows, result = read_log(out), json.loads((out / "result.json").read_text())
     config = yaml.safe_load((out / "config.yaml").read_text())
     assert len(rows) == 2
-    assert all(float(row[term]) > 0 for row in rows for term in TERMS)
+    assert all(float(row[term]) > 0 for row in rows for term in EQ_9)
     assert all(0 <= float(row["waiting_percent"]) <= 100 and float(row["images_per_s"]) > 0 for row in rows)
     assert [float(row["lr"]) for row in rows] == pytest.approx([0.01, 0.0001])
     assert result["last"]["top1"] == float(rows[-1]["test_top1"])
-    assert result["last"]["top5"] == 100  # of three classes
+    assert result["last"]["top5"] == 100  # three classes
     assert (config["positions"], config["num_paths"], config["temperature"]) == ([2, 3, 4], 2, 1)
     assert "% of it waiting for data" in printed
-    assert f"MobileNetV1 lies in runs/{out.name}/student.pth" in printed
+    assert f"MobileNetV1 saved to runs/{out.name}/student.pth" in printed
     shared = torch.load(out / "student.pth", weights_only=True)
     assert list(shared["model"]) == list(build_imagenet("MobileNetV1", 3).state_dict())
-    printed = script(
-        tmp_path,
-        *["--data-dir", folder, "--student", "MobileNetV1", *SMALL, "--evaluate", out / "student.pth"],
-        module=imagenet,
-    )
+    printed = run(capsys, "--data-dir", folder, "--student", "MobileNetV1", *SMALL, "--evaluate", out / "student.pth")
     assert f"MobileNetV1 {result['last']['top1']:.2f} % top-1, 100.00 % top-5 on 15 test images" in printed
 
 
-def test_resumed_with_other_workers_is_bit_for_bit_the_unbroken_run(tmp_path, capsys, pair):
-    run(capsys, *pair, "--epochs", 2, "--out", tmp_path / "whole")
-    assert "stopped after 1" in run(capsys, *pair, "--epochs", 2, "--out", tmp_path / "part", "--max-minutes", 1e-9)
-    run(capsys, "--student", "MobileNetV1", "--resume", "--workers", 2, "--out", tmp_path / "part")
-    assert_bit_for_bit(tmp_path / "whole", tmp_path / "part")
-
-
-def test_every_epoch_has_its_own_order(tmp_path, capsys, monkeypatch, folder):
-    epochs = []
-
-    class Recorded(Shard):
-        def __iter__(self):
-            epochs.append(self.epoch)
-            return super().__iter__()
-
-    monkeypatch.setattr(imagenet, "Shard", Recorded)
-    options = ["--data-dir", folder, "--student", "resnet18", *SMALL, "--epochs", 3, "--out", tmp_path]
-    run(capsys, *options, "--max-minutes", 1e-9)
-    run(capsys, *options, "--resume")
-    assert epochs == [0, 1, 2]
+def test_resumed_with_other_workers_matches_an_uninterrupted_run_bit_for_bit(capsys, main_job, first_epoch, stopped):
+    with recorded_epochs() as epochs:
+        run(capsys, "--student", "MobileNetV1", "--resume", "--workers", 2, "--out", stopped)
+    assert_bit_for_bit(main_job[0], stopped)
+    assert (set(first_epoch[1]), set(epochs)) == ({0}, {1})  # each epoch has its own order and augmentation
 
 
 @pytest.mark.parametrize(
@@ -111,38 +129,37 @@ def test_every_epoch_has_its_own_order(tmp_path, capsys, monkeypatch, folder):
     [
         (["--method", "kd"], {"task", "kd"}),
         (["--method", "app"], {"task", "kd", "app"}),
-        (["--w-func-prime", 0, "--positions", 3, "--num-paths", 1], set(TERMS) - {"func_prime"}),
-        (["--amp", "bf16", "--teacher-bn", "running", "--lr", 1e-5], set(TERMS)),
+        (["--w-func-prime", 0, "--positions", 3, "--num-paths", 1], set(EQ_9) - {"func_prime"}),
+        (["--amp", "bf16", "--teacher-bn", "running", "--lr", 1e-5], set(EQ_9)),
     ],
 )
-def test_settings(tmp_path, capsys, pair, teacher, options, terms):
+def test_settings_select_terms(tmp_path, capsys, pair, teacher, options, terms):
     run(capsys, *pair, *options, "--epochs", 1, "--out", tmp_path)
     row = read_log(tmp_path)[0]
-    assert {term for term in TERMS if row[term]} == terms
+    assert {term for term in TERMS if row.get(term)} == terms
     assert float(row["waiting_percent"]) > 0
     before = torch.load(teacher, weights_only=True)["model"]
     after = torch.load(tmp_path / "last.pt", weights_only=True)["teacher"]
     assert torch.equal(before["bn1.running_mean"], after["bn1.running_mean"]) == ("running" in options)
 
 
-def test_resumed_where_the_device_of_the_run_is_missing(tmp_path, capsys, folder):
-    options = ["--student", "resnet18", "--out", tmp_path, "--max-minutes", 1e-9]
-    run(capsys, *options, "--data-dir", folder, *SMALL, "--epochs", 2)
-    state = torch.load(tmp_path / "last.pt", weights_only=True)
+def test_resumed_on_another_device(capsys, stopped):
+    state = torch.load(stopped / "last.pt", weights_only=True)
     state["config"]["device"] = "cuda:7"
-    torch.save(state, tmp_path / "last.pt")
-    assert "; cpu, amp off;" in run(capsys, *options, "--device", "cpu", "--resume")
+    torch.save(state, stopped / "last.pt")
+    printed = run(capsys, "--student", "MobileNetV1", "--out", stopped, "--device", "cpu", "--resume")
+    assert "; cpu, " in printed
+    assert "amp off;" in printed
 
 
-def test_a_resumed_run_may_be_given_its_own_settings(tmp_path, capsys, pair):
-    run(capsys, *pair, "--epochs", 2, "--out", tmp_path, "--max-minutes", 1e-9)
-    options = ["--student", "MobileNetV1", "--out", tmp_path, "--resume", "--device", "cpu"]
+def test_a_resumed_run_accepts_only_its_own_settings(capsys, stopped):
+    options = ["--student", "MobileNetV1", "--out", stopped, "--resume", "--device", "cpu"]
     assert "--temperature is 2.0 and was 1" in run(capsys, *options, "--temperature", 2, code=2)
     assert "epoch   2/2" in run(capsys, *options, "--temperature", 1, "--w-app", 5)
 
 
-def test_two_steps_written_out(tmp_path, capsys, folder, teacher, pair):
-    """The script's loop against one written from the paper: SGD by hand, every number given differently."""
+def test_two_steps_match_a_loop_by_hand(tmp_path, capsys, folder, teacher, pair):
+    """The script against a loop with SGD by hand; no setting has its default."""
     weights = {"task": 0.9, "kd": 0.8, "app": 0.2, "func_l2": 0.3, "func_kl": 0.7, "func_prime": 0.6}
     options = [word for term, w in weights.items() for word in (f"--w-{term.replace('_', '-')}", w)]
     options += [
@@ -175,7 +192,7 @@ def test_two_steps_written_out(tmp_path, capsys, folder, teacher, pair):
     velocity, losses = {}, []
     for paths, (images, labels) in zip(sample_paths(candidate_paths(5), 3, 2, 5, 0), loader, strict=True):
         terms = fcfd_terms(forward_paths(net_t, student, bridges, images, paths), labels, 3.0)
-        warm = {"app": 0.5, "func_l2": 0.5}  # the first epoch of a twentieth of 40
+        warm = {"app": 0.5, "func_l2": 0.5}  # the first epoch of 1/20 of 40
         loss = sum(w * warm.get(name, 1) * terms[name] for name, w in weights.items())
         losses.append(loss.item())
         trained = [p for net in (student, bridges) for p in net.parameters()]
@@ -193,7 +210,7 @@ def test_two_steps_written_out(tmp_path, capsys, folder, teacher, pair):
 
 
 @pytest.mark.parametrize("name", ["resnet18", "resnet34", "resnet50"])
-def test_torchvisions_networks_in_stages(name):
+def test_resnets_match_torchvision(name):
     theirs = models.get_model(name, weights=None, num_classes=7)
     ours = build_imagenet(name, 7)
     ours.load_state_dict(theirs.state_dict())
@@ -208,7 +225,7 @@ def test_torchvisions_networks_in_stages(name):
 @pytest.mark.parametrize(
     ("name", "millions"), [("resnet18", 11.689512), ("resnet34", 21.797672), ("resnet50", 25.557032)]
 )
-def test_resnets_have_their_parameters(name, millions):
+def test_parameters_of_resnets(name, millions):
     assert sum(p.numel() for p in build_imagenet(name, 1000).parameters()) == round(millions * 1e6)
 
 
@@ -231,7 +248,7 @@ def test_mobilenetv1():
 
 
 @pytest.mark.parametrize("name", IMAGENET_NETWORKS)
-def test_a_stage_leaves_its_input_alone_and_ends_after_its_relu(name):
+def test_stages_do_not_modify_their_input_and_end_after_a_relu(name):
     net, x = build_imagenet(name, 7).train(), torch.randn(2, 3, 64, 64)
     assert net.post_relu
     for k in range(1, 6):
@@ -244,34 +261,36 @@ def test_a_stage_leaves_its_input_alone_and_ends_after_its_relu(name):
 
 def test_published_settings_and_schedules():
     for student, teacher, w_l2 in (("resnet18", "resnet34", 0.02), ("MobileNetV1", "resnet50", 5)):
-        c = imagenet.settle({"teacher": teacher, "student": student, "device": "cuda"}, {})
-        assert (c.w_app, c.w_func_l2, c.w_func_kl, c.w_func_prime, c.w_task, c.w_kd) == (w_l2, w_l2, 1, 1, 1, 1)
-        assert (c.temperature, c.lr, c.epochs, c.batch_size, c.amp, c.image_size) == (1, 0.1, 100, 256, "fp16", 224)
+        args = imagenet.parse_args(["--teacher", teacher, "--student", student, "--device", "cuda"])
+        assert [getattr(args, f"w_{term}") for term in TERMS] == [1, 1, w_l2, w_l2, 1, 1, 0, 0]
+        assert (args.temperature, args.lr, args.epochs, args.batch_size) == (1, 0.1, 100, 256)
+        assert (args.amp, args.image_size) == ("fp16", 224)
     rates = [imagenet.learning_rate(Namespace(lr=0.1, epochs=100), epoch) for epoch in range(100)]
     assert rates == pytest.approx([0.1] * 30 + [0.01] * 30 + [0.001] * 30 + [0.0001] * 10)
-    warmup = [imagenet.l2_warmup(Namespace(epochs=100), epoch) for epoch in range(6)]
-    assert warmup == pytest.approx([0.2, 0.4, 0.6, 0.8, 1, 1])
+    warmed = [imagenet.warmed_up({"app": 1, "kd": 3}, Namespace(epochs=100), epoch) for epoch in range(6)]
+    assert [weights["app"] for weights in warmed] == pytest.approx([0.2, 0.4, 0.6, 0.8, 1, 1])
+    assert {weights["kd"] for weights in warmed} == {3}
 
 
-def torchvisions(teacher_ckpt=None, name="resnet18", num_classes=1000):
+def load_teacher(teacher_ckpt=None, name="resnet18", num_classes=1000):
     net = build_imagenet(name, num_classes)
     imagenet.load_teacher(net, Namespace(teacher=name, teacher_ckpt=teacher_ckpt, data_dir="images"), num_classes)
     return net
 
 
-def test_torchvisions_weights_teach(tmp_path, monkeypatch, capsys):
+def test_the_teacher_can_have_torchvision_weights(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(torch.hub, "get_dir", lambda: str(tmp_path))
     theirs = models.resnet18()
     (tmp_path / "checkpoints").mkdir()
     name = models.ResNet18_Weights.IMAGENET1K_V1.url.rpartition("/")[2]
     torch.save(theirs.state_dict(), tmp_path / "checkpoints" / name)
-    assert torch.equal(torchvisions().fc.weight, theirs.fc.weight)
+    assert torch.equal(load_teacher().fc.weight, theirs.fc.weight)
     (tmp_path / "checkpoints" / name).write_bytes(b"cut short")
-    with pytest.raises(UserError, match="deleted, it is downloaded again"):
-        torchvisions()
+    with pytest.raises(UserError, match="delete it to download it again"):
+        load_teacher()
 
 
-def test_torchvisions_weights_are_checked_when_downloaded(tmp_path, monkeypatch):
+def test_torchvision_weights_are_checked_when_downloaded(tmp_path, monkeypatch):
     asked = []
 
     def download(url, path, hash_prefix):
@@ -281,21 +300,21 @@ def test_torchvisions_weights_are_checked_when_downloaded(tmp_path, monkeypatch)
     monkeypatch.setattr(torch.hub, "get_dir", lambda: str(tmp_path))
     monkeypatch.setattr(torch.hub, "download_url_to_file", download)
     with pytest.raises(UserError, match=r"could not download torchvision's resnet50 .*no network.*--teacher-ckpt"):
-        torchvisions(name="resnet50")
+        load_teacher(name="resnet50")
     ((url, path, hash_prefix),) = asked
     assert url == models.ResNet50_Weights.IMAGENET1K_V1.url
     assert path == str(tmp_path / "checkpoints" / url.rpartition("/")[2])
     assert hash_prefix == "0676ba61"
 
 
-def test_a_teacher_of_other_classes_is_told_how_to_train_one(teacher):
-    remedy = "train one on these images by: python imagenet.py --data-dir images --student "
+def test_the_error_for_a_missing_teacher_says_how_to_train_one(teacher):
+    remedy = "train one on these images: python imagenet.py --data-dir images --student "
     for arguments in ({"num_classes": 7}, {"name": "MobileNetV1"}, {"teacher_ckpt": teacher, "num_classes": 4}):
         with pytest.raises(UserError) as error:
-            torchvisions(**arguments)
+            load_teacher(**arguments)
         assert remedy + arguments.get("name", "resnet18") in str(error.value)
     with pytest.raises(UserError) as error:
-        torchvisions(teacher_ckpt="missing.pth")
+        load_teacher(teacher_ckpt="missing.pth")
     assert remedy not in str(error.value)
 
 
@@ -309,16 +328,17 @@ def test_a_teacher_of_other_classes_is_told_how_to_train_one(teacher):
         (["--student", "resnet18", "--data-dir", "missing"], "missing/train is not an image folder"),
         (["--student", "resnet18", "--batch-size", 19], "18 training images"),
         (["--student", "resnet18", "--batch-size", 1], "two images"),
-        (["--student", "resnet18", "--image-size", 8], "--image-size 8"),
-        (["--student", "resnet18", "--workers", -1], "--workers -1"),
+        (["--student", "resnet18", "--image-size", 8], "--image-size: 8"),
+        (["--student", "resnet18", "--workers", -1], "--workers: -1"),
         (["--student", "resnet18", "--subset", 2], "--subset 2"),
         (["--student", "resnet18", "--sync-bn"], "--sync-bn"),
         (["--student", "resnet18", "--evaluate", "missing.pth"], "missing.pth"),
         (["--student", "resnet18", "--resume"], "nothing to resume"),
         ([*PAIR[:4], "--num-paths", 7], "6 candidates"),
+        ([*PAIR[:4], "--positions", 5, "--w-func-l2", 5], "func_l2"),
     ],
 )
-def test_bad_input_ends_in_one_line_and_exit_code_2(tmp_path, capsys, monkeypatch, folder, options, expected):
+def test_invalid_input_ends_in_one_line_and_exit_code_2(tmp_path, capsys, monkeypatch, folder, options, expected):
     monkeypatch.chdir(tmp_path)
     standard = [*SMALL, "--data-dir", folder]
     defaults = [
@@ -331,7 +351,7 @@ def test_bad_input_ends_in_one_line_and_exit_code_2(tmp_path, capsys, monkeypatc
     assert not os.listdir(tmp_path)
 
 
-def test_a_damaged_image_ends_the_run_and_is_named(tmp_path, capsys):
+def test_a_damaged_image_ends_the_run(tmp_path, capsys):
     images = image_files(tmp_path / "images", {"train": 4, "val": 2})
     (images / "val" / "n3" / "1.JPEG").write_bytes(b"\xff\xd8\xff")
     options = ["--data-dir", images, "--student", "resnet18", *SMALL, "--epochs", 1, "--out", tmp_path / "run"]
@@ -342,21 +362,21 @@ def test_a_damaged_image_ends_the_run_and_is_named(tmp_path, capsys):
 
 
 @pytest.mark.parametrize(
-    ("whom", "sent", "code", "expected"),
+    ("target", "sent", "code", "expected"),
     [
-        ("a reader", signal.SIGKILL, 2, "error: a data loader worker died"),
+        ("a worker", signal.SIGKILL, 2, "error: a data loader worker died"),
         ("all", signal.SIGTERM, 143, "interrupted: "),
         ("all", signal.SIGINT, 130, "interrupted: "),
     ],
 )
-def test_killed_readers(tmp_path, folder, whom, sent, code, expected):
+def test_signals_to_the_run_and_its_workers(tmp_path, folder, target, sent, code, expected):
     options = ["--data-dir", folder, "--student", "resnet18", *SMALL, "--workers", 2, "--epochs", 10**6]
     with started(*options, "--out", tmp_path / "run", module=imagenet) as process:
-        if whom == "all":  # as a cluster ends a job, and a terminal's Ctrl-C
+        if target == "all":  # as by a cluster, or Ctrl-C in a terminal
             os.killpg(process.pid, sent)
         else:
-            readers = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
-            os.kill(int(readers[0]), sent)
+            workers = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
+            os.kill(int(workers[0]), sent)
         message = process.communicate(timeout=60)[1]
         assert process.returncode == code
     assert message.startswith(expected)
@@ -365,15 +385,15 @@ def test_killed_readers(tmp_path, folder, whom, sent, code, expected):
 
 
 def test_a_diverging_run_ends_with_code_1(tmp_path, capsys, monkeypatch, folder):
-    monkeypatch.setattr(imagenet, "learning_rate", lambda c, epoch: 1e30)
+    monkeypatch.setattr(imagenet, "learning_rate", lambda args, epoch: 1e30)
     options = ["--data-dir", folder, "--student", "resnet18", *SMALL, "--epochs", 2, "--out", tmp_path / "run"]
     assert "non-finite loss in epoch 1" in run(capsys, *options, code=1)
 
 
-def test_sync_bn_reaches_every_layer_and_changes_no_key():
+def test_sync_bn_converts_every_layer_and_keeps_the_keys():
     student, teacher = build_imagenet("MobileNetV1", 3), build_imagenet("resnet18", 3)
-    c = imagenet.settle({"teacher": "resnet18", "student": "MobileNetV1", "num_paths": 2}, {})
-    step = imagenet.Step(c, student, teacher, build_bridges(teacher, student, 64))
+    args = imagenet.parse_args(["--teacher", "resnet18", "--student", "MobileNetV1"])
+    step = imagenet.Step(args, list(EQ_9), student, teacher, build_bridges(teacher, student, 64))
     keys = list(step.state_dict())
     step = nn.SyncBatchNorm.convert_sync_batchnorm(step)
     assert not [module for module in step.modules() if isinstance(module, nn.BatchNorm2d)]

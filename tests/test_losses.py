@@ -1,14 +1,15 @@
+"""KL, DKD and L2 against their definitions."""
+
 import math
 
 import pytest
 import torch
 
 from common.losses import dkd, kl, l2
-from common.run.errors import UserError
 
 
 def dkd_by_definition(logits, target, temperature, labels, tckd, nckd):
-    """From probabilities, in float64, class by class."""
+    """DKD in float64, from probabilities, with a loop over classes."""
     total = 0
     for x, y, label in zip(logits.double(), target.double(), labels.tolist(), strict=True):
         q, p = ((z / temperature).exp() / (z / temperature).exp().sum() for z in (x, y))
@@ -20,7 +21,7 @@ def dkd_by_definition(logits, target, temperature, labels, tckd, nckd):
     return total / len(labels) * temperature**2
 
 
-def assert_dkd_is_right(logits, target, temperature, labels, **weights):
+def assert_dkd_matches(logits, target, temperature, labels, **weights):
     exact = logits.double().requires_grad_()
     expected = dkd_by_definition(exact, target, temperature, labels, **weights)
     expected.backward()
@@ -40,7 +41,7 @@ def test_kl_against_its_definition_in_float64():
     assert kl(logits, target, 4.0).item() == pytest.approx(expected.item(), rel=1e-5)
 
 
-def test_kl_stays_finite_where_a_probability_underflows():
+def test_kl_is_finite_when_a_probability_underflows():
     logits = torch.tensor([[0.0, 500.0]], requires_grad=True)
     value = kl(logits, torch.tensor([[500.0, 0.0]]), 1.0)
     value.backward()
@@ -51,17 +52,17 @@ def test_kl_stays_finite_where_a_probability_underflows():
 def test_dkd_against_its_definition_in_float64():
     torch.manual_seed(0)
     logits, target, labels = 5 * torch.randn(16, 10), 5 * torch.randn(16, 10), torch.randint(10, (16,))
-    labels[:2] = torch.tensor([0, 9])  # the first and the last class, at whose sides there are no others
-    assert_dkd_is_right(logits, target, 4.0, labels, tckd=1.0, nckd=2.0)
-    assert_dkd_is_right(logits, target, 1.0, labels, tckd=0.7, nckd=0.0)
-    assert_dkd_is_right(logits, target, 1.0, labels, tckd=0.0, nckd=3.0)
+    labels[:2] = torch.tensor([0, 9])  # the first and the last class, which have no classes on one side
+    assert_dkd_matches(logits, target, 4.0, labels, tckd=1.0, nckd=2.0)
+    assert_dkd_matches(logits, target, 1.0, labels, tckd=0.7, nckd=0.0)
+    assert_dkd_matches(logits, target, 1.0, labels, tckd=0.0, nckd=3.0)
     one, two = (dkd(logits, target, 4.0, labels, *weights).item() for weights in ((), (1.0, 2.0)))
     assert one == two
 
 
 @pytest.mark.parametrize("temperature", [1.0, 4.0])
 @pytest.mark.parametrize("student_is_right", [True, False])
-def test_dkd_with_a_teacher_sure_to_one_in_ten_million(temperature, student_is_right):
+def test_dkd_is_accurate_for_a_teacher_with_confidence_1_minus_1e_7(temperature, student_is_right):
     torch.manual_seed(1)
     labels = torch.arange(8)
     target = torch.randn(8, 10, dtype=torch.float64)
@@ -70,12 +71,12 @@ def test_dkd_with_a_teacher_sure_to_one_in_ten_million(temperature, student_is_r
     target[own] = temperature * (rest + math.log((1 - 1e-7) / 1e-7))
     assert torch.softmax(target / temperature, 1)[own].tolist() == pytest.approx([1 - 1e-7] * 8, rel=1e-12)
     logits = torch.randn(8, 10)
-    logits[own] += temperature * (20 if student_is_right else -5)  # more than the teacher, or wrong
-    assert_dkd_is_right(logits, target.float(), temperature, labels, tckd=1.0, nckd=2.0)
-    assert_dkd_is_right(logits, target.float(), temperature, labels, tckd=1.0, nckd=0.0)
+    logits[own] += temperature * (20 if student_is_right else -5)  # more confident than the teacher, or wrong
+    assert_dkd_matches(logits, target.float(), temperature, labels, tckd=1.0, nckd=2.0)
+    assert_dkd_matches(logits, target.float(), temperature, labels, tckd=1.0, nckd=0.0)
 
 
-def test_dkd_stays_finite_where_probabilities_underflow():
+def test_dkd_is_finite_when_probabilities_underflow():
     logits = torch.tensor([[0.0, 500.0, 0.0]], requires_grad=True)
     value = dkd(logits, torch.tensor([[500.0, 0.0, 0.0]]), 1.0, torch.tensor([0]), 1.0, 0.0)
     value.backward()
@@ -112,6 +113,6 @@ def test_targets_are_detached_and_results_are_float32(loss):
     assert y.grad is None
 
 
-def test_dkd_of_one_class_is_refused():
-    with pytest.raises(UserError, match="two classes"):
+def test_dkd_of_one_class_is_rejected():
+    with pytest.raises(ValueError, match="two classes"):
         dkd(torch.zeros(2, 1), torch.zeros(2, 1), 4.0, torch.zeros(2, dtype=torch.int64))

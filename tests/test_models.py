@@ -1,4 +1,4 @@
-"""The networks against the list of the field's shared checkpoints."""
+"""The networks match the parameter names and shapes of the CIFAR checkpoints that the field shares."""
 
 import json
 from pathlib import Path
@@ -8,12 +8,11 @@ import torch
 from torch import nn
 
 from common.models import NETWORKS, build, pool
-from common.run.errors import UserError
 
 LISTED = json.loads((Path(__file__).parent / "data" / "cifar_checkpoints.json").read_text())
 
 
-def test_all_listed_networks_are_there():
+def test_all_listed_networks_exist():
     assert list(NETWORKS) == list(LISTED)
 
 
@@ -23,7 +22,7 @@ def test_network_matches_shared_checkpoints(name):
     assert sum(p.numel() for p in net.parameters()) == listed["parameters"]
     # A checkpoint of the listed keys and shapes loads strictly.
     net.load_state_dict({key: torch.ones(shape) for key, shape in listed["state_dict"].items()})
-    # Its keys stand in the listed order too, which optimizer states of others rely on.
+    # The order of the keys matters too: optimizer states refer to parameters by position.
     assert list(build(name, 100).state_dict()) == list(listed["state_dict"])
 
 
@@ -42,7 +41,7 @@ def test_features_and_logits(name):
 
 
 @pytest.mark.parametrize("name", LISTED)
-def test_a_stage_leaves_its_input_alone(name):
+def test_stages_do_not_modify_their_input(name):
     """An in-place ReLU on a stage's input would change the feature that the losses compare."""
     net = build(name, 7).train()
     x = torch.randn(2, 3, 32, 32)
@@ -62,7 +61,7 @@ def test_classify_pools_after_the_relu():
 
 
 @pytest.mark.parametrize("name", ["resnet20", "wrn_16_2", "vgg8", "MobileNetV2", "ResNet50"])
-def test_convolutions_start_from_fan_out(name):
+def test_convolutions_have_fan_out_initialization(name):
     torch.manual_seed(0)
     for layer in build(name, 100).modules():
         if isinstance(layer, nn.Conv2d) and layer.weight.numel() > 20_000:
@@ -71,13 +70,13 @@ def test_convolutions_start_from_fan_out(name):
 
 
 @pytest.mark.parametrize("name", ["vgg8", "MobileNetV2"])
-def test_these_classifiers_start_small(name):
+def test_classifiers_with_small_initial_weights(name):
     weight, bias = build(name, 100).classifier_layer.parameters()
     assert weight.std().item() == pytest.approx(0.01, rel=0.05)
     assert not bias.any()
 
 
-def test_mobilenetv2_loads_either_name_of_its_classifier():
+def test_mobilenetv2_accepts_both_names_of_its_classifier():
     source, target = build("MobileNetV2", 10), build("MobileNetV2", 10)
     bare = {key.replace("classifier.0.", "classifier."): value for key, value in source.state_dict().items()}
     assert "classifier.weight" in bare
@@ -85,6 +84,6 @@ def test_mobilenetv2_loads_either_name_of_its_classifier():
     assert torch.equal(target.classifier[0].weight, source.classifier[0].weight)
 
 
-def test_unknown_network_names_the_nearest():
-    with pytest.raises(UserError, match="resnet32x4"):
+def test_unknown_networks_are_rejected_with_the_known_names():
+    with pytest.raises(ValueError, match="resnet32x4"):
         build("Resnet32_x4", 10)

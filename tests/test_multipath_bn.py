@@ -1,4 +1,4 @@
-"""One affine, separate statistics per path."""
+"""BatchNorm with shared affine parameters and separate statistics per path."""
 
 import copy
 
@@ -16,7 +16,7 @@ def batch_norm():
     return net.train()
 
 
-def test_statistics_start_at_zero_and_move_by_a_tenth_on_their_path_only():
+def test_statistics_start_at_zero_and_only_those_of_the_path_are_updated():
     net, x = batch_norm(), torch.randn(8, 3, 4, 4) * 2 + 1
     assert not any(getattr(net[0].path2, name).any() for name in STATISTICS)
     with on_path(net, 2):
@@ -50,8 +50,8 @@ def test_weight_and_bias_are_shared():
     assert {name for name, _ in net.named_parameters()} == {"0.weight", "0.bias"}
 
 
-def test_buffers_keep_their_identity_and_go_back_after_an_error():
-    """They are updated in place, so that a captured graph finds them where they were."""
+def test_buffers_keep_their_identity_and_are_restored_after_an_error():
+    """They are updated in place, as a captured CUDA graph requires."""
     net = batch_norm()
     own, other = net[0].running_mean, net[0].path2.running_mean
     with pytest.raises(ValueError, match="expected 4D"), on_path(net, 2):
@@ -64,7 +64,7 @@ def test_buffers_keep_their_identity_and_go_back_after_an_error():
 
 
 @pytest.mark.parametrize(("mode", "override"), [(False, True), (True, False)])
-def test_training_overrides_the_mode_inside_and_restores_it(mode, override):
+def test_training_overrides_the_mode_and_restores_it(mode, override):
     net, x = batch_norm().train(mode), torch.randn(8, 3, 4, 4)
     with on_path(net, 2, training=override):
         net(x)
@@ -72,7 +72,7 @@ def test_training_overrides_the_mode_inside_and_restores_it(mode, override):
     assert net[0].training == mode
 
 
-def test_an_untracked_path_says_what_to_do():
+def test_an_untracked_path_is_an_error():
     with pytest.raises(KeyError, match=r"track_paths\(net, \[4\]\)"), on_path(batch_norm(), 4):
         pass
 

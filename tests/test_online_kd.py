@@ -1,4 +1,4 @@
-"""online_kd.py as a user runs it."""
+"""online_kd.py, as run from the command line."""
 
 import json
 import re
@@ -39,13 +39,13 @@ def last_state(folder):
 
 @pytest.fixture(scope="module")
 def main_job(tmp_path_factory):
-    """The main job as it stands in the README, smaller: its folder and what it printed."""
+    """A small version of the README's command: the run's folder and output."""
     folder = tmp_path_factory.mktemp("online")
     printed = script(folder, *PAIR, "--epochs", 3)
     return folder / "runs" / "synthetic-subset120-resnet14-resnet8-online-fcfd-3ep-seed1", printed
 
 
-def test_main_job_leaves_its_files(main_job):
+def test_main_job_writes_its_files(main_job):
     folder, printed = main_job
     assert list(folder.parent.iterdir()) == [folder]  # no teacher was trained first
     names = ["best.pt", "config.yaml", "last.pt", "log.csv", "result.json", "student.pth", "student_best.pth"]
@@ -56,7 +56,7 @@ def test_main_job_leaves_its_files(main_job):
     assert all(float(row[term]) > 0 for row in rows for term in TERMS)
     assert (config["temperature"], config["w_app"], config["num_paths"], config["positions"]) == (4, 5, 2, [2, 3])
     assert [config[f"w_{term}"] for term in TERMS] == [1, 1, 5, 5, 1, 1, 1, 1]
-    assert result["teacher"] is None  # the teacher knew nothing before
+    assert result["teacher"] is None  # the teacher was not trained before
     for (role, of), network in zip(ROLES.items(), ("resnet8", "resnet14"), strict=True):
         accuracies = [float(row[f"{of}test_top1"]) for row in rows]
         best = result[f"{of}best"]
@@ -74,7 +74,7 @@ def test_main_job_leaves_its_files(main_job):
     assert torch.load(folder / "best.pt", weights_only=True)["epoch"] == result["best"]["epoch"]
 
 
-def test_both_networks_evaluate_and_teach_elsewhere(main_job, tmp_path, capsys):
+def test_both_networks_can_be_evaluated_and_used_by_cifar100(main_job, tmp_path, capsys):
     folder, _ = main_job
     result = json.loads((folder / "result.json").read_text())
     for role, network in (("student", "resnet8"), ("teacher", "resnet14")):
@@ -86,7 +86,7 @@ def test_both_networks_evaluate_and_teach_elsewhere(main_job, tmp_path, capsys):
     assert f"teacher: {result['teacher_last']['top1']:.2f} % top-1 before distillation" in printed
 
 
-def test_its_student_is_not_taken_for_a_teacher_trained_alone(tmp_path, capsys):
+def test_its_student_is_not_used_as_a_teacher_trained_alone(tmp_path, capsys):
     call(capsys, *ONE_STEP, "--out", tmp_path / "online")
     options = [*ONE_STEP, "--teacher", "resnet8", "--method", "kd", "--out", tmp_path / "offline"]
     assert "teacher: training resnet8" in running.call(capsys, *options)
@@ -106,7 +106,7 @@ def test_its_student_is_not_taken_for_a_teacher_trained_alone(tmp_path, capsys):
         (["--positions", 2, 4, "--num-paths", 4, "--amp", "bf16"], {*TERMS}),
     ],
 )
-def test_methods_and_weights_compute_their_terms_alone(tmp_path, capsys, options, terms):
+def test_methods_and_weights_compute_only_their_terms(tmp_path, capsys, options, terms):
     call(capsys, *ONE_STEP, *options, "--out", tmp_path)
     row, state = read_log(tmp_path)[0], last_state(tmp_path)
     assert {term for term in TERMS if row[term]} == terms
@@ -117,7 +117,7 @@ def test_methods_and_weights_compute_their_terms_alone(tmp_path, capsys, options
     assert mixed == ("func_kl" in terms)
 
 
-def test_in_kd_the_teacher_learns_by_itself(tmp_path, capsys):
+def test_in_kd_the_teacher_is_trained_independently(tmp_path, capsys):
     options = [*PAIR, "--epochs", 1, "--method", "kd"]
     call(capsys, *options, "--out", tmp_path / "kd")
     call(capsys, *options, "--w-kd", 0, "--w-task", 0, "--out", tmp_path / "alone")
@@ -139,8 +139,8 @@ def test_in_kd_the_teacher_learns_by_itself(tmp_path, capsys):
         ("teacher_kd", "", "1234C"),
     ],
 )
-def test_what_a_term_trains(tmp_path, capsys, term, in_student, in_teacher):
-    """A step on one term, mixed paths leaving at k = 2 alone: targets get no gradient, all that a path passes does."""
+def test_modules_that_a_term_trains(tmp_path, capsys, term, in_student, in_teacher):
+    """One step on one term, with mixed paths at k = 2: all modules on a path are trained, targets are not."""
     weights = [word for other in TERMS for word in (option(other), int(other == term))]
     call(capsys, *ONE_STEP, *weights, "--positions", 2, "--out", tmp_path)
     torch.manual_seed(1)
@@ -156,7 +156,7 @@ def test_what_a_term_trains(tmp_path, capsys, term, in_student, in_teacher):
 
 
 def losses_by_hand(teacher, student, bridges, images, labels, paths, temperature):
-    """Every term as the paper has it, the hits of student and teacher, and the buffers as the pure paths leave them."""
+    """All terms as in the paper, correct predictions of both networks, and the buffers after the pure paths."""
 
     def kl(logits, target):
         p, q = F.softmax(target.detach() / temperature, 1), F.softmax(logits / temperature, 1)
@@ -193,8 +193,8 @@ def losses_by_hand(teacher, student, bridges, images, labels, paths, temperature
     return losses, hits, pure
 
 
-def test_two_epochs_written_out(tmp_path, capsys):
-    """The script against a loop with losses, SGD and statistics by hand; every number is given differently."""
+def test_two_epochs_match_a_loop_by_hand(tmp_path, capsys):
+    """The script against a loop with losses, SGD and statistics by hand; no setting has its default."""
     weights = dict(zip(TERMS, (0.9, 0.8, 2.0, 3.0, 0.7, 0.6, 1.1, 0.5), strict=True))
     options = [word for term, w in weights.items() for word in (option(term), w)]
     options += ["--epochs", 24, "--lr", 0.002, "--temperature", 3, "--num-paths", 3, "--seed", 5, "--subset", 40]
@@ -205,13 +205,13 @@ def test_two_epochs_written_out(tmp_path, capsys):
     torch.manual_seed(5)
     student, teacher = build("resnet8", 20), build("resnet14", 20)
     nets = {"student": student, "teacher": teacher, "bridges": build_bridges(teacher, student, 32)}
-    for net in nets.values():  # as the script has it, so that not even rounding differs much
+    for net in nets.values():  # as in the script, so that rounding is similar
         net.to(memory_format=torch.channels_last)
     start = {role: {name: p.detach().clone() for name, p in net.named_parameters()} for role, net in nets.items()}
     data = load_data("synthetic", "", 40, 60)
     velocity, rows = {}, []
     for epoch in range(2):
-        warm = (epoch + 1) / 2  # a twelfth of 24 epochs
+        warm = (epoch + 1) / 2  # 1/12 of 24 epochs
         paths = sample_paths(candidate_paths(4), 3, 2, 5, epoch)
         hits, logged = np.zeros(2), []
         for step, (images, labels) in enumerate(train_batches(data.train, 32, 5, epoch, True)):
@@ -245,7 +245,7 @@ def test_two_epochs_written_out(tmp_path, capsys):
 
 @pytest.fixture(scope="module")
 def killed(main_job, tmp_path_factory):
-    """The main job again, killed after its first epoch."""
+    """The same run, killed after its first epoch."""
     folder = tmp_path_factory.mktemp("killed") / "run"
     command = [sys.executable, online_kd.__file__, *PAIR, "--epochs", "3", "--out", str(folder)]
     with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
@@ -255,8 +255,8 @@ def killed(main_job, tmp_path_factory):
     return folder
 
 
-def test_killed_and_resumed_is_bit_for_bit_the_unbroken_run(main_job, killed, capsys):
-    call(capsys, *NETWORKS, "--resume", "--max-minutes", 1e-9, "--out", killed)  # the rest is taken from the run
+def test_killed_and_resumed_matches_an_uninterrupted_run_bit_for_bit(main_job, killed, capsys):
+    call(capsys, *NETWORKS, "--resume", "--max-minutes", 1e-9, "--out", killed)  # other options are stored
     printed = call(capsys, *NETWORKS, "--resume", "--out", killed)
     assert "epoch   1/3" not in printed
     whole, _ = main_job
@@ -272,7 +272,7 @@ def test_killed_and_resumed_is_bit_for_bit_the_unbroken_run(main_job, killed, ca
     assert logs[0] == logs[1]
 
 
-def test_files_are_written_again_from_last_pt(tmp_path, capsys):
+def test_files_are_restored_from_last_pt(tmp_path, capsys):
     call(capsys, *ONE_STEP, "--out", tmp_path)
     before = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
     for name in before.keys() - {"last.pt"}:
@@ -282,7 +282,7 @@ def test_files_are_written_again_from_last_pt(tmp_path, capsys):
 
 
 @pytest.mark.parametrize("method", online_kd.METHODS)
-def test_no_script_resumes_a_run_of_the_other(tmp_path, capsys, teacher, method):
+def test_scripts_do_not_resume_runs_of_each_other(tmp_path, capsys, teacher, method):
     online, offline = tmp_path / "online", tmp_path / "offline"
     call(capsys, *ONE_STEP, "--method", method, "--out", online)
     same = [] if method == "dml" else ["--method", method]
@@ -291,13 +291,13 @@ def test_no_script_resumes_a_run_of_the_other(tmp_path, capsys, teacher, method)
         before = (folder / "last.pt").read_bytes()
         for more in ([], ["--resume"]):
             message = running.call(capsys, *ONE_STEP, *more, "--out", folder, code=2, module=module)
-            assert ("holds a run of" if more else "holds a run already") in message
+            assert ("holds a run of" if more else "already holds a run") in message
             assert (f"{of}.py" in message) == bool(more)
             assert message.count("\n") == 1
         assert (folder / "last.pt").read_bytes() == before
 
 
-def test_resume_with_other_settings_names_the_first(main_job, capsys):
+def test_resuming_with_other_settings_is_rejected_by_name(main_job, capsys):
     folder, _ = main_job
     for name, value in (("--w-teacher-kd", 0.5), ("--method", "dml"), ("--epochs", 9), ("--subset", 100)):
         message = call(capsys, *PAIR, name, value, "--resume", "--out", folder, code=2)
@@ -307,10 +307,13 @@ def test_resume_with_other_settings_names_the_first(main_job, capsys):
 def test_a_diverging_run_keeps_the_last_good_epoch(tmp_path, capsys, monkeypatch):
     options = [*PAIR, "--method", "dml", "--epochs", 3, "--out", tmp_path]
     call(capsys, *options, "--max-minutes", 1e-9)
-    before = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
-    monkeypatch.setattr(online_kd, "learning_rate", lambda c, epoch: 1e30)
+    config = tmp_path / "config.yaml"  # the time limit is that of the last call
+    before, settings = {path: path.read_bytes() for path in tmp_path.iterdir()}, yaml.safe_load(config.read_text())
+    monkeypatch.setattr(online_kd, "learning_rate", lambda args, epoch: 1e30)
     assert "epoch 2, step 2" in call(capsys, *options, "--resume", code=1)
-    assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == before
+    after = {path: path.read_bytes() for path in tmp_path.iterdir()} | {config: before[config]}
+    assert after == before
+    assert yaml.safe_load(config.read_text()) == settings | {"max_minutes": None}
 
 
 @pytest.mark.parametrize(
@@ -319,7 +322,7 @@ def test_a_diverging_run_keeps_the_last_good_epoch(tmp_path, capsys, monkeypatch
         ([], "--teacher, --student"),
         (["--student", "resnet8"], "--teacher"),
         (["--teacher", "resnet8"], "--student"),
-        (["--student", "resnet8", "--teacher", ""], "--teacher is empty"),
+        (["--student", "resnet8", "--teacher", ""], "--teacher: unknown network"),
         (["--student", "resnet8", "--teacher", "resnet15"], "resnet14"),
         (["--student", "resnet8", "--teacher", "vgg8"], "5 stages and the student 4"),
         ([*NETWORKS, "--method", "app"], "--method"),
@@ -327,38 +330,42 @@ def test_a_diverging_run_keeps_the_last_good_epoch(tmp_path, capsys, monkeypatch
         ([*NETWORKS, "--num-paths", 5], "4 candidates"),
         ([*NETWORKS, "--method", "dml", "--num-paths", 1], "0 candidates"),
         ([*NETWORKS, "--positions", 1], "outside 2..4"),
-        ([*NETWORKS, "--w-teacher-kd", -1], "--w-teacher-kd -1"),
-        ([*NETWORKS, "--w-teacher-task", "nan"], "--w-teacher-task nan"),
-        ([*NETWORKS, "--temperature", 0], "--temperature 0"),
+        ([*NETWORKS, "--positions", 4, "--w-func-l2", 5], "func_l2"),
+        ([*NETWORKS, "--w-teacher-kd", -1], "--w-teacher-kd: -1"),
+        ([*NETWORKS, "--w-teacher-task", "nan"], "--w-teacher-task: nan"),
+        ([*NETWORKS, "--temperature", 0], "--temperature: 0"),
         ([*NETWORKS, "--method", "kd", "--w-task", 0, "--w-kd", 0, "--w-teacher-task", 0], "no term"),
-        ([*NETWORKS, "--epochs", 0], "--epochs 0"),
+        ([*NETWORKS, "--epochs", 0], "--epochs: 0"),
         ([*NETWORKS, "--subset", 20], "20 training images"),
         ([*NETWORKS, "--device", "cuda:99"], "cuda:99"),
         ([*NETWORKS, "--out", "x" * 300], "x" * 300),
         ([*NETWORKS, "--resume"], "nothing to resume"),
     ],
 )
-def test_wrong_input_is_one_line_and_exit_code_2(tmp_path, capsys, monkeypatch, options, expected):
+def test_invalid_input_ends_in_one_line_and_exit_code_2(tmp_path, capsys, monkeypatch, options, expected):
     monkeypatch.chdir(tmp_path)
     defaults = [word for pair in zip(SMALL[::2], SMALL[1::2], strict=True) if pair[0] not in options for word in pair]
     message = call(capsys, *defaults, *options, code=2)
     assert message.startswith("error: ")
     assert expected in message
     assert message.count("\n") == 1
-    assert not list(tmp_path.iterdir())  # nothing is left
+    assert not list(tmp_path.iterdir())  # nothing was written
 
 
-def test_settings_and_schedules_are_those_of_the_pair():
-    c = online_kd.settle({"teacher": "resnet56", "student": "resnet20", "device": "cuda"}, {})
-    assert [getattr(c, f"w_{term}") for term in TERMS] == [1, 1, 0.02, 0.02, 1, 1, 1, 1]
-    assert (c.lr, c.temperature, c.epochs, c.batch_size, c.amp) == (0.05, 4, 240, 64, "fp16")
-    c = online_kd.settle({"teacher": "resnet32x4", "student": "ShuffleV2", "device": "cpu"}, {})
-    assert (c.lr, c.temperature, c.w_app, c.amp) == (0.01, 8, 5, "off")
+def test_settings_and_schedules_are_the_published_ones():
+    args = online_kd.parse_args(["--teacher", "resnet56", "--student", "resnet20", "--device", "cuda"])
+    assert [getattr(args, f"w_{term}") for term in TERMS] == [1, 1, 0.02, 0.02, 1, 1, 1, 1]
+    assert (args.w_func_partial, args.w_func_prime_l2) == (0, 0)
+    assert (args.lr, args.temperature, args.epochs, args.batch_size, args.amp) == (0.05, 4, 240, 64, "fp16")
+    args = online_kd.parse_args(["--teacher", "resnet32x4", "--student", "ShuffleV2", "--device", "cpu"])
+    assert (args.lr, args.temperature, args.w_app, args.amp) == (0.01, 8, 5, "off")
+    weights = {"app": 5, "func_l2": 2, "func_kl": 1}
     for epochs in (240, 24, 8):
-        c.epochs = epochs
+        args.epochs = epochs
         for epoch in range(epochs):
-            assert online_kd.learning_rate(c, epoch) == cifar100.learning_rate(c, epoch)
-            assert online_kd.l2_warmup(c, epoch) == cifar100.l2_warmup(c, epoch)
+            assert online_kd.learning_rate(args, epoch) == cifar100.learning_rate(args, epoch)
+            assert online_kd.warmed_up(weights, args, epoch) == cifar100.warmed_up(weights, args, epoch)
+    assert online_kd.warmed_up({"teacher_kd": 3}, args, 0) == {"teacher_kd": 3}
 
 
 @pytest.mark.gpu

@@ -1,3 +1,5 @@
+"""SGD against its definition."""
+
 import pytest
 import torch
 
@@ -7,7 +9,7 @@ OPTIONS = {"momentum": 0.9, "weight_decay": 0.1, "nesterov": True}
 
 
 def by_hand(weights, gradients, lr):
-    """SGD with Nesterov momentum on one tensor; None is a step without gradient."""
+    """SGD with Nesterov momentum on one tensor; None is a step without a gradient."""
     velocity = torch.zeros_like(weights)
     for gradient in gradients:
         if gradient is not None:
@@ -18,7 +20,7 @@ def by_hand(weights, gradients, lr):
 
 
 @pytest.mark.parametrize("fused", [False, True])
-def test_steps_are_those_of_the_definition_with_gradients_that_come_and_go(fused):
+def test_steps_match_the_definition_with_and_without_gradients(fused):
     torch.manual_seed(0)
     parameters = [torch.nn.Parameter(torch.randn(5)) for _ in range(2)]
     starts = [p.detach().clone() for p in parameters]
@@ -32,7 +34,7 @@ def test_steps_are_those_of_the_definition_with_gradients_that_come_and_go(fused
         torch.testing.assert_close(p.detach(), by_hand(start, its_gradients, 0.1))
 
 
-def test_an_overflow_in_the_first_step_leaves_no_trace():
+def test_an_overflow_in_the_first_step_has_no_effect():
     parameter = torch.nn.Parameter(torch.ones(1000))
     optimizer = sgd([parameter], 0.1, fused=True, **OPTIONS)
     scaler = torch.amp.GradScaler("cpu")

@@ -1,4 +1,4 @@
-"""forward_paths and fcfd_terms against one step of the method as first published, number by number."""
+"""forward_paths and fcfd_terms against one training step of the published implementation, number by number."""
 
 import pytest
 import torch
@@ -14,12 +14,12 @@ DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)]
 RELATIVE = {"cpu": 1e-5, "cuda": 1e-4}
 
 
-# A KL of 0.01 is the small difference of sums near 2.3, times T^2 = 16: float32 leaves it uncertain by this much.
+# A KL of 0.01 is the difference of sums near 2.3, times T^2 = 16: its rounding error in float32.
 KL_ROUNDING = 3e-6
 
 
 def close(value, expected, device, scale=None):
-    """To a relative tolerance of the tensor's largest entry."""
+    """Equal up to a tolerance relative to the largest entry."""
     expected = expected.to(value.device)
     scale = expected.abs().max() if scale is None else scale
     assert (value.detach() - expected).abs().max() <= RELATIVE[device] * scale
@@ -38,7 +38,7 @@ def step(request, parity):
     student.load_state_dict(parity["student"])
     for name, weights in parity["bridges"].items():
         direction, k = name.split(".")
-        if name != "t2s.4":  # lies on no path, so it is not built here
+        if name != "t2s.4":  # on no path, so it is not built here
             getattr(bridges, direction)[k].load_state_dict(weights)
     teacher.requires_grad_(False)
     for net in (teacher, student):
@@ -128,7 +128,7 @@ def test_running_statistics_pure_and_per_path(step, parity):
         layer, k = layer.rsplit(".k", 1)
         for statistic, value in statistics.items():
             close(nets[role][f"{layer}.path{k}.{statistic}"], value, device)
-    # and no other layer has seen a mixed path
+    # No other layer was on a mixed path.
     seen = {
         f"{role}.{key.removesuffix('.num_batches_tracked').replace('.path', '.k')}"
         for role, state in nets.items()

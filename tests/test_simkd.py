@@ -1,4 +1,4 @@
-"""FCFD with SimKD's projector and the teacher's classifier, and DKD in FCFD, against plain compositions on copies."""
+"""FCFD with SimKD's projector and the teacher's classifier, and with DKD, against simple implementations on copies."""
 
 import copy
 from functools import partial
@@ -10,7 +10,7 @@ from test_naive import WEIGHTS, T, naive_kl, naive_l2, pair
 from torch import nn
 
 from common.bridges import build_bridges
-from common.fcfd import TERMS, fcfd_terms, forward_paths
+from common.fcfd import EQ_9, fcfd_terms, forward_paths
 from common.losses import dkd, kl
 from common.models import build
 from common.multipath_bn import plain_state_dict, track_paths
@@ -27,7 +27,7 @@ PAIRS = [  # (teacher, student, shape of the projected feature)
 
 
 def build_pair(teacher_name, student_name):
-    """(teacher, wrapped student, a copy of the student from before, bridges), no BatchNorm at its neutral start."""
+    """(teacher, student with SimKD, copy of the student without it, bridges), with random BatchNorm weights."""
     teacher, student, _ = pair(teacher_name, student_name)
     plain = copy.deepcopy(student)
     student = build_simkd(student, teacher, 32)
@@ -41,7 +41,7 @@ def build_pair(teacher_name, student_name):
 
 
 class Plain:
-    """The combination written out: functions of tensors on copies; `seen` are the projector's inputs before each BN."""
+    """The combination as functions of tensors on copies; `seen` holds the inputs of the projector's BatchNorms."""
 
     def __init__(self, teacher, student, plain, bridges, images):
         self.teacher, self.plain, self.bridges = (copy.deepcopy(net) for net in (teacher, plain, bridges))
@@ -104,7 +104,7 @@ class Plain:
 
 
 @pytest.mark.parametrize(("teacher_name", "student_name", "shape"), PAIRS)
-def test_a_step_agrees_with_the_plain_composition(teacher_name, student_name, shape):
+def test_a_step_matches_the_simple_implementation(teacher_name, student_name, shape):
     teacher, student, plain, bridges = build_pair(teacher_name, student_name)
     images, labels, last = torch.randn(4, 3, 32, 32), torch.randint(10, (4,)), teacher.num_stages
     naive = Plain(teacher, student, plain, bridges, images)
@@ -123,7 +123,7 @@ def test_a_step_agrees_with_the_plain_composition(teacher_name, student_name, sh
     close(flow.student_logits, naive.logits["pure"])
     for path, mixed in flow.mixed.items():
         close(mixed.logits, naive.logits[tuple(path)])
-    for name in TERMS:
+    for name in EQ_9:
         assert terms[name].item() == pytest.approx(expected[name].item(), rel=1e-4), name
     ours = {name: p.grad for name, p in student.named_parameters() if p.grad is not None}
     ours |= {f"bridges.{name}": p.grad for name, p in bridges.named_parameters() if p.grad is not None}
@@ -133,9 +133,9 @@ def test_a_step_agrees_with_the_plain_composition(teacher_name, student_name, sh
     for name, gradient in ours.items():
         difference = (gradient - gradients[name]).abs().max()
         assert difference <= 1e-3 * gradient.abs().max() + 1e-5 * largest, name
-    assert all(p.grad is None for p in teacher.parameters())  # its classifier, which the student shares, among them
+    assert all(p.grad is None for p in teacher.parameters())  # including its classifier, which the student shares
 
-    # Each path has statistics of its own in the projector, moved once: mean 0 or as built, then a tenth of the batch's.
+    # In the projector each path has its own statistics, updated once with momentum 0.1.
     paths = ["", *(f"path{k}." for k in range(2, last))]
     layers = [layer for layer in student.projector if isinstance(layer, nn.BatchNorm2d)]
     assert len(layers) == 3
@@ -145,11 +145,11 @@ def test_a_step_agrees_with_the_plain_composition(teacher_name, student_name, sh
             state = layer.state_dict()
             assert state[f"{path}num_batches_tracked"] == 1
             close(state[f"{path}running_mean"], 0.1 * x.mean((0, 2, 3)))
-            start = 0.9 if path == "" else 0  # of the path's own 0.9 * 1, of the others' 0
+            start = 0.9 if path == "" else 0  # the network's own start at 1, those of a path at 0
             close(state[f"{path}running_var"], start + 0.1 * x.var((0, 2, 3)))
 
 
-def test_the_student_starts_as_without_simkd_and_has_no_classifier_of_its_own():
+def test_the_student_has_the_same_initial_weights_as_without_simkd_and_no_classifier_of_its_own():
     torch.manual_seed(5)
     alone = build("MobileNetV2", 10)
     torch.manual_seed(5)
@@ -160,7 +160,7 @@ def test_the_student_starts_as_without_simkd_and_has_no_classifier_of_its_own():
     assert all(torch.equal(state[key], value) for key, value in own.items())
     rest = [key for key in state if key not in own]
     assert all(key.startswith("projector.") or key in ("classifier.weight", "classifier.bias") for key in rest)
-    with torch.no_grad():  # as when its checkpoint is loaded after that
+    with torch.no_grad():  # as if its checkpoint were loaded later
         teacher.classifier.weight.fill_(2)
     assert torch.equal(wrapped.state_dict()["classifier.weight"], torch.full((10, 512), 2.0))
     convs = [layer for layer in wrapped.projector if isinstance(layer, nn.Conv2d)]
@@ -174,7 +174,7 @@ def test_the_student_starts_as_without_simkd_and_has_no_classifier_of_its_own():
         assert conv.weight.std().item() == pytest.approx(deviation, rel=0.03)
 
 
-def test_at_inference_it_uses_its_own_path_and_saves_a_plain_network():
+def test_inference_uses_the_pure_path_and_a_plain_network_is_saved():
     teacher, student, _, bridges = build_pair("resnet14", "resnet8")
     images = torch.randn(4, 3, 32, 32)
     fresh = build_simkd(build("resnet8", 10), build("resnet14", 10), 32)
@@ -192,7 +192,7 @@ def test_at_inference_it_uses_its_own_path_and_saves_a_plain_network():
         ("vgg13", "MobileNetV2", 2 * 2 * (1280 * 256 + 9 * 256 * 256 + 256 * 512)),
     ],
 )
-def test_added_cost_is_what_one_counts_by_hand(teacher_name, student_name, macs):
+def test_added_cost_matches_a_count_by_hand(teacher_name, student_name, macs):
     c_s, c_t = (build(name, 7).classifier_layer for name in (student_name, teacher_name))
     c_s, c_t = (sum(p.numel() for p in layer.parameters()) // 7 - 1 for layer in (c_s, c_t))  # widths
     inner, pixels = c_t // 2, {"resnet8": 64, "MobileNetV2": 4}[student_name]
@@ -203,7 +203,7 @@ def test_added_cost_is_what_one_counts_by_hand(teacher_name, student_name, macs)
     assert f"add {parameters / 1e3:.1f}k parameters" in cost_line(student_name, teacher_name, 7, 32)
 
 
-def test_cost_of_a_published_network_alone():
+def test_cost_of_a_published_network():
     parameters, flops = inference_cost(build("resnet8x4", 100), 32)
     assert parameters == 1233540
     # stem, then per group: two convolutions and the shortcut, by hand; the classifier
@@ -213,7 +213,7 @@ def test_cost_of_a_published_network_alone():
     assert flops == 2 * macs
 
 
-def test_building_for_the_count_draws_nothing():
+def test_added_cost_does_not_use_the_random_generator():
     torch.manual_seed(0)
     expected = torch.rand(1)
     torch.manual_seed(0)
@@ -222,7 +222,7 @@ def test_building_for_the_count_draws_nothing():
 
 
 @pytest.mark.parametrize("simkd", [False, True])
-def test_dkd_takes_the_place_of_kl_in_three_terms_alone(simkd):
+def test_dkd_replaces_kl_in_exactly_three_terms(simkd):
     teacher, student, bridges = pair("resnet14", "resnet8")
     if simkd:
         student = build_simkd(student, teacher, 32)
@@ -235,7 +235,7 @@ def test_dkd_takes_the_place_of_kl_in_three_terms_alone(simkd):
         fcfd_terms(flow, labels, 3.0, kd_loss=kd_loss) for kd_loss in (kl, partial(dkd, labels=labels, nckd=5.0))
     )
     assert with_kl == fcfd_terms(flow, labels, 3.0)
-    assert [name for name in TERMS if with_kl[name] != with_dkd[name]] == ["kd", "func_kl", "func_prime"]
+    assert [name for name in EQ_9 if with_kl[name] != with_dkd[name]] == ["kd", "func_kl", "func_prime"]
     of_path = {path: dkd(x.logits, flow.teacher_logits, 3.0, labels, 1.0, 5.0) for path, x in flow.mixed.items()}
     assert with_dkd["kd"] == dkd(flow.student_logits, flow.teacher_logits, 3.0, labels, 1.0, 5.0)
     for delta, name in ((1, "func_kl"), (0, "func_prime")):

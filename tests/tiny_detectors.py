@@ -1,4 +1,4 @@
-"""Detectors that are small enough for tests: torchvision's Faster R-CNN with a ROI head of few units, and tiny sets."""
+"""Small detectors for tests, torchvision's Faster R-CNN with a narrow ROI head, and small COCO-format datasets."""
 
 import json
 
@@ -18,14 +18,17 @@ def faster_rcnn(backbone, num_classes, **options):
 
 
 def shrink(monkeypatch):
-    """Make `build_detector` build such detectors."""
+    """Make `build_detector` build detectors with this ROI head."""
     monkeypatch.setattr(detectors, "FasterRCNN", faster_rcnn)
 
 
 def coco_set(folder, images, annotations, categories=((1, "cat"), (2, "dog")), split="train", pixels=True):
-    """A split in COCO's format.
+    """Write a split in COCO's format; returns the annotation file.
 
-    images: (id, file_name, width, height) each; annotations: (image_id, category_id, bbox) or with iscrowd each.
+    Args:
+        images: tuples (id, file_name, width, height).
+        annotations: tuples (image_id, category_id, bbox) or (image_id, category_id, bbox, iscrowd).
+        pixels: whether to write real images instead of empty files.
     """
     rng = np.random.default_rng(0)
     (folder / split).mkdir(parents=True)
