@@ -127,13 +127,13 @@ def train_branches(c: Namespace, folder: Path, teacher: StagedNet, data: Data) -
     for net in (teacher.requires_grad_(False), branches):
         net.to(device, memory_format=memory_format)
     features = partial(teacher_features, teacher)
-    cuda, amp = device.type == "cuda", AMP[c.amp]
-    optimizer = sgd(branches.parameters(), LR, momentum=0.9, weight_decay=5e-4, nesterov=True, fused=cuda)
+    amp = AMP[c.amp]
+    optimizer = sgd(branches.parameters(), LR, momentum=0.9, weight_decay=5e-4, nesterov=True)
     scaler = torch.amp.GradScaler(device.type, enabled=c.amp == "fp16")
     if state:
         for name, part in {"branches": branches, "optimizer": optimizer, "scaler": scaler}.items():
             part.load_state_dict(state[name])
-        optimizer.param_groups[0]["fused"] = cuda
+        optimizer.param_groups[0]["fused"] = device.type == "cuda"
     else:
         state = {"settings": vars(c), "epoch": 0, "log": []}
 

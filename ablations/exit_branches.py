@@ -11,7 +11,7 @@ change. Since recalibration alone can help, one row applies it to the teacher's 
 app (KD with L_app) and fcfd.
 
 All other options are those of cifar100.py and go to the runs they apply to; --batch-size also sets the branches'.
-Branches and the accuracies of each student are saved beside the runs, in <teacher>-branches-seed<first of --seeds>.
+Branches and the accuracies of each student are saved next to the runs, in <teacher>-branches-seed<first of --seeds>.
 Rerunning an interrupted command resumes it after the last finished epoch.
 """
 

@@ -67,7 +67,7 @@ def grid(args: Namespace, given: dict[str, Any], rows: list[Row]) -> Cells:
             of them.
     """
     check_given(given, rows)
-    files = dict(word.partition("=")[::2] for word in args.teacher_ckpt)
+    files = dict(word.partition("=")[::2] for word in args.teacher_ckpt or [])
     for name, file in files.items():
         if not (name and file):
             raise UserError(f"--teacher-ckpt {name}{file}: write NAME=FILE, as in resnet32x4=ckpt_epoch_240.pth")

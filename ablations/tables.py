@@ -57,12 +57,12 @@ def parse_args(
     parser = Parser(description)
     parser.epilog = "All other options are those of cifar100.py: --dataset, --data-dir, --subset, --epochs, --lr, ..."
     add = parser.add_argument
-    add("--pairs", nargs="+", metavar="TEACHER-STUDENT", default=list(pairs))
-    add("--seeds", type=count_or_zero, nargs="+", metavar="SEED", default=[1])
-    add("--teacher-ckpt", nargs="+", metavar="NAME=FILE", default=[], help="trained teachers")
+    add("--pairs", nargs="+", metavar="TEACHER-STUDENT", help=f"default: {' '.join(pairs)}")
+    add("--seeds", type=count_or_zero, nargs="+", metavar="SEED", default=[1], help="teachers have the first one")
+    add("--teacher-ckpt", nargs="+", metavar="NAME=FILE", help="trained teachers (default: train them)")
     add("--teacher-epochs", type=count, metavar="N", help="default: --epochs")
     add("--jobs", type=number(int, 1, 1000), metavar="N", default=1, help="runs at a time on each device")
-    add("--devices", nargs="+", metavar="DEVICE", default=[], help="default: one, as chosen by cifar100.py")
+    add("--devices", nargs="+", metavar="DEVICE", help="default: the one that cifar100.py chooses")
     add("--out", metavar="DIR", help=f"default: results/{table}/<dataset>-<epochs>ep")
     add("--runs", metavar="DIR", help="default: --out if given, else results/runs/<dataset>-<epochs>ep")
     add("--smoke", action="store_true", help="end-to-end check with two small networks, in seconds")
@@ -71,9 +71,9 @@ def parse_args(
     for name in ("out", "runs"):
         if getattr(args, name) == "":
             parser.error(f"--{name} is empty")
+    args.pairs, args.devices = list(dict.fromkeys(args.pairs or pairs)), args.devices or []
     for device in args.devices:
         check_device(device)
-    args.pairs = list(dict.fromkeys(args.pairs))
     if args.smoke:
         args.pairs, args.jobs, words = ["resnet14-resnet8"], max(2, args.jobs), [*SMOKE, *words]
 

@@ -33,7 +33,7 @@ from common.run.errors import UserError, exit_code
 
 CLASSES = 10
 # Colorblind-safe (Paul Tol's "muted", and black).
-COLOURS = ["#332288", "#88CCEE", "#44AA99", "#117733", "#999933", "#DDCC77", "#CC6677", "#882255", "#AA4499", "#000000"]
+COLORS = ["#332288", "#88CCEE", "#44AA99", "#117733", "#999933", "#DDCC77", "#CC6677", "#882255", "#AA4499", "#000000"]
 DIGITS = {"distance": 3, "relative": 3, "same_image": 1, "same_class": 1}  # decimals in the table
 HEADER = ["pair", "after", "method", "n", "distance", "relative", "nearest: same image (%)", "same class (%)"]
 NOTE = """
@@ -119,7 +119,7 @@ def draw(
     pyplot = load_pyplot()
     size = (4.0 * len(students), 4.0 * len(teacher) + 1.0)
     figure, panels = pyplot.subplots(len(teacher), len(students), figsize=size, squeeze=False, layout="constrained")
-    colors = [COLOURS[label] for label in labels]
+    colors = [COLORS[label] for label in labels]
     for row, k in zip(panels, teacher, strict=True):
         own, *others = embed([teacher[k], *(points[k] for points in students.values())], tsne)
         for panel, (method, points), plane in zip(row, students.items(), others, strict=True):
@@ -134,7 +134,7 @@ def draw(
         blank.scatter([], [], s=30, c="#555555", marker=m, label=w) for m, w in (("o", "teacher"), ("x", "student"))
     ]
     shown = sorted(set(labels.tolist()))
-    marks += [blank.scatter([], [], s=30, c=COLOURS[label], label=classes[label]) for label in shown]
+    marks += [blank.scatter([], [], s=30, c=COLORS[label], label=classes[label]) for label in shown]
     figure.legend(handles=marks, loc="outside lower center", frameon=False, ncols=4, fontsize=10)
     return figure
 

@@ -1,4 +1,4 @@
-"""ablations/anisotropy.py: directions, what becomes of them, what is written."""
+"""ablations/anisotropy.py: directions, measurements, files."""
 
 import json
 import math
@@ -19,14 +19,14 @@ from common.models import build
 
 @pytest.fixture(scope="module")
 def run(tmp_path_factory):
-    """A resnet8 trained alone for an epoch, by the script."""
+    """A run of cifar100.py: resnet8 alone, one epoch."""
     folder = tmp_path_factory.mktemp("runs") / "resnet8-alone-seed1"
     assert cifar100.main(["--student", "resnet8", *SMALL, "--epochs", "1", "--out", str(folder)]) == 0
     return folder
 
 
 def lively_resnet8():
-    """A resnet8 in evaluation mode whose answers differ from image to image, and whose BatchNorm is no identity."""
+    """A resnet8 in evaluation mode with distinct outputs and a BatchNorm that is not the identity."""
     torch.manual_seed(0)
     net = build("resnet8", 5)
     net(3 * torch.randn(16, 3, 32, 32))  # moves the running statistics
@@ -40,7 +40,7 @@ def some_images(n):
     return ImageSet(images, torch.arange(n) % 5)
 
 
-def test_directions_are_of_unit_length_and_each_is_drawn_alone():
+def test_directions_have_unit_length_and_their_own_seeds():
     directions = anisotropy.unit_directions(torch.Size([16, 8, 8]), 0, 6)
     assert directions.shape == (6, 16, 8, 8)
     assert directions.flatten(1).norm(dim=1).tolist() == pytest.approx([1] * 6, rel=1e-5)
@@ -104,7 +104,7 @@ def test_against_a_loop_over_images_and_directions_in_float64(k):
     assert max(found["largest"]) > 1e-3  # far above rounding
 
 
-def test_batches_do_not_matter():
+def test_results_do_not_depend_on_the_batch_size():
     net, test = lively_resnet8(), some_images(9)
     of_size = {
         size: anisotropy.measure_feature(net, 3, test, Namespace(directions=5, length=0.5, batch_size=size))
@@ -116,7 +116,7 @@ def test_batches_do_not_matter():
         assert sum(found["histogram"]) == 9 * 5
 
 
-def test_there_are_no_more_perturbed_features_at_once_than_told():
+def test_batches_have_at_most_batch_size_features():
     seen = []
 
     def later(x):
@@ -127,7 +127,7 @@ def test_there_are_no_more_perturbed_features_at_once_than_told():
     assert seen == [4, 8, 8, 8, 4]
 
 
-def test_mildest_and_worst_are_chosen_image_by_image():
+def test_mildest_and_worst_are_chosen_per_image():
     kl = torch.tensor([[0.1, 10.0, 1.0, 1.0, 0.9], [5.0, 0.5, 0.05, 0.4, 0.6]], dtype=torch.float64)
     hits = torch.tensor([[True, False, True, True, True], [False, True, False, True, True]])
     found = anisotropy.per_image(kl, hits, torch.tensor([True, False]))
@@ -138,10 +138,10 @@ def test_mildest_and_worst_are_chosen_image_by_image():
     assert (means["ratio"], means["mean"], means["mildest"]) == (pytest.approx(100), 70, 50)
 
 
-def test_what_treats_directions_alike_has_a_ratio_near_1():
+def test_an_isotropic_later_part_has_a_ratio_near_1():
     """With p uniform over K classes, KL is |dz|^2 / 2K for a small change dz of logits that sum to 0.
 
-    A later part that keeps lengths gives the same KL for all directions; one that weighs one number alone does not.
+    A later part that preserves lengths has the same KL in all directions; one that reads a single number does not.
     """
     classes = 40
     onto = torch.linalg.qr(torch.cat([torch.ones(classes, 1), torch.eye(classes)[:, :-1]], 1)).Q[:, 1:]  # [K, K - 1]
@@ -199,7 +199,7 @@ def test_smoke(tmp_path, capsys, monkeypatch):
         assert len(picture.convert("RGB").getcolors(10**6)) > 20
 
     def never(*_):
-        raise AssertionError("it measures again what is there")
+        raise AssertionError("measured again")
 
     with monkeypatch.context() as patch:
         patch.setattr(anisotropy, "measure_feature", never)
@@ -214,7 +214,7 @@ def test_smoke(tmp_path, capsys, monkeypatch):
     assert float(shorter[0][4]) < float(rows[1][4])
 
 
-def test_a_run_and_its_checkpoint_are_one_network(tmp_path, capsys, monkeypatch, run):
+def test_a_run_and_its_checkpoint_have_the_same_results(tmp_path, capsys, monkeypatch, run):
     pytest.importorskip("matplotlib")
     monkeypatch.chdir(tmp_path)
     few = ["--directions", 4, "--images", 20, "--positions", 3, "--device", "cpu"]
@@ -249,7 +249,7 @@ def test_a_run_and_its_checkpoint_are_one_network(tmp_path, capsys, monkeypatch,
         (["--bogus"], "--bogus"),
     ],
 )
-def test_wrong_input_is_one_line_and_exit_code_2(tmp_path, capsys, monkeypatch, run, options, expected):
+def test_invalid_input_is_one_line_and_exit_code_2(tmp_path, capsys, monkeypatch, run, options, expected):
     pytest.importorskip("matplotlib")
     monkeypatch.chdir(tmp_path)
     (tmp_path / "short.pth").write_bytes((run / "student.pth").read_bytes()[:999])

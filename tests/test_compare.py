@@ -14,8 +14,8 @@ from common.data.sources import load_data
 from common.run.errors import UserError
 from common.run.folder import locked
 
-# In the place of cifar100.py. It works until as many others are at work as WIDTH says, and fails if there are more, so
-# that no test depends on how long anything takes; "resnet32" fails, "resnet110" works on until it is killed.
+# Replaces cifar100.py. It waits until WIDTH processes are running and fails if there are more, so no test depends on
+# timing. "resnet32" fails; "resnet110" runs until it is killed.
 FAKE = """
 import json, os, sys, time
 from pathlib import Path
@@ -28,8 +28,8 @@ while (busy := len([*desk.glob("*.began")]) - len([*desk.glob("*.ended")])) < wi
 while given["student"] == "resnet110" and time.time() < end:
     time.sleep(0.01)
 if (width and busy != width) or given["student"] == "resnet32":
-    sys.exit(f"error: it fails, {busy} at work")
-time.sleep(0.2)  # for one too many to be noticed
+    sys.exit(f"error: it fails, {busy} running")
+time.sleep(0.2)  # so that one too many is noticed
 (out / "student.pth").touch()
 notes = {"words": sys.argv[1:], "device": given.get("device"), "threads": os.environ.get("OMP_NUM_THREADS")}
 notes["before"] = sorted(path.stem for path in desk.glob("*.ended"))
@@ -67,25 +67,25 @@ def test_runs_at_once(fake, monkeypatch, jobs, devices):
     assert {notes(run)["threads"] for run in runs} == {"3" if width == 2 else None}
 
 
-def test_a_run_starts_when_what_it_needs_is_finished(fake):
+def test_a_run_starts_after_its_teacher_has_finished(fake):
     teacher = fake("teacher")
     students = [fake("a", after=teacher), fake("b", after=teacher)]
     run_cells([*students, teacher], jobs=3)
     assert all("teacher" in notes(student)["before"] for student in students)
 
 
-def test_finished_runs_are_kept_and_broken_ones_resumed(fake, tmp_path):
-    kept, broken, teacher = fake("kept"), fake("broken"), fake("teacher")
-    run_cells([kept, broken, teacher])
+def test_finished_runs_are_kept_and_interrupted_ones_resumed(fake, tmp_path):
+    kept, interrupted, teacher = fake("kept"), fake("interrupted"), fake("teacher")
+    run_cells([kept, interrupted, teacher])
     for file in (tmp_path / "desk").iterdir():
         file.unlink()
-    (broken.folder / "last.pt").touch()
-    result = json.loads((broken.folder / "result.json").read_text())
-    (broken.folder / "result.json").write_text(json.dumps(result | {"epochs": 2}))
-    teacher.network.unlink()  # its numbers were kept, as in a clone of the results, but not its weights
-    run_cells([kept, broken, teacher, fake("student", after=teacher)])
+    (interrupted.folder / "last.pt").touch()
+    result = json.loads((interrupted.folder / "result.json").read_text())
+    (interrupted.folder / "result.json").write_text(json.dumps(result | {"epochs": 2}))
+    teacher.network.unlink()  # as in a clone, which has results but no weights
+    run_cells([kept, interrupted, teacher, fake("student", after=teacher)])
     assert not (tmp_path / "desk" / "kept.began").exists()
-    assert "--resume" in notes(broken)["words"]
+    assert "--resume" in notes(interrupted)["words"]
     assert "--resume" not in notes(teacher)["words"]
     assert teacher.network.exists()
     teacher.network.unlink()
@@ -95,7 +95,7 @@ def test_finished_runs_are_kept_and_broken_ones_resumed(fake, tmp_path):
     assert teacher.network.exists()
 
 
-def test_what_fails_takes_along_what_needs_it_and_no_more(fake, tmp_path, capsys):
+def test_a_failed_run_only_skips_those_that_need_it(fake, tmp_path, capsys):
     bad = Cell(tmp_path / "bad", {"student": "resnet32", "epochs": 1})
     with pytest.raises(UserError, match="2 of the runs"):
         run_cells([bad, fake("needs", after=bad), fake("good")])
@@ -113,7 +113,7 @@ def test_an_old_result_does_not_hide_a_failure(fake, tmp_path):
         run_cells([teacher, fake("student", after=teacher)])
 
 
-def test_an_interrupt_ends_the_runs(fake, tmp_path, monkeypatch):
+def test_an_interrupt_terminates_the_runs(fake, tmp_path, monkeypatch):
     started = tmp_path / "desk" / "endless.began"
 
     def interrupted_sleep(seconds):
@@ -127,10 +127,10 @@ def test_an_interrupt_ends_the_runs(fake, tmp_path, monkeypatch):
         run_cells([Cell(tmp_path / "endless", {"student": "resnet110"})])
     with pytest.raises(ProcessLookupError):
         os.kill(int(started.read_text()), 0)
-    assert not started.with_suffix(".ended").exists()  # it did not come to its own end
+    assert not started.with_suffix(".ended").exists()  # it was killed
 
 
-def test_the_table_is_of_what_is_finished(fake, tmp_path, capsys):
+def test_the_table_shows_the_finished_runs(fake, tmp_path, capsys):
     options = [
         "--pairs",
         "resnet32-resnet8",
@@ -212,7 +212,7 @@ def published(tmp_path, *options):
     return compare.published_figures(grid("--out", tmp_path, "--pairs", "resnet56-resnet20", "vgg13-vgg8", *options))
 
 
-def test_published_figures_stand_beside_the_same_definition_alone(tmp_path):
+def test_published_figures_are_shown_only_for_published_settings(tmp_path):
     figures = published(tmp_path)
     assert figures["vgg13-vgg8"] == {"teacher": "74.64 *", "alone": "70.36 *", "kd": "72.98 *", "fcfd": "75.22"}
     assert figures["resnet56-resnet20"]["fcfd"] == "71.96"
@@ -272,7 +272,7 @@ def test_grid(tmp_path):
         (["--epochs", "0"], "--epochs: 0 must"),
     ],
 )
-def test_wrong_input_is_one_line_and_exit_code_2(tmp_path, capsys, options, expected):
+def test_invalid_input_is_one_line_and_exit_code_2(tmp_path, capsys, options, expected):
     assert compare.main([*options, "--out", str(tmp_path / "out")]) == 2
     message = capsys.readouterr().err
     assert message.startswith("error: ")

@@ -23,26 +23,26 @@ def runs(tmp_path):
     ]
 
 
-def test_runs_that_differ_in_the_seed_are_one_curve(runs):
+def test_runs_that_differ_only_in_the_seed_are_grouped(runs):
     groups = curves.group(runs, "test_top1")
     assert groups == {"a": [[1, 2], [3, 5, 9]], "b-seed10-x$y$": [[7, 7]]}
     assert curves.mean_curve(groups["a"]) == [2, 3.5]
 
 
-def test_equal_names_in_two_folders_are_two_curves(tmp_path, runs):
+def test_equal_names_in_different_folders_are_not_grouped(tmp_path, runs):
     (tmp_path / "other").mkdir()
     other = write_run(tmp_path / "other" / "a-seed1", [8])
     groups = curves.group([runs[0], other, runs[0]], "test_top1")
     assert groups == {f"{tmp_path.name}/a": [[1, 2]], "other/a": [[8]]}
 
 
-def test_picture(tmp_path, runs):
+def test_figure(tmp_path, runs):
     pytest.importorskip("matplotlib")
     out = tmp_path / "new" / "curves.png"
     assert curves.main([*map(str, runs), "--columns", "test_top1", "epoch", "--out", str(out)]) == 0
     with Image.open(out) as picture:
         assert picture.width > 1.5 * picture.height  # two panels
-        assert len(picture.convert("RGB").getcolors(10**6)) > 10  # and something on them
+        assert len(picture.convert("RGB").getcolors(10**6)) > 10  # that are not empty
 
 
 @pytest.mark.parametrize(
@@ -59,7 +59,7 @@ def test_picture(tmp_path, runs):
         ([], "RUN"),
     ],
 )
-def test_wrong_input_is_one_line_and_exit_code_2(tmp_path, runs, capsys, monkeypatch, options, expected):
+def test_invalid_input_is_one_line_and_exit_code_2(tmp_path, runs, capsys, monkeypatch, options, expected):
     pytest.importorskip("matplotlib")
     monkeypatch.chdir(tmp_path)
     write_run(tmp_path / "empty", [])

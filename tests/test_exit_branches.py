@@ -44,7 +44,7 @@ def net():
 
 @pytest.fixture(scope="module")
 def trained(net, data, tmp_path_factory):
-    """The teacher's state before, the branches, what is in branches.pt, and its folder."""
+    """The teacher's state before training, the branches, the content of branches.pt, and its folder."""
     before, folder = copy.deepcopy(net.state_dict()), tmp_path_factory.mktemp("trained")
     return before, *branches.train_branches(settings(), folder, net, data), folder
 
@@ -62,7 +62,7 @@ def equal(a, b):
 # --------------------------------------------------------------------------------------------------- networks
 
 
-def test_branches_have_the_shape_of_the_later_part_of_resnet50x4():
+def test_branches_have_the_shape_of_resnet50x4s_later_part():
     whole = ResNet(50, (32, 64, 128, 256), 100)
     found = branches.build_branches(build("resnet32x4", 100), settings(**exit_branches.SHAPE), 100)
     count = {name: sum(p.numel() for p in getattr(whole, name).parameters()) for name in ("layer2", "layer3", "fc")}
@@ -85,7 +85,7 @@ def test_a_teacher_of_five_stages_with_features_before_their_relu():
         "4": (512, 4, 4),
     }
     assert {k: tuple(found[k].groups(feature).shape) for k, feature in features.items()} == {
-        "2": (2, 10, 4, 4),  # the first of the three groups keeps the size
+        "2": (2, 10, 4, 4),  # the first of the three groups keeps the resolution
         "3": (2, 10, 2, 2),
         "4": (2, 10, 2, 2),
     }
@@ -98,12 +98,12 @@ def test_a_teacher_of_five_stages_with_features_before_their_relu():
 # --------------------------------------------------------------------------------------------------- training
 
 
-def test_each_branch_is_trained_as_it_would_be_alone(net, data, trained):
+def test_branches_are_trained_independently(net, data, trained):
     _, together, state, _ = trained
     for k, branch in branches.build_branches(net, settings(), 20).items():
         optimizer = torch.optim.SGD(branch.parameters(), 0.05, momentum=0.9, weight_decay=5e-4, nesterov=True)
         before = copy.deepcopy(branch.state_dict())
-        for epoch, lr in enumerate((0.05, 0.005)):  # of two epochs the first milestone is one
+        for epoch, lr in enumerate((0.05, 0.005)):  # the first milestone of two epochs is 1
             optimizer.param_groups[0]["lr"], losses, hits = lr, [], 0
             for images, labels in train_batches(data.train, 24, seed=3, epoch=epoch):
                 logits = branch(net.features(images)[int(k) - 1].detach())
@@ -119,31 +119,33 @@ def test_each_branch_is_trained_as_it_would_be_alone(net, data, trained):
         assert not any(torch.equal(before[key], value) for key, value in together[k].state_dict().items())
 
 
-def test_the_teacher_stays_as_it_was(net, trained):
+def test_the_teacher_does_not_change(net, trained):
     before, *_ = trained
     assert equal(before, net.state_dict())
 
 
-def test_broken_off_and_resumed_it_ends_bit_for_bit_as_unbroken(net, data, trained, tmp_path, monkeypatch):
-    def broken(images, batch_size, seed, epoch, *more):
+def test_resumed_training_is_bit_for_bit_that_of_an_uninterrupted_run(net, data, trained, tmp_path, monkeypatch):
+    def interrupted(images, batch_size, seed, epoch, *more):
         if epoch == 1:
             raise KeyboardInterrupt
         return train_batches(images, batch_size, seed, epoch, *more)
 
-    monkeypatch.setattr(branches, "train_batches", broken)
+    monkeypatch.setattr(branches, "train_batches", interrupted)
     with pytest.raises(KeyboardInterrupt):
         branches.train_branches(settings(), tmp_path, net, data)
     monkeypatch.undo()
     assert torch.load(tmp_path / "branches.pt")["epoch"] == 1
     branches.train_branches(settings(), tmp_path, net, data)
-    resumed, unbroken = (torch.load(folder / "branches.pt") for folder in (tmp_path, trained[-1]))
-    assert equal(resumed, unbroken)
-    for row in (*resumed["log"], *unbroken["log"]):
+    resumed, uninterrupted = (torch.load(folder / "branches.pt") for folder in (tmp_path, trained[-1]))
+    assert equal(resumed, uninterrupted)
+    for row in (*resumed["log"], *uninterrupted["log"]):
         del row["seconds"]
-    assert [resumed[key] for key in ("log", "top1", "epoch")] == [unbroken[key] for key in ("log", "top1", "epoch")]
+    assert [resumed[key] for key in ("log", "top1", "epoch")] == [
+        uninterrupted[key] for key in ("log", "top1", "epoch")
+    ]
 
 
-def test_what_does_not_fit_is_refused(net, data, trained, tmp_path, monkeypatch):
+def test_branches_that_do_not_fit_are_refused(net, data, trained, tmp_path, monkeypatch):
     folder = trained[-1]
     for other, message in (
         ({"branch_depth": 14}, "--branch-depth is 14 and was 8"),
@@ -166,7 +168,7 @@ def test_what_does_not_fit_is_refused(net, data, trained, tmp_path, monkeypatch)
 # --------------------------------------------------------------------------------------------------- students
 
 
-def test_recalibrated_statistics_are_those_of_a_full_pass(net, data, trained, monkeypatch):
+def test_recalibrated_statistics_are_averages_over_a_full_pass(net, data, trained, monkeypatch):
     own = copy.deepcopy(trained[1]).train()
     before = copy.deepcopy(own.state_dict())
     monkeypatch.setattr(branches, "CALIBRATION_BATCH", 25)
@@ -221,12 +223,12 @@ def loaded_teacher(runs):
     return teacher
 
 
-def test_a_student_goes_by_its_pure_path_through_its_bridges(branch_runs):
+def test_student_features_are_those_of_the_pure_path_after_the_bridges(branch_runs):
     data, cell = load_data("synthetic", "data", 40, 40), cell_of(branch_runs)
     images, _ = next(eval_batches(data.test))
     assert any(".path2." in key for key in torch.load(cell.folder / "last.pt")["student"])
     features = branches.student_features(cell, data, loaded_teacher(branch_runs), torch.device("cpu"))
-    for found in (features(images), features(images)):  # nothing moves when it is used
+    for found in (features(images), features(images)):  # no running statistics change
         torch.testing.assert_close(found, naive_features(cell.folder, images), rtol=1e-4, atol=1e-5)
     with pytest.raises(UserError, match="another resnet14"):
         branches.student_features(cell, data, build("resnet14", 20), torch.device("cpu"))
@@ -236,22 +238,22 @@ def top1(branch, features, labels):
     return 100 * (branch(features).argmax(1) == labels).float().mean().item()
 
 
-def test_the_smoke_table_holds_what_the_files_give(branch_runs):
+def test_the_smoke_table_matches_the_files(branch_runs):
     data, teacher = load_data("synthetic", "data", 40, 40), loaded_teacher(branch_runs)
     rows = list(csv.DictReader((branch_runs / "cells.csv").open()))
     assert [(row["features"], row["after"]) for row in rows] == [
         (name, k) for name in ("teacher", "teacher, recalibrated", "app", "fcfd") for k in "23"
     ]
     c = settings(branch_depth=8, branch_widths=[8, 16, 32, 64], seed=1)
-    judges = branches.build_branches(teacher, c, 20).eval()
-    judges.load_state_dict(torch.load(branch_runs / "resnet14-branches-seed1" / "branches.pt")["branches"])
+    trained = branches.build_branches(teacher, c, 20).eval()
+    trained.load_state_dict(torch.load(branch_runs / "resnet14-branches-seed1" / "branches.pt")["branches"])
     images, labels = next(eval_batches(data.test))
     on = {name: partial(naive_features, branch_runs / f"resnet14-resnet8-{name}-seed1") for name in ("app", "fcfd")}
     on = dict.fromkeys(("teacher", "teacher, recalibrated"), partial(branches.teacher_features, teacher)) | on
     runs = ["resnet14-alone-seed1"] * 2 + ["resnet14-resnet8-app-seed1", "resnet14-resnet8-fcfd-seed1"]
     text = (branch_runs / "table.md").read_text()
     for (name, features), run in zip(on.items(), runs, strict=True):
-        own = judges if name == "teacher" else branches.recalibrated(judges, features, data.train)
+        own = trained if name == "teacher" else branches.recalibrated(trained, features, data.train)
         expected = [top1(own[k], features(images)[k], labels) for k in "23"]
         assert [float(row["top1"]) for row in rows if row["features"] == name] == pytest.approx(expected)
         plain = json.loads((branch_runs / run / "result.json").read_text())["last"]["top1"]
@@ -260,7 +262,7 @@ def test_the_smoke_table_holds_what_the_files_give(branch_runs):
     assert "depth 8 and widths 8, 16, 32, 64" in text
 
 
-def test_what_is_done_is_kept_and_what_is_missing_is_said(branch_runs, tmp_path, capsys, monkeypatch):
+def test_results_are_kept_and_missing_files_are_named(branch_runs, tmp_path, capsys, monkeypatch):
     runs = shutil.copytree(branch_runs, tmp_path / "runs")
     command = [*SMOKE, "--out", str(runs)]
     text, folder = (runs / "table.md").read_text(), runs / "resnet14-branches-seed1"
@@ -272,25 +274,29 @@ def test_what_is_done_is_kept_and_what_is_missing_is_said(branch_runs, tmp_path,
 
     (runs / "table.md").unlink()
     with monkeypatch.context() as patch:
-        patch.setattr(exit_branches, "load_data", None)  # nothing is to be done
+        patch.setattr(exit_branches, "load_data", None)  # nothing is left to do
         assert text in again()
         assert "--branch-depth is 14 and was 8" in again("--branch-depth", "14", code=2)
     row = folder / "resnet14-resnet8-app-seed1.json"
     kept = row.read_text()
-    row.write_text(kept.replace('"of": [\n  "', '"of": [\n  "0'))  # as of other branches
+    row.write_text(kept.replace('"of": [\n  "', '"of": [\n  "0'))  # as if of other branches
     output = again()
     assert "app-seed1: " in output
     assert "fcfd-seed1: " not in output
     assert "epoch   1" not in output
     assert row.read_text() == kept
 
-    for file in runs.rglob("*.pt*"):  # as in a clone of the results
+    for file in runs.rglob("*.pt*"):  # as in a clone, which has results but no weights
         file.unlink()
     assert text in again()
     row.unlink()
     message = again(code=2)
     assert f"{runs}/resnet14-alone-seed1/student.pth is missing" in message
-    lost = ("resnet14-alone-seed1", "resnet14-resnet8-app-seed1", "resnet14-resnet8-fcfd-seed1")  # its branches too
+    lost = (
+        "resnet14-alone-seed1",
+        "resnet14-resnet8-app-seed1",
+        "resnet14-resnet8-fcfd-seed1",
+    )  # the branches are missing as well
     assert message.endswith(f"train again: rm {' '.join(f'{runs}/{name}/result.json' for name in lost)}\n")
     assert message.count("\n") == 1
     with (
@@ -344,7 +350,7 @@ def test_table():
         (["--w-app", "0"], "--w-app 0"),
     ],
 )
-def test_wrong_input_is_one_line_and_exit_code_2(tmp_path, capsys, options, expected):
+def test_invalid_input_is_one_line_and_exit_code_2(tmp_path, capsys, options, expected):
     assert exit_branches.main([*SMOKE, *options, "--out", str(tmp_path / "out")]) == 2
     message = capsys.readouterr().err
     assert message.startswith("error: ")

@@ -1,4 +1,4 @@
-"""ablations/num_paths.py: its rows, what is measured anew and what is kept; how long things take is not for a test."""
+"""ablations/num_paths.py: its rows, and which costs are measured again. Times themselves are not tested."""
 
 import csv
 import json
@@ -29,7 +29,7 @@ def test_smoke(tmp_path, capsys):
     text, expected = capsys.readouterr().out, (tmp_path / "table.md").read_text()
     assert expected in text
 
-    assert num_paths.main(["--smoke", "--out", str(tmp_path), "--devices", "cpu"]) == 0  # and now nothing is done
+    assert num_paths.main(["--smoke", "--out", str(tmp_path), "--devices", "cpu"]) == 0  # nothing is left to do
     text = capsys.readouterr().out
     assert "4 runs, 4 already finished" in text
     assert "measuring" not in text
@@ -37,7 +37,7 @@ def test_smoke(tmp_path, capsys):
     assert (tmp_path / "table.md").read_text() == expected
 
 
-def test_rows_go_as_far_as_all_pairs_do():
+def test_sizes_end_at_the_fewest_candidates_of_all_pairs():
     four, five = "resnet32x4-resnet8x4", "vgg13-vgg8"
     assert num_paths.sizes_of_s([four]) == [0, 1, 2, 3, 4]
     assert num_paths.sizes_of_s([five]) == [0, 1, 2, 3, 4, 5, 6]
@@ -48,7 +48,7 @@ def test_rows_go_as_far_as_all_pairs_do():
 
 @pytest.fixture
 def measure(tmp_path, monkeypatch):
-    """`complexity.measured` with measurements that return at once: the result, and the pairs that were measured."""
+    """`complexity.measured` with instant measurements: the result, and the pairs that were measured."""
     measured = []
 
     def of_time(rows, c):
@@ -71,7 +71,7 @@ def measure(tmp_path, monkeypatch):
 A, B = "resnet14-resnet8", "resnet20-resnet8"
 
 
-def test_costs_that_are_there_are_kept(measure, tmp_path):
+def test_existing_costs_are_kept(measure, tmp_path):
     first, done = measure(A)
     assert done == [(A, [0, 1])]
     assert [(row["kind"], row["seconds"]) for row in first["rows"]] == [("app", 1.0), ("fcfd", 1.1)]
@@ -81,13 +81,13 @@ def test_costs_that_are_there_are_kept(measure, tmp_path):
     assert json.loads((tmp_path / "cost.json").read_text()) == both
     assert measure(B)[1] == []
     assert measure(A, sizes=[0])[1] == []
-    more, done = measure(A, sizes=[0, 1, 2])  # in turns with those that were there
+    more, done = measure(A, sizes=[0, 1, 2])  # all again, since steps of a pair take turns
     assert done == [(A, [0, 1, 2])]
     assert sorted((row["pair"], row["num_paths"]) for row in more["rows"]) == [(A, 0), (A, 1), (A, 2), (B, 0), (B, 1)]
 
 
 @pytest.mark.parametrize("other", [{"repeats": 3}, {"batch_size": 8}, {"amp": "bf16"}, "machine", "damaged", "empty"])
-def test_costs_of_other_settings_or_machines_are_not(measure, tmp_path, monkeypatch, other):
+def test_costs_of_other_settings_or_machines_are_measured_again(measure, tmp_path, monkeypatch, other):
     measure(A)
     if other == "machine":
         machine = {"commit": "other", "torch": "9", "device": "cpu", "threads": 1}
@@ -106,7 +106,7 @@ def test_another_commit_is_the_same_machine(measure, monkeypatch):
     assert measure(A) == (first, [])
 
 
-def test_table_of_what_is_finished(measure):
+def test_table_of_finished_runs(measure):
     cost, _ = measure(A, batch_size=11)
     run = {"pair": A, "seed": 1, "teacher": 70.0}
     found = [run | {"method": "fcfd-num_paths=1", "last": last} for last in (60.0, 62.0)]
@@ -118,7 +118,7 @@ def test_table_of_what_is_finished(measure):
     assert "A step: batch 11, amp off, medians of 2; cpu, torch" in text
 
 
-def test_a_step_is_measured_as_it_is_trained():
+def test_steps_are_measured_with_the_settings_of_the_runs():
     c = num_paths.cost_settings([A], {"batch_size": 7, "amp": "bf16"}, 5, "cpu")
     assert (c.batch_size, c.amp, c.repeats, c.device, c.pairs) == (7, "bf16", 5, "cpu", [A])
     c = num_paths.cost_settings([A], {}, None, "cpu")
@@ -140,7 +140,7 @@ def test_a_step_is_measured_as_it_is_trained():
         (["--seeds", "-1"], "--seeds: -1 must"),
     ],
 )
-def test_wrong_input_is_one_line_and_nothing_is_measured(tmp_path, capsys, options, expected):
+def test_invalid_input_is_one_line_and_nothing_is_measured(tmp_path, capsys, options, expected):
     assert num_paths.main([*options, "--dataset", "synthetic", "--out", str(tmp_path / "out")]) == 2
     message = capsys.readouterr().err
     assert message.startswith("error: ")

@@ -1,4 +1,4 @@
-"""ablations/tables.py, and the tables that are nothing but their rows: Tab. 5, 10, 13 and 14."""
+"""ablations/tables.py and rows.py, and the tables that consist only of rows: Tab. 5, 10, 13 and 14."""
 
 import csv
 import json
@@ -17,7 +17,7 @@ PAIR = ("resnet32x4", "resnet8x4")
 
 
 def settings(tmp_path, script, pair="resnet32x4-resnet8x4", *options):
-    """What stands in front of each row, and all settings that its run would have."""
+    """The texts in the first columns of each row, and all settings of its run."""
     words = ["--pairs", pair, "--out", str(tmp_path), "--epochs", "3", "--dataset", "synthetic", *options]
     args, given = tables.parse_args(words, "", "some", [])
     runs = grid(args, given, [row for _, row in script.ROWS])
@@ -32,7 +32,7 @@ BASE = {"task": 1, "kd": 1}
 APP, FUNC, PRIME = {"app": 5}, {"func_l2": 5, "func_kl": 1}, {"func_prime": 1}
 
 
-def test_rows_of_components_weigh_what_they_say(tmp_path):
+def test_rows_of_components_have_the_weights_they_name(tmp_path):
     rows = settings(tmp_path, components)
     for marks, c in rows:
         parts = [part for mark, part in zip(marks, (APP, FUNC, PRIME), strict=True) if mark]
@@ -40,7 +40,7 @@ def test_rows_of_components_weigh_what_they_say(tmp_path):
     assert [sum(map(bool, marks)) for marks, _ in rows] == [0, 1, 2, 2, 2, 3]
 
 
-def test_rows_of_loss_terms_weigh_what_they_say(tmp_path):
+def test_rows_of_loss_terms_have_the_weights_they_name(tmp_path):
     each = ({"func_kl": 1}, {"func_l2": 5}, {"func_prime": 1}, {"func_prime_l2": 5})
     rows = settings(tmp_path, loss_terms)
     assert len({marks for marks, _ in rows}) == len(rows)
@@ -49,14 +49,14 @@ def test_rows_of_loss_terms_weigh_what_they_say(tmp_path):
         assert weights(c) == BASE | APP | {key: value for part in parts for key, value in part.items()}, marks
 
 
-def test_rows_of_partial_weigh_what_they_say(tmp_path):
+def test_rows_of_partial_have_the_weights_they_name(tmp_path):
     parts = {"L_func-partial": {"func_partial": 5}, "L_func": FUNC, "L_func'": PRIME, "nothing": {}}
     for (title,), c in settings(tmp_path, partial):
         expected = [parts[name] for name in title.split(" and ")]
         assert weights(c) == BASE | APP | {key: value for part in expected for key, value in part.items()}, title
 
 
-def test_rows_of_positions_draw_two_paths_where_they_say(tmp_path):
+def test_rows_of_positions_sample_two_paths_at_the_positions_they_name(tmp_path):
     found = {title: c for (title,), c in settings(tmp_path, positions)}
     assert [c["positions"] for c in found.values()] == [[2, 3], [2], [3], [4], [4], [2, 3]]
     assert [c["num_paths"] for c in found.values()] == [0, 2, 2, 2, 1, 2]
@@ -64,7 +64,7 @@ def test_rows_of_positions_draw_two_paths_where_they_say(tmp_path):
     assert all(weights(found[title]) == BASE | APP | FUNC | PRIME for title in ("F^2", "F^3", "F^4"))
 
 
-def test_variants_have_the_pairs_weight_of_l2_terms(tmp_path):
+def test_variants_have_the_l2_weight_of_the_pair(tmp_path):
     *_, (_, c) = settings(tmp_path, loss_terms, "resnet56-resnet20")
     assert (c["w_func_l2"], c["w_func_prime_l2"]) == (0.02, 0.02)
     *_, (_, c) = settings(tmp_path, loss_terms, "resnet56-resnet20", "--w-app", "3")
@@ -75,7 +75,7 @@ def test_variants_have_the_pairs_weight_of_l2_terms(tmp_path):
     assert (c["w_func_l2"], c["w_func_prime_l2"]) == (0.02, 3)
 
 
-def test_a_training_has_one_name_in_all_tables_and_shares_it_with_no_other(tmp_path):
+def test_equal_settings_have_equal_names_and_only_they(tmp_path):
     by_name = {}
     for script in SCRIPTS:
         for (_, row), (_, c) in zip(script.ROWS, settings(tmp_path, script), strict=True):
@@ -95,7 +95,7 @@ def test_names():
     assert [row.name for row in rows] == names
 
 
-def test_each_row_takes_what_it_has_a_use_for():
+def test_each_row_takes_the_options_that_affect_it():
     given = {
         "epochs": 3,
         "w_app": 2,
@@ -129,7 +129,7 @@ def test_each_row_takes_what_it_has_a_use_for():
     assert alone == {"student": "resnet8x4", "epochs": 3, "lr": 5, "amp": "off"}
 
 
-def test_folders_are_named_by_what_was_given(tmp_path, monkeypatch):
+def test_folders_are_named_after_the_given_options(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
 
     def folders(*options):
@@ -165,7 +165,7 @@ def test_layout():
     assert "n = 2." in tables.layout(["one", "two"], rows, args, every)
 
 
-def test_online_runs_tell_of_their_teacher():
+def test_online_runs_show_their_teacher():
     own = found("a-b", "online-dml", 1, 60.0) | {"best": 61.0, "teacher_last": 70.0, "teacher_best": 71.0}
     text = compare.table([own], {})
     assert (
@@ -175,7 +175,7 @@ def test_online_runs_tell_of_their_teacher():
 
 @pytest.fixture(scope="module")
 def smoke(tmp_path_factory):
-    """The smoke form of each script; their runs in one folder, so that no training is done twice."""
+    """Every script with --smoke and a shared folder of runs, so that nothing is trained twice."""
     folder = tmp_path_factory.mktemp("tables")
     for script in SCRIPTS:
         out = folder / script.__name__
@@ -200,7 +200,7 @@ def test_smoke(smoke, capsys, script):
     assert (out / "table.md").read_text() == before
 
 
-def test_compare_runs_other_scripts_too(tmp_path, capsys):
+def test_compare_also_runs_other_scripts(tmp_path, capsys):
     assert compare.main(["--smoke", "--methods", "online-dml", "crd", "--out", str(tmp_path)]) == 0
     crd = json.loads((tmp_path / "resnet14-resnet8-crd-seed1" / "result.json").read_text())
     assert f"| resnet14-resnet8 | crd | 1 | {crd['last']['top1']:.2f} |" in (tmp_path / "table.md").read_text()
@@ -215,7 +215,7 @@ def test_compare_runs_other_scripts_too(tmp_path, capsys):
     assert "--lr is 0.3 and was 0.05" in capsys.readouterr().err
 
 
-def test_the_papers_tables_are_of_methods_there_are():
+def test_the_tables_of_the_paper_consist_of_known_methods():
     assert compare.TABLES == {
         "1": ["alone", "kd", "crd", "kd-dkd", "reviewkd", "app", "fcfd"],
         "4": ["kd-dkd", "fcfd-dkd", "simkd", "fcfd-simkd", "fcfd-dkd-simkd"],
@@ -236,7 +236,7 @@ def test_the_papers_tables_are_of_methods_there_are():
         (["--dataset", "folder", "--data-dir", "missing"], "missing"),
     ],
 )
-def test_wrong_input_is_one_line_and_exit_code_2(tmp_path, capsys, options, expected):
+def test_invalid_input_is_one_line_and_exit_code_2(tmp_path, capsys, options, expected):
     assert components.main([*options, "--out", str(tmp_path / "out")]) == 2
     message = capsys.readouterr().err
     assert message.startswith("error: ")
@@ -255,13 +255,13 @@ def test_wrong_input_is_one_line_and_exit_code_2(tmp_path, capsys, options, expe
         (compare, ["--kd-loss", "dkd"], "--kd-loss is set by the rows"),
     ],
 )
-def test_what_would_make_a_rows_name_wrong_is_refused(tmp_path, capsys, script, options, expected):
+def test_options_that_would_make_a_rows_name_wrong_are_refused(tmp_path, capsys, script, options, expected):
     assert script.main([*options, "--epochs", "1", "--dataset", "synthetic", "--out", str(tmp_path / "out")]) == 2
     assert expected in capsys.readouterr().err
     assert not (tmp_path / "out").exists()
 
 
-def test_students_of_different_teachers_make_no_table(tmp_path):
+def test_students_of_different_teachers_are_refused(tmp_path):
     words = ["--pairs", "resnet14-resnet8", "--epochs", "1", "--dataset", "synthetic", "--out", str(tmp_path)]
     cells = grid(*tables.parse_args(words, "", "some", []), [row for _, row in partial.ROWS[:2]])
     score = {"epoch": 1, "top1": 50.0}
@@ -270,14 +270,14 @@ def test_students_of_different_teachers_make_no_table(tmp_path):
         (cell.folder / "config.yaml").write_text("{}")
         result = {"epoch": 1, "epochs": 1, "last": score, "best": score, "teacher": {"top1": top1}, "seconds": 1}
         (cell.folder / "result.json").write_text(json.dumps(result))
-    assert [row["teacher"] for row in tables.numbers(cells)] == [60.0, 60.1]  # rounded otherwise by another device
+    assert [row["teacher"] for row in tables.numbers(cells)] == [60.0, 60.1]  # another device may round differently
     (cell.folder / "result.json").write_text(json.dumps(result | {"teacher": {"top1": 61.0}}))
     with pytest.raises(UserError, match=r"different teachers, of 60\.00 and 61\.00"):
         tables.numbers(cells)
 
 
 @pytest.mark.parametrize("lost", ["config.yaml", "result.json"])
-def test_a_run_whose_files_are_damaged_is_not_taken_for_a_finished_one(tmp_path, lost):
+def test_a_run_with_damaged_files_is_not_finished(tmp_path, lost):
     words = ["--pairs", "resnet14-resnet8", "--epochs", "1", "--dataset", "synthetic", "--out", str(tmp_path)]
     (cell, *_) = grid(*tables.parse_args(words, "", "some", []), [Row({"method": "kd"})]).values()
     cell.folder.mkdir(parents=True)
@@ -295,11 +295,11 @@ def test_a_run_whose_files_are_damaged_is_not_taken_for_a_finished_one(tmp_path,
         assert cell.result() is None
         with pytest.raises(UserError, match=r"config\.yaml is missing or damaged"):
             cell.settings()
-        (cell.folder / "last.pt").touch()  # from which it is written again
+        (cell.folder / "last.pt").touch()  # config.yaml is rewritten from it
         cell.settings()
 
 
-def test_a_table_of_the_paper_has_a_folder_of_its_own(tmp_path, monkeypatch):
+def test_a_table_of_the_paper_has_its_own_folder(tmp_path, monkeypatch):
     monkeypatch.setattr(tables, "run", lambda args, cells, finish: places.append((args.out, args.runs)))
     places = []
     assert compare.main(["--table", "4", "--out", str(tmp_path)]) == 0

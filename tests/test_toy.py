@@ -1,4 +1,4 @@
-"""ablations/toy.py: the ring and what the later part makes of it."""
+"""ablations/toy.py: the ring and the outputs of its points."""
 
 import json
 import math
@@ -11,7 +11,7 @@ from ablations import toy
 
 
 def by_hand(f1, f2):
-    """The output of the later part as its docstring writes it, in plain floats."""
+    """The output of the later part from the formula in the docstring, in plain floats."""
     z = [2 * f1 - f2 + 1, -f1 + 2 * f2, f1 / 2 + f2 - 2]
     total = sum(math.exp(value) for value in z)
     return [math.exp(value) / total for value in z]
@@ -22,7 +22,7 @@ def kl_by_hand(f1, f2):
 
 
 @pytest.mark.parametrize("radius", [0.1, 1.0, 3.0])
-def test_every_point_of_the_ring(radius):
+def test_points_of_the_ring(radius):
     rows = toy.ring(radius)
     assert [row["angle"] for row in rows] == pytest.approx(list(range(360)))
     for degrees, row in enumerate(rows):
@@ -34,7 +34,7 @@ def test_every_point_of_the_ring(radius):
         assert row["kl"] == pytest.approx(kl_by_hand(f1, f2), rel=1e-9)
 
 
-def test_the_extremes_are_those_of_a_dense_search():
+def test_extremes_against_a_dense_search():
     smallest, largest = toy.extremes(toy.ring(1.0))
     dense = {i / 20: kl_by_hand(4 + math.cos(math.radians(i / 20)), 4 + math.sin(math.radians(i / 20)))
              for i in range(7200)}  # fmt: skip
@@ -46,7 +46,7 @@ def test_the_extremes_are_those_of_a_dense_search():
     assert largest["kl"] > 100 * smallest["kl"]
 
 
-def test_what_it_writes(tmp_path, capsys):
+def test_files(tmp_path, capsys):
     pytest.importorskip("matplotlib")
     assert toy.main(["--smoke", "--radius", "0.5", "--out", str(tmp_path)]) == 0
     text = (tmp_path / "table.md").read_text()
@@ -77,7 +77,7 @@ def test_what_it_writes(tmp_path, capsys):
         (["--out", ""], "--out is empty"),
     ],
 )
-def test_wrong_input_is_one_line_and_exit_code_2(tmp_path, capsys, monkeypatch, options, expected):
+def test_invalid_input_is_one_line_and_exit_code_2(tmp_path, capsys, monkeypatch, options, expected):
     monkeypatch.chdir(tmp_path)
     assert toy.main(options) == 2
     message = capsys.readouterr().err

@@ -1,4 +1,4 @@
-"""ablations/tsne.py: the picture, and the numbers beside it."""
+"""ablations/tsne.py: the figure and its numbers."""
 
 import json
 import sys
@@ -34,7 +34,7 @@ def naive(student, teacher, labels):
     }
 
 
-def test_numbers_are_those_of_plain_loops():
+def test_measure_against_plain_loops():
     draw = torch.Generator().manual_seed(0)
     teacher = torch.randn(30, 5, generator=draw, dtype=torch.float64)
     student = teacher + torch.randn(30, 5, generator=draw, dtype=torch.float64)
@@ -44,25 +44,25 @@ def test_numbers_are_those_of_plain_loops():
     assert 0 < found["same_image"] < found["same_class"] < 100
 
 
-def test_numbers_at_their_ends():
+def test_extreme_values():
     teacher, labels = 10 * torch.eye(4, dtype=torch.float64), torch.tensor([0, 0, 1, 1])
     ends = {"distance": 0, "relative": 0, "same_image": 100, "same_class": 100}
     assert tsne.measure(teacher, teacher, labels) == ends
-    within = tsne.measure(teacher[[1, 0, 3, 2]], teacher, labels)  # each at the other one's place of its class
+    within = tsne.measure(teacher[[1, 0, 3, 2]], teacher, labels)  # swapped within each class
     assert within == pytest.approx({"distance": 200**0.5, "relative": 1, "same_image": 0, "same_class": 100})
     across = tsne.measure(teacher[[2, 3, 0, 1]], teacher, labels)
     assert (across["same_image"], across["same_class"]) == (0, 0)
 
 
-def test_points_are_what_the_classifier_reads():
-    judges = nn.ModuleDict({k: branches.Branch(3, 1, 8, [4, 6, 8, 10], 5, pre_relu=True) for k in "23"}).eval()
+def test_points_are_the_inputs_of_the_classifier():
+    trained = nn.ModuleDict({k: branches.Branch(3, 1, 8, [4, 6, 8, 10], 5, pre_relu=True) for k in "23"}).eval()
     images = ImageSet(torch.randint(256, (510, 32, 32, 3), dtype=torch.uint8), torch.zeros(510))
-    read = {k: [] for k in judges}
-    for k, branch in judges.items():
+    read = {k: [] for k in trained}
+    for k, branch in trained.items():
         branch.fc.register_forward_pre_hook(lambda _, inputs, k=k: read[k].append(inputs[0]))
     features = lambda x: {"2": x[:, :, ::8, ::8], "3": -x[:, :, ::8, ::8]}  # noqa: E731
-    points = tsne.points_of(judges, features, images)
-    for k, branch in judges.items():
+    points = tsne.points_of(trained, features, images)
+    for k, branch in trained.items():
         for batch, _ in tsne.eval_batches(images):
             branch(features(batch)[k])
         torch.testing.assert_close(points[k], torch.cat(read[k]).double())
@@ -75,7 +75,7 @@ def test_the_first_ten_classes():
 
 
 class Plane:
-    """In the place of TSNE: the first two coordinates."""
+    """Replaces TSNE: the first two coordinates."""
 
     def __init__(self, perplexity, init, random_state):
         assert perplexity <= 30
@@ -84,7 +84,7 @@ class Plane:
         return points[:, :2]
 
 
-def test_each_panel_has_the_teacher_and_its_student_in_the_colours_of_the_classes():
+def test_each_panel_shows_teacher_and_student_in_the_colors_of_the_classes():
     pytest.importorskip("matplotlib")
     teacher = {k: torch.rand(12, 4, dtype=torch.float64) for k in "23"}
     students = {name: {k: points + i for k, points in teacher.items()} for i, name in enumerate(("app", "fcfd"))}
@@ -97,7 +97,7 @@ def test_each_panel_has_the_teacher_and_its_student_in_the_colours_of_the_classe
             np.testing.assert_allclose(dots.get_offsets(), teacher[k][:, :2])
             np.testing.assert_allclose(crosses.get_offsets(), teacher[k][:, :2] + i)
             assert panel.get_title().startswith(f"{name}, after $F^{k}$\nrelative distance ")
-            assert len({tuple(colour) for colour in dots.get_facecolors()}) == 10
+            assert len({tuple(color) for color in dots.get_facecolors()}) == 10
             assert (dots.get_facecolors() == crosses.get_edgecolors()).all()
     words = [text.get_text() for text in figure.legends[0].get_texts()]
     assert words == ["teacher", "student", *(f"class {i}" for i in range(10))]
@@ -112,7 +112,7 @@ def test_table():
     assert "| a-b | F^3 | app | 1 | 4.000 | 4.000 | 4.0 | 4.0 |\n" in text
 
 
-def test_smoke_uses_the_runs_and_branches_that_are_there(branch_runs, tmp_path, capsys):
+def test_smoke_uses_existing_runs_and_branches(branch_runs, tmp_path, capsys):
     pytest.importorskip("matplotlib")
     pytest.importorskip("sklearn")
     state = branch_runs / "resnet14-branches-seed1" / "branches.pt"
@@ -132,19 +132,19 @@ def test_smoke_uses_the_runs_and_branches_that_are_there(branch_runs, tmp_path, 
     with Image.open(tmp_path / "tsne.png") as image:
         pixels = np.asarray(image.convert("RGB"))
     assert pixels.shape[1] == 1200
-    for colour in tsne.COLOURS:
-        wanted = [int(colour[i : i + 2], 16) for i in (1, 3, 5)]
-        assert (abs(pixels.astype(int) - wanted).max(2) <= 2).any(), colour
+    for color in tsne.COLORS:
+        wanted = [int(color[i : i + 2], 16) for i in (1, 3, 5)]
+        assert (abs(pixels.astype(int) - wanted).max(2) <= 2).any(), color
     assert (tmp_path / "table.md").read_text() in output
     call(capsys, *command, module=tsne)
     assert json.loads((tmp_path / "numbers.json").read_text())["rows"] == rows
 
 
 @pytest.mark.parametrize(("module", "name"), [("sklearn.manifold", "scikit-learn"), ("matplotlib", "matplotlib")])
-def test_what_is_not_installed_is_said_before_anything_runs(tmp_path, capsys, monkeypatch, module, name):
+def test_missing_packages_are_reported_before_anything_runs(tmp_path, capsys, monkeypatch, module, name):
     pytest.importorskip("matplotlib")
     monkeypatch.setitem(sys.modules, module, None)
-    with pytest.raises(SystemExit):  # which needs neither
+    with pytest.raises(SystemExit):  # needs neither
         tsne.main(["--help"])
     capsys.readouterr()
     message = call(capsys, *SMOKE, "--out", tmp_path / "out", module=tsne, code=2)
