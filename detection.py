@@ -24,20 +24,12 @@ from tqdm import tqdm
 
 from common.detection.boxes import draw_found
 from common.detection.coco import CocoData, load_coco, load_coco_test
-from common.detection.detectors import (
-    DETECTORS,
-    build_detector,
-    decay_all_but_norms,
-    inherit,
-    load_backbone,
-    load_coco_v1,
-    load_detector,
-    trained_size,
-)
+from common.detection.detectors import DETECTORS, build_detector, decay_all_but_norms
 from common.detection.evaluation import evaluate, require_pycocotools
 from common.detection.fcfd import TERMS, detection_terms, forward_detectors, level_bridges
 from common.detection.images import BoxedImages, batches, load
 from common.detection.records import add_row, in_words, print_row, publish, report, save
+from common.detection.weights import inherit, load_backbone, load_coco_v1, load_detector, trained_size
 from common.randomness import seed_of
 from common.run.device import AMP, open_device
 from common.run.distributed import all_reduce_mean, broadcast, rank, world_size
@@ -203,8 +195,8 @@ def train(args: Namespace, device: torch.device) -> None:
         run.check_data(data.fingerprint, len(data.train))
         weights = {name: getattr(args, f"w_{name}") for name in TERMS if getattr(args, f"w_{name}")}
         task = f"{args.student} from {args.teacher} by {args.method}" if args.teacher else f"{args.student} alone"
-        ranks = f"{args.device}, {world_size()} ranks"
-        print(f"{task}, {args.iterations} iterations on {args.data_dir}: {data}; {ranks}, amp {args.amp}; {args.out}")
+        where = f"{args.device}, {world_size()} ranks, amp {args.amp}; {args.out}"
+        print(f"{task}, {args.iterations} iterations on {args.data_dir}: {data}; {where}")
         print(f"weights {weights}", *data.notes, sep="\n")
         student, teacher = build_networks(args, data, load_weights=not run.resumed and rank() == 0)
         step = Step(args, list(weights), student, teacher).to(device, memory_format=torch.channels_last)
@@ -266,8 +258,7 @@ def train(args: Namespace, device: torch.device) -> None:
             numbers |= {"steps": 1, "seconds": time.monotonic() - began, "waited": waited}
             state["sums"] = {name: state["sums"].get(name, 0.0) + value for name, value in numbers.items()}
             done = state["iteration"] = iteration + 1
-            late = math.isfinite(args.deadline) and broadcast(time.monotonic() > args.deadline)
-            stopped = late and done < last
+            stopped = done < last and math.isfinite(args.deadline) and broadcast(time.monotonic() > args.deadline)
             if stopped or done % args.eval_every == 0 or done == last:
                 save(run)
 

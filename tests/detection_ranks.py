@@ -17,7 +17,8 @@ from tiny_detectors import shrink
 
 import detection
 from common.detection.detectors import build_detector
-from common.run.distributed import distribute, process_group, rank
+from common.run.distributed import rank
+from common.run.torchrun import distribute, process_group
 
 
 def gradients(folder, *terms):

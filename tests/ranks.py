@@ -18,7 +18,8 @@ from common.bridges import Bridges, build_bridges
 from common.models import build_imagenet
 from common.multipath_bn import track_paths
 from common.paths import MixedPath, candidate_paths
-from common.run.distributed import distribute, process_group, rank, world_size
+from common.run.distributed import rank, world_size
+from common.run.torchrun import distribute, process_group
 
 WEIGHTS = {"task": 1.0, "kd": 0.9, "app": 5.0, "func_l2": 3.0, "func_kl": 0.7, "func_prime": 0.3}
 PATHS = [MixedPath(2, 1), MixedPath(3, 0)]  # two of six

@@ -10,16 +10,8 @@ from torchvision.models.detection._utils import overwrite_eps
 from torchvision.models.detection.backbone_utils import resnet_fpn_backbone
 from torchvision.ops import FrozenBatchNorm2d
 
-from common.detection.detectors import (
-    DETECTORS,
-    LEVELS,
-    build_detector,
-    inherit,
-    load_backbone,
-    load_coco_v1,
-    load_detector,
-    trained_size,
-)
+from common.detection.detectors import DETECTORS, LEVELS, build_detector
+from common.detection.weights import inherit, load_backbone, load_coco_v1, load_detector, trained_size
 from common.run.errors import OtherNetworkError, UserError
 
 COCO = FasterRCNN_ResNet50_FPN_Weights.COCO_V1.meta["categories"]

@@ -14,7 +14,7 @@ import detection
 import imagenet
 import online_kd
 from ablations import compare
-from common.simkd import added_cost
+from common.run.cost import added_cost
 
 ROOT = Path(cifar100.__file__).parent
 TORCHRUN = "--nnodes --node_rank --nproc_per_node --master_addr --master_port"  # options of torchrun, named there too

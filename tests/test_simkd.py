@@ -15,7 +15,8 @@ from common.losses import dkd, kl
 from common.models import build
 from common.multipath_bn import plain_state_dict, track_paths
 from common.paths import candidate_paths
-from common.simkd import added_cost, build_simkd, cost_line, inference_cost
+from common.run.cost import added_cost, cost_line, inference_cost
+from common.simkd import build_simkd
 
 PAIRS = [  # (teacher, student, shape of the projected feature)
     ("resnet14", "resnet8", (64, 8, 8)),
