@@ -287,7 +287,10 @@ def test_a_diverging_run_keeps_the_last_good_epoch(tmp_path, capsys, monkeypatch
         (["--student", "resnet8", "--out", "x" * 300], "x" * 300),
         (["--student", "resnet8", "--device", "meta"], "meta"),
         (["--student", "resnet8", "--seed", 10**20], "--seed: 1"),
-        (["--student", "resnet8", "--teacher", "vgg8", "--method", "kd", "--w-task", 0, "--w-kd", 0], "no term"),
+        (
+            ["--student", "resnet8", "--teacher", "vgg8", "--method", "kd", "--w-task", 0, "--w-kd", 0],
+            "another term a weight",
+        ),
         ([*PAIR[:4], "--epochs", 1, "--out", "synthetic-subset120-resnet14-alone-1ep-seed1"], "choose another --out"),
         ([*PAIR[:4], "--positions", 4, "--w-func-kl", 0, "--w-func-prime", 0, "--num-paths", 1], "0 candidates"),
         ([*PAIR[:4], "--positions", 4, "--w-func-l2", 5], "func_l2"),

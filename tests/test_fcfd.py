@@ -237,7 +237,7 @@ def test_plan_paths_rejects_settings_that_cannot_be_trained():
         {"weights": only_mixed, "num_paths": 0},
         {"weights": {"func_l2": 1}, "positions": [4]},
     ):
-        with pytest.raises(ValueError, match="no term remains"):
+        with pytest.raises(ValueError, match="another term a weight"):
             plan_paths(num_stages=4, **kwargs)
 
 

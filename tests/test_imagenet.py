@@ -109,7 +109,7 @@ def test_distillation_and_evaluation(main_job, capsys, folder):
     assert result["last"]["top1"] == float(rows[-1]["test_top1"])
     assert result["last"]["top5"] == 100  # three classes
     assert (config["positions"], config["num_paths"], config["temperature"]) == ([2, 3, 4], 2, 1)
-    assert "% of it waiting for data" in printed
+    assert "% of the time waiting for data" in printed
     assert f"MobileNetV1 saved to runs/{out.name}/student.pth" in printed
     shared = torch.load(out / "student.pth", weights_only=True)
     assert list(shared["model"]) == list(build_imagenet("MobileNetV1", 3).state_dict())

@@ -334,7 +334,7 @@ def test_a_diverging_run_keeps_the_last_good_epoch(tmp_path, capsys, monkeypatch
         ([*NETWORKS, "--w-teacher-kd", -1], "--w-teacher-kd: -1"),
         ([*NETWORKS, "--w-teacher-task", "nan"], "--w-teacher-task: nan"),
         ([*NETWORKS, "--temperature", 0], "--temperature: 0"),
-        ([*NETWORKS, "--method", "kd", "--w-task", 0, "--w-kd", 0, "--w-teacher-task", 0], "no term"),
+        ([*NETWORKS, "--method", "kd", "--w-task", 0, "--w-kd", 0, "--w-teacher-task", 0], "another term a weight"),
         ([*NETWORKS, "--epochs", 0], "--epochs: 0"),
         ([*NETWORKS, "--subset", 20], "20 training images"),
         ([*NETWORKS, "--device", "cuda:99"], "cuda:99"),

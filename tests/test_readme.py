@@ -1,4 +1,4 @@
-"""What the README says about the code holds."""
+"""What the documentation says about the code holds."""
 
 import importlib
 import re
@@ -8,40 +8,85 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
+from running import read_log
 
 import cifar100
 import detection
 import imagenet
 import online_kd
 from ablations import compare
+from common.models import build
 from common.run.cost import added_cost
 
 ROOT = Path(cifar100.__file__).parent
-TORCHRUN = "--nnodes --node_rank --nproc_per_node --master_addr --master_port"  # options of torchrun, named there too
-README = (ROOT / "README.md").read_text()
-OF_ABLATIONS = (ROOT / "ablations" / "README.md").read_text()
+TORCHRUN = "--nnodes --node_rank --nproc_per_node --master_addr --master_port"  # options of torchrun
+ADDED = ("--w-cosine",)  # the option of the README's worked loss term
+PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md")), ROOT / "ablations" / "README.md"]
+README, ABLATIONS_README = PAGES[0].read_text(), PAGES[-1].read_text()
+TEXT = "\n".join(page.read_text() for page in PAGES)
+LOOP, TERM, NETWORK, REGISTRATION = re.findall(r"```python\n(.*?)```", README, re.S)
 MODULES = [importlib.import_module(f"ablations.{path.stem}") for path in sorted(ROOT.glob("ablations/*.py"))]
 ABLATIONS = [module for module in MODULES if "__main__" in Path(module.__file__).read_text()]  # the scripts
 
 
-def test_the_worked_network_can_be_added_as_told(tmp_path):
-    shutil.copy(ROOT / "cifar100.py", tmp_path)
+SMALL = "--dataset synthetic --subset 40 --test-subset 20 --batch-size 20 --device cpu --out runs/student"
+
+
+@pytest.fixture
+def copied(tmp_path):
+    """A copy of the scripts and of common/."""
     shutil.copytree(ROOT / "common", tmp_path / "common")
-    network, names = re.findall(r"```python\n(.*?)```", README, re.S)
-    models = tmp_path / "common" / "models"
-    (models / "tiny.py").write_text(network)
-    (models / "__init__.py").write_text((models / "__init__.py").read_text() + "\n\n" + names)
-    options = "--dataset synthetic --subset 40 --test-subset 20 --epochs 1 --batch-size 20 --device cpu"
-    command = [sys.executable, "cifar100.py", "--teacher", "resnet8", "--student", "Tiny", *options.split()]
-    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=300)
+    for name in ("cifar100.py", "imagenet.py", "online_kd.py"):
+        shutil.copy(ROOT / name, tmp_path)
+    return tmp_path
+
+
+def python(folder, *words):
+    done = subprocess.run([sys.executable, *map(str, words)], cwd=folder, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr
-    assert "Tiny lies in" in done.stdout
+    return done.stdout
+
+
+def test_the_readme_is_short():
+    assert len(README.splitlines()) <= 200
+
+
+def test_the_training_loop_runs_verbatim(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert len(LOOP.splitlines()) <= 30
+    loader = [(torch.randn(4, 3, 32, 32), torch.randint(10, (4,))) for _ in range(2)]
+    exec(LOOP, {"teacher": build("resnet14", 10), "student": build("resnet8", 10), "loader": loader, "epochs": 1})
+    build("resnet8", 10).load_state_dict(torch.load("student.pth")["model"])
+
+
+def test_the_worked_term_can_be_added(copied, teacher):
+    """It trains, is logged, and is warmed up; the other scripts have its option too."""
+    with open(copied / "common" / "fcfd.py", "a") as file:
+        file.write(f"\n\n{TERM}")
+    options = f"--teacher resnet14 --student resnet8 --teacher-ckpt {teacher / 'student.pth'} --w-cosine 2 {SMALL}"
+    # A twelfth of 24 epochs is the warm-up; the run stops after the first epoch.
+    python(copied, "cifar100.py", *options.split(), "--epochs", 24, "--max-minutes", 1e-9)
+    [row] = read_log(copied / "runs" / "student")
+    weights = {"task": 1, "kd": 1, "app": 2.5, "func_l2": 2.5, "func_kl": 1, "func_prime": 1, "cosine": 0.5 * 2}
+    assert float(row["cosine"]) > 0
+    assert float(row["loss"]) == pytest.approx(sum(w * float(row[name]) for name, w in weights.items()), rel=1e-4)
+    for name in ("imagenet.py", "online_kd.py"):
+        assert "--w-cosine" in python(copied, name, "--help")
+
+
+def test_the_worked_network_can_be_added(copied):
+    models = copied / "common" / "models"
+    (models / "tiny.py").write_text(NETWORK)
+    (models / "__init__.py").write_text(f"{(models / '__init__.py').read_text()}\n\n{REGISTRATION}")
+    python(copied, "cifar100.py", *f"--teacher resnet8 --student Tiny --epochs 1 {SMALL}".split())
+    assert (copied / "runs" / "student" / "student.pth").exists()
 
 
 def test_files_and_functions_it_names_are_there():
     scripts = "cifar100|imagenet|online_kd|detection"
     named = rf"((?:common|docs|ablations|results)/[\w/.-]+|(?:{scripts})\.py|requirements[\w-]*\.txt)"
-    for path in re.findall(rf"`{named}`|\]\({named}\)|python {named}", README + OF_ABLATIONS):
+    for path in re.findall(rf"`{named}`|python {named}", TEXT):
         name = "".join(path)
         assert (ROOT / name).exists() or name == "common/models/tiny.py", name  # that one is the reader's to write
     rows = re.findall(r"\| (`\w[^|]*`) in `([\w/.]+\.py)` \|", README)
@@ -51,17 +96,24 @@ def test_files_and_functions_it_names_are_there():
             assert re.search(rf"(def|class) {name}\b", (ROOT / path).read_text()), (name, path)
 
 
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
+def test_links_lead_somewhere(page):
+    text = re.sub(r"```.*?```", "", page.read_text(), flags=re.S)
+    for target in re.findall(r"\]\(([^)#]+)(?:#[\w-]+)?\)", text):
+        assert target.startswith("https://") or (page.parent / target).exists(), target
+
+
 def test_options_it_names_exist(capsys):
     for script in (cifar100, imagenet, online_kd, detection, *ABLATIONS):
         with pytest.raises(SystemExit):
             script.main(["--help"])
     known = capsys.readouterr().out + TORCHRUN
-    for option in set(re.findall(r"(?<![\w-])--[a-z][a-z_-]+", README + OF_ABLATIONS)):
+    for option in set(re.findall(r"(?<![\w-])--[a-z][a-z_-]+", TEXT)) - set(ADDED):
         assert option in known, option
 
 
 def test_commands_have_options_of_their_own_script(capsys):
-    """Each line that calls a script is held against its --help, and cifar100.py's where that takes its options too."""
+    """Each line that calls a script matches its --help, and cifar100.py's where that takes its options too."""
 
     def options_of(module):
         with pytest.raises(SystemExit):
@@ -71,33 +123,25 @@ def test_commands_have_options_of_their_own_script(capsys):
 
     modules = {Path(module.__file__).name: module for module in (cifar100, imagenet, online_kd, detection, *ABLATIONS)}
     helps = {name: options_of(module) for name, module in modules.items()}
-    calls = re.findall(r"(?:ablations/|python |\d |`)(\w+\.py)((?: [^`#|\n]*)?)", README + OF_ABLATIONS)
+    calls = re.findall(r"(?:ablations/|python |\d |`)(\w+\.py)((?: [^`#|\n]*)?)", TEXT)
     seen = set()
     for name, words in calls:
         for option in re.findall(r"(?<![\w-])--[a-z][a-z0-9-]+", words):
             assert re.search(rf"{option}\b", helps[name]), (name, option)
             seen.add(name)
-    assert seen >= {
-        "cifar100.py",
-        "imagenet.py",
-        "online_kd.py",
-        "detection.py",
-        "compare.py",
-        "components.py",
-        "complexity.py",
-    }
+    scripts = "cifar100 imagenet online_kd detection compare components complexity"
+    assert seen >= {f"{name}.py" for name in scripts.split()}
 
 
 def test_every_script_of_a_table_or_figure_is_named():
     assert len(ABLATIONS) >= 14
     for module in ABLATIONS:
         name = module.__name__.rpartition(".")[2]
-        assert f"`ablations/{name}.py`" in README
-        assert f"`{name}.py" in OF_ABLATIONS
+        assert f"`{name}.py" in ABLATIONS_README, name
 
 
 def test_published_figures_are_those_of_compare():
-    rows = re.findall(r"^\| (\w+-\w+) \|((?: [\d.]+ \|){9})", README, re.M)
+    rows = re.findall(r"^\| (\w+-\w+) \|((?: [\d.]+ \|){9})", TEXT, re.M)
     figures = {pair: [float(figure) for figure in re.findall(r"[\d.]+", line)] for pair, line in rows}
     assert figures == compare.PUBLISHED["pairs"]
 
@@ -106,14 +150,14 @@ def test_published_pairs_are_the_settings():
     rows = re.findall(r"^\| `(\w+)` \| ((?:`\w+`(?:, )?)+) \|$", README, re.M)
     pairs = {f"{teacher}-{student}" for teacher, students in rows for student in re.findall(r"`(\w+)`", students)}
     assert pairs == set(cifar100.SETTINGS["pairs"])
-    named = re.findall(r"imagenet\.py --data-dir DIR --teacher (\w+) --student (\w+)", README)
+    named = re.findall(r"imagenet\.py --data-dir DIR --teacher (\w+) --student (\w+)", TEXT)
     assert {f"{teacher}-{student}" for teacher, student in named} == set(imagenet.SETTINGS["pairs"])
 
 
 def test_simkds_cost_is_as_counted():
     number, share = r"([\d,.]+)[kM]", r"\(([\d.]+) %\)"
     rows = re.findall(
-        rf"^\| (\w+) \| (\w+) \| {number} \| {number} {share} \| {number} \| {number} {share} \|$", README, re.M
+        rf"^\| (\w+) \| (\w+) \| {number} \| {number} {share} \| {number} \| {number} {share} \|$", TEXT, re.M
     )
     assert {f"{teacher}-{student}" for teacher, student, *_ in rows} == set(cifar100.SETTINGS["pairs"])
     for teacher, student, *written in rows:

@@ -1,0 +1,190 @@
+"""Resuming cifar100.py: stored options, options that contradict them, and a last.pt that was edited or damaged."""
+
+import shutil
+from functools import partial
+
+import pytest
+import torch
+import yaml
+from running import FEW, PAIR, assert_bit_for_bit, call
+
+import cifar100
+
+SETTINGS = ["--epochs", 2, "--lr", 0.01, "--temperature", 3, "--w-app", 2, "--w-func-kl", 0.5, "--positions", 3, 2]
+SETTINGS += ["--seed", 7, "--num-paths", 3]
+NAMES = ["--teacher", "resnet14", "--student", "resnet8"]
+
+
+@pytest.fixture(scope="module")
+def whole(teacher, tmp_path_factory):
+    """Two epochs with settings that are not the defaults."""
+    out = tmp_path_factory.mktemp("whole") / "run"
+    words = [*PAIR, *FEW, *SETTINGS, "--teacher-ckpt", teacher / "student.pth", "--out", out]
+    assert cifar100.main(list(map(str, words))) == 0
+    return out
+
+
+@pytest.fixture(scope="module")
+def after_one_epoch(teacher, tmp_path_factory):
+    """The same run, stopped after its first epoch; its teacher's checkpoint was deleted afterwards."""
+    folder = tmp_path_factory.mktemp("stopped")
+    file = shutil.copy(teacher / "student.pth", folder / "teacher.pth")
+    words = [*PAIR, *FEW, *SETTINGS, "--teacher-ckpt", file, "--max-minutes", 1e-9, "--out", folder / "run"]
+    assert cifar100.main(list(map(str, words))) == 0
+    (folder / "teacher.pth").unlink()
+    return folder / "run"
+
+
+@pytest.fixture
+def stopped(after_one_epoch, tmp_path):
+    return shutil.copytree(after_one_epoch, tmp_path / "run")
+
+
+def test_stored_options_are_the_defaults_and_no_teacher_file_is_needed(capsys, whole, stopped):
+    before = yaml.safe_load((stopped / "config.yaml").read_text())
+    printed = call(capsys, *NAMES, "--out", stopped, "--resume")
+    assert "epoch   2/2" in printed
+    assert "epoch   1/2" not in printed
+    assert_bit_for_bit(whole, stopped)
+    changing = {"out": str(stopped), "max_minutes": None}  # the stored limit does not apply to this call
+    assert yaml.safe_load((stopped / "config.yaml").read_text()) == before | changing
+
+
+def test_given_options_may_repeat_the_stored_ones(capsys, whole, stopped):
+    """In another order, as another form of the number, and with another path to the teacher's folder."""
+    same = ["--positions", 2, 3, "--lr", "1e-2", "--w-app", 2.0, "--method", "fcfd"]
+    call(capsys, *PAIR, *FEW, *same, "--epochs", 2, "--seed", 7, "--out", stopped, "--resume")
+    assert_bit_for_bit(whole, stopped)
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        (["--teacher", "resnet32"], "--teacher is resnet32 and was resnet14"),
+        (["--student", "resnet14"], "--student is resnet14 and was resnet8"),
+        (["--lr", 0.02], "--lr is 0.02 and was 0.01"),
+        (["--epochs", 3], "--epochs is 3 and was 2"),
+        (["--batch-size", 16], "--batch-size is 16 and was 32"),
+        (["--dataset", "cifar10"], "--dataset is cifar10 and was synthetic"),
+        (["--subset", 60], "--subset is 60 and was 40"),
+        (["--seed", 1], "--seed is 1 and was 7"),
+        (["--w-app", 5], "--w-app is 5.0 and was 2"),
+        (["--w-func-partial", 5], "--w-func-partial is 5.0 and was 0"),
+        (["--method", "kd"], "--method is kd and was fcfd"),
+        (["--teacher-bn", "running"], "--teacher-bn is running and was batch"),
+        (["--num-paths", 2], "--num-paths is 2 and was 3"),
+        (["--positions", 2], "--positions is [2] and was [2, 3]"),
+        (["--kd-loss", "dkd"], "--kd-loss is dkd and was kl"),
+        (["--simkd"], "--simkd is True and was False"),
+        (["--amp", "bf16"], "--amp is bf16 and was off"),
+        (["--teacher-ckpt", "other.pth"], "--teacher-ckpt is other.pth and was"),
+    ],
+)
+def test_options_that_contradict_the_run_are_rejected_by_name(capsys, after_one_epoch, given, message):
+    before = (after_one_epoch / "last.pt").read_bytes()
+    printed = call(capsys, *NAMES, *given, "--out", after_one_epoch, "--resume", code=2)
+    assert printed.startswith("error: cannot resume with other settings: ")
+    assert message in printed
+    assert printed.count("\n") == 1
+    assert (after_one_epoch / "last.pt").read_bytes() == before
+
+
+def in_config(**values):
+    return lambda state: state["config"].update(values)
+
+
+def in_momentum(change):
+    """Replace the optimizer's first momentum buffer."""
+
+    def edit(state):
+        of_parameter = state["optimizer"]["state"][0]
+        of_parameter["momentum_buffer"] = change(of_parameter["momentum_buffer"])
+
+    return edit
+
+
+def replace(value, *keys):
+    def edit(state):
+        for key in keys[:-1]:
+            state = state[key]
+        state[keys[-1]] = value
+
+    return edit
+
+
+def delete(*keys):
+    def edit(state):
+        for key in keys[:-1]:
+            state = state[key]
+        del state[keys[-1]]
+
+    return edit
+
+
+def other_row(state):
+    state["log"] = [*state["log"], {"epoch": 2}]
+    state["epoch"] = 2
+
+
+DAMAGE = {
+    "a number as a network": in_config(student=8),
+    "an unknown network": in_config(teacher="resnet15"),
+    "a number as a choice": in_config(method=1),
+    "a list as a number": in_config(lr=[0.01]),
+    "text as a number": in_config(epochs="many"),
+    "a fraction as a count": in_config(epochs=2.5),
+    "a number out of range": in_config(temperature=-1.0),
+    "NaN as a weight": in_config(w_app=float("nan")),
+    "a number as a list": in_config(positions=2),
+    "a position outside the network": in_config(positions=[2, 9]),
+    "a number as a flag": in_config(simkd="yes"),
+    "too many paths": in_config(num_paths=99),
+    "another pair of networks": in_config(student="vgg8"),
+    "a list as the config": replace([1], "config"),
+    "a list as a state dict": replace([1], "student"),
+    "no bridges": delete("bridges"),
+    "a missing weight": delete("student", "conv1.weight"),
+    "a list as the optimizer": replace([1], "optimizer"),
+    "a list as the optimizer's groups": replace({}, "optimizer", "param_groups"),
+    "text as the learning rate": replace("x", "optimizer", "param_groups", 0, "lr"),
+    "momentum of another shape": in_momentum(lambda buffer: buffer[:1]),
+    "momentum of another dtype": in_momentum(lambda buffer: buffer.double()),
+    "momentum that is not a tensor": in_momentum(lambda buffer: 0.5),
+    "no momentum": replace({}, "optimizer", "state"),
+    "text as a score": replace("x", "best", "top1"),
+    "text as the best scores": replace("x", "best"),
+    "a list as the teacher's scores": replace([50.0], "teacher_accuracy"),
+    "rows with other columns": other_row,
+    "a row that is not a dictionary": replace([1], "log"),
+    "a missing column": delete("log", 0, "test_top1"),
+    "text in the log": replace("x", "log", 0, "seconds"),
+    "more epochs than rows": replace(2, "epoch"),
+    "text as the epoch": replace("x", "epoch"),
+    "a negative epoch": replace(-1, "epoch"),
+    "no epoch": delete("epoch"),
+    "no scores": delete("best"),
+}
+
+
+@pytest.mark.parametrize("damage", DAMAGE)
+def test_a_damaged_last_pt_is_rejected_in_one_line_and_kept(capsys, monkeypatch, stopped, damage):
+    monkeypatch.setattr(cifar100, "train_batches", None)  # it must not train
+    state = torch.load(stopped / "last.pt", weights_only=True)
+    DAMAGE[damage](state)
+    torch.save(state, stopped / "last.pt")
+    before = (stopped / "last.pt").read_bytes()
+    message = call(capsys, "--student", "resnet8", "--out", stopped, "--resume", code=2)
+    assert message.startswith("error: ")
+    assert message.count("\n") == 1
+    assert (stopped / "last.pt").read_bytes() == before
+
+
+@pytest.mark.parametrize(
+    "edit", [partial(in_config, epochs=2), partial(in_config, w_app=2), partial(in_config, some_new_option=1)]
+)
+def test_a_state_that_is_not_damaged_resumes(capsys, stopped, edit):
+    """So that the tests above do not pass for another reason."""
+    state = torch.load(stopped / "last.pt", weights_only=True)
+    edit()(state)
+    torch.save(state, stopped / "last.pt")
+    assert "epoch   2/2" in call(capsys, "--student", "resnet8", "--out", stopped, "--resume")
