@@ -55,7 +55,7 @@ class Cell:
 
         Raises:
             UserError: the options are invalid, as far as the script can tell without the data; the folder holds a run
-                with other settings, or one whose settings are lost.
+                with other settings, or its settings cannot be read.
         """
         stored = read_config(self.folder)
         if stored is None and read_result(self.folder) and not (self.folder / "last.pt").exists():

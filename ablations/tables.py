@@ -1,4 +1,4 @@
-"""Tables whose rows are trained: the options of their scripts, and the files they write.
+"""Tables of trained networks: the options of their scripts, and the files they write.
 
 A script calls `main` with its rows (rows.py). If it has more to do, it calls `parse_args`, `grid` and `run`.
 """
