@@ -12,11 +12,13 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
+import torch
+
 import cifar100
 import online_kd
 from ablations.cells import Cell, words_of
 from common.fcfd import TERMS
-from common.run.errors import UserError
+from common.run.errors import UserError, user_errors
 from common.run.options import option
 
 PAIRS_L2 = "l2"  # as a weight in a row's settings: the weight that L_func's L2 part has for the pair
@@ -126,6 +128,9 @@ def options_of(row: Row, given: dict[str, Any], teacher: str | None, student: st
         in_use = bool(weights.get(key)) if key.startswith("w_") else mixed or key not in ("num_paths", "positions")
         if in_use and key not in options:
             with contextlib.suppress(UserError):  # the script does not accept the option for this row
-                row.script.parse_args(words_of(options | {key: value}))
+                args = row.script.parse_args(words_of(options | {key: value}))
+                if key.startswith("w_"):  # nor a weight of a term that reads none of the row's paths
+                    with torch.device("meta"), user_errors():
+                        row.script.build_networks(args, num_classes=2)
                 options[key] = value
     return options

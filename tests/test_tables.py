@@ -64,6 +64,11 @@ def test_rows_of_positions_sample_two_paths_at_the_positions_they_name(tmp_path)
     assert all(weights(found[title]) == BASE | APP | FUNC | PRIME for title in ("F^2", "F^3", "F^4"))
 
 
+def test_a_given_weight_goes_only_to_rows_with_a_path_that_the_term_reads(tmp_path):
+    found = {title: c for (title,), c in settings(tmp_path, positions, "resnet32x4-resnet8x4", "--w-func-l2", "3")}
+    assert (found["F^2"]["w_func_l2"], found["F^4"]["w_func_l2"]) == (3, 5)
+
+
 def test_variants_have_the_l2_weight_of_the_pair(tmp_path):
     *_, (_, c) = settings(tmp_path, loss_terms, "resnet56-resnet20")
     assert (c["w_func_l2"], c["w_func_prime_l2"]) == (0.02, 0.02)
