@@ -12,8 +12,6 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
-import torch
-
 import cifar100
 import online_kd
 from ablations.cells import Cell, words_of
@@ -130,7 +128,7 @@ def options_of(row: Row, given: dict[str, Any], teacher: str | None, student: st
             with contextlib.suppress(UserError):  # the script does not accept the option for this row
                 args = row.script.parse_args(words_of(options | {key: value}))
                 if key.startswith("w_"):  # nor a weight of a term that reads none of the row's paths
-                    with torch.device("meta"), user_errors():
+                    with user_errors():
                         row.script.build_networks(args, num_classes=2)
                 options[key] = value
     return options
