@@ -44,7 +44,7 @@ METHODS = {"kd": ("task", "kd"), "app": ("task", "kd", "app"), "fcfd": EQ_9}  # 
 
 
 def parse_args(argv: list[str] | None = None, stored: dict | None = None) -> Namespace:
-    """The command-line options, then those `stored` by the run that is resumed, then the published defaults."""
+    """Parse the options; defaults are those `stored` by the run being resumed, then the published settings."""
     parser = Parser(__doc__)
     add = parser.add_argument
     add("--student", type=name_in(NETWORKS), required=True, metavar="NAME", help=", ".join(NETWORKS))
@@ -74,7 +74,7 @@ def parse_args(argv: list[str] | None = None, stored: dict | None = None) -> Nam
 
     args.out = args.out or f"runs/{run_name(args)}"
     if args.resume and stored is None:
-        # If the run stopped while its teacher was trained, the run starts now, and the teacher's training resumes.
+        # If the run stopped while training its teacher, start the run and resume the teacher's training.
         if not (args.teacher and earlier_runs.only_teacher_begun(Path(args.out), teacher_folder(args))):
             return parse_args(argv, stored_options(args))
         args.resume = False
@@ -106,7 +106,7 @@ def run_name(args: Namespace) -> str:
 
 
 def method_name(args: Namespace) -> str:
-    """The method with what it is combined with: fcfd, kd-dkd, fcfd-dkd-simkd."""
+    """The method and its combinations: fcfd, kd-dkd, fcfd-dkd-simkd."""
     return f"{args.method}{'-dkd' * (args.kd_loss == 'dkd')}{'-simkd' * args.simkd}"
 
 
@@ -117,7 +117,7 @@ def learning_rate(args: Namespace, epoch: int) -> float:
 
 
 def warmed_up(weights: dict[str, float], args: Namespace, epoch: int) -> dict[str, float]:
-    """The weights in this epoch: L2 terms ramp up linearly over the warm-up, which scales down with shorter runs."""
+    """The weights in this epoch. Those of L2 terms ramp up linearly during the warm-up, which shorter runs shorten."""
     warmup = SETTINGS["warmup_epochs"] * min(1, args.epochs / SETTINGS["epochs"])
     factor = min(1.0, (epoch + 1) / warmup)
     return {name: value * factor if TERMS[name].features else value for name, value in weights.items()}
@@ -127,7 +127,7 @@ def warmed_up(weights: dict[str, float], args: Namespace, epoch: int) -> dict[st
 
 
 def build_networks(args: Namespace, num_classes: int):
-    """(student, teacher, bridges, candidate paths, weights by term); None for what the run does not need.
+    """(student, teacher, bridges, candidate paths, weights by term). Teacher and bridges are None if not needed.
 
     Raises:
         ValueError: the networks do not match, or an option is out of range.
@@ -159,7 +159,7 @@ def build_networks(args: Namespace, num_classes: int):
 
 
 def find_teacher(args: Namespace, data: Data) -> str | None:
-    """The teacher's checkpoint: as given, from an earlier run, or trained now; None if --max-minutes passed."""
+    """The teacher's checkpoint: --teacher-ckpt, an earlier run's, or one trained now; None if --max-minutes passed."""
     if args.teacher_ckpt:
         print(f"teacher: {args.teacher_ckpt}")
         return args.teacher_ckpt
@@ -169,7 +169,7 @@ def find_teacher(args: Namespace, data: Data) -> str | None:
 
     folder = teacher_folder(args)
     if (config := earlier_runs.read_config(folder)) and config.get("fingerprint") != data.fingerprint:
-        folder = folder.with_name(f"{folder.name}-{data.fingerprint[:8]}")  # the same name, but other data
+        folder = folder.with_name(f"{folder.name}-{data.fingerprint[:8]}")  # same name, other data
     if folder.resolve() == Path(args.out).resolve():
         raise UserError(f"the teacher is trained first in {folder}: choose another --out")
     shared = ("dataset", "data_dir", "subset", "test_subset", "seed", "device", "amp")
@@ -181,13 +181,13 @@ def find_teacher(args: Namespace, data: Data) -> str | None:
     try:
         teacher_args = parse_args([*teacher_argv, *["--resume"] * (folder / "last.pt").exists()])
         teacher_args.deadline = args.deadline
-        return str(folder / "student.pth") if train(teacher_args, data) else None  # by the loop below
+        return str(folder / "student.pth") if train(teacher_args, data) else None  # train() is below
     except (UserError, LossNotFiniteError) as error:
         raise type(error)(f"(the teacher in {folder}) {error}") from error
 
 
 def teacher_folder(args: Namespace) -> Path:
-    """Where the teacher is trained first: the default folder of that run, next to --out."""
+    """Where to train the teacher first: the default folder of that run, next to --out."""
     alone = {"teacher": None, "student": args.teacher, "epochs": args.teacher_epochs or args.epochs}
     return Path(args.out).parent / run_name(Namespace(**vars(args) | alone))
 

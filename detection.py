@@ -43,14 +43,14 @@ from common.run.types import count, name_in, number, positive, weight
 
 SETTINGS = PUBLISHED["detection"]
 METHODS = {"kd": ("task", "kd"), "app": ("task", "kd", "app"), "fcfd": tuple(TERMS)}  # the terms of each method
-INTERRUPTED = "what was saved is kept; continue with --resume (without it if nothing was)"
+INTERRUPTED = "saved iterations are kept; continue with --resume (without it if none were saved)"
 
 
 # ---------------------------------------------------------------------------------------------------- arguments
 
 
 def parse_args(argv: list[str] | None = None, stored: dict | None = None) -> Namespace:
-    """The options as given, else those `stored` by the run that is resumed, else the published settings."""
+    """Parse the options; defaults are those `stored` by the run being resumed, then the published settings."""
     parser = Parser(__doc__)
     add = parser.add_argument
     add("--data-dir", default="data/coco", metavar="DIR", help="a dataset in COCO's format")
@@ -61,16 +61,16 @@ def parse_args(argv: list[str] | None = None, stored: dict | None = None) -> Nam
     add("--subset", type=count, metavar="N", help="train on N images, spread evenly over the dataset")
     add("--test-subset", type=count, metavar="N", help="test on N images, spread evenly over the dataset")
     sizes = {"type": number(int, 96, 1333), "nargs": "+", "default": SETTINGS["min_size"]}
-    add("--min-size", **sizes, metavar="PIXELS", help="shorter sides in training; the largest is used for testing")
+    add("--min-size", **sizes, metavar="PIXELS", help="shorter sides in training; tests use the largest")
     add("--rois", type=count, default=SETTINGS["rois"], metavar="N", help="proposals per image for the ROI heads")
     add("--workers", type=number(int, 0, 1000), default=default_workers(), metavar="N", help="image readers per rank")
     add("--iterations", type=count, default=SETTINGS["iterations"], metavar="N", help="the schedule scales with it")
     add("--batch-size", type=count, default=SETTINGS["batch_size"], metavar="N", help="of all ranks together")
     add("--lr", type=positive, default=SETTINGS["lr"], help="after the warm-up")
     add("--save-every", type=count, default=1000, metavar="N", help="iterations")
-    add("--eval-every", type=count, default=5000, metavar="N", help="iterations; the last one is always tested")
+    add("--eval-every", type=count, default=5000, metavar="N", help="iterations; also tests after the last one")
     add("--evaluate", metavar="FILE", help="only test this checkpoint of --student")
-    add("--visualize", type=count, metavar="N", help="draw detections in N test images, into boxes/")
+    add("--visualize", type=count, metavar="N", help="draw detections on N test images; saved to boxes/")
     distillation = parser.add_argument_group("distillation")
     add = distillation.add_argument
     add("--method", choices=METHODS, default="fcfd", help="kd: L_task + L_kd; app: adds L_app")
@@ -118,10 +118,10 @@ def learning_rate(args: Namespace, iteration: int) -> float:
 
 
 def build_networks(args: Namespace, data: CocoData, load_weights: bool) -> tuple[FasterRCNN, FasterRCNN | None]:
-    """The student and the frozen teacher or None; `load_weights`: those that training starts from, else random.
+    """(student, frozen teacher or None), with the initial weights of training if `load_weights`, else random.
 
     Raises:
-        UserError: a file or a download fails; the student cannot inherit.
+        UserError: a file is invalid, a download failed, or the student cannot inherit.
     """
     torch.manual_seed(args.seed)  # every method starts from the same student
     n = len(data.categories)
@@ -139,10 +139,10 @@ def build_networks(args: Namespace, data: CocoData, load_weights: bool) -> tuple
 
 
 def load_teacher(teacher: FasterRCNN, args: Namespace, data: CocoData) -> None:
-    """Load --teacher-ckpt, else that of an earlier run next to --out, else torchvision's COCO_V1 for resnet50.
+    """Load --teacher-ckpt, else an earlier run's next to --out, else torchvision's COCO_V1 for resnet50.
 
     Raises:
-        UserError: the file or the download fails; there is no teacher of these classes.
+        UserError: the file is invalid, the download failed, or there is no teacher for these classes.
     """
     parent = Path(args.out).parent
     file = args.teacher_ckpt
@@ -158,7 +158,7 @@ def load_teacher(teacher: FasterRCNN, args: Namespace, data: CocoData) -> None:
         command = f"python detection.py --data-dir {args.data_dir} --student {args.teacher}"
         command += f" --iterations {args.iterations}" + f" --subset {args.subset}" * bool(args.subset)
         command += " --scratch" * args.scratch + f" --out {parent / args.teacher}" * (parent != Path("runs"))
-        raise UserError(f"{error}; give a --teacher-ckpt of these classes, or train one: {command}") from error
+        raise UserError(f"{error}; give a --teacher-ckpt for these classes, or train one: {command}") from error
     print(f"teacher: {file}")
 
 
@@ -166,7 +166,7 @@ def load_teacher(teacher: FasterRCNN, args: Namespace, data: CocoData) -> None:
 
 
 class Step(nn.Module):
-    """Images to loss terms in one forward: DistributedDataParallel all-reduces the gradients of a module's forward."""
+    """Computes the loss terms of a batch in one forward, as DistributedDataParallel requires."""
 
     def __init__(self, args: Namespace, terms: list[str], student: FasterRCNN, teacher: FasterRCNN | None):
         super().__init__()
@@ -181,7 +181,7 @@ class Step(nn.Module):
         return self
 
     def forward(self, images: list[Tensor], targets: list[dict[str, Tensor]]) -> dict[str, Tensor]:
-        """The unweighted terms, and the four losses that the task's consists of."""
+        """The unweighted terms, and the four losses that make up L_task."""
         with torch.autocast(images[0].device.type, self.amp, enabled=self.amp is not None):
             flow = forward_detectors(self.teacher, self.student, self.bridges, images, targets, self.terms)
         parts = {name: loss.detach() for name, loss in flow.task.items()}
@@ -189,7 +189,7 @@ class Step(nn.Module):
 
 
 def train(args: Namespace, device: torch.device) -> None:
-    """Train to the last iteration, or until the time limit."""
+    """Train until the last iteration or the time limit."""
     with Run(args, "detection", unit="iteration") as run:
         data = load_coco(args.data_dir, args.subset, args.test_subset)
         run.check_data(data.fingerprint, len(data.train))
@@ -220,7 +220,7 @@ def train(args: Namespace, device: torch.device) -> None:
         samples = load(BoxedImages(data.train, args.seed), order, args.workers, device)
         stopped, silent = False, None if rank() == 0 else True  # None: show the bar only in a terminal
         for iteration in tqdm(range(first, last + 1), "training", last, initial=first, leave=False, disable=silent):
-            # Test and log what the previous iteration made due. It is saved already, so --resume repeats a failed test.
+            # Test and log one iteration late: its state is already saved, so --resume repeats a failed test.
             tested = iteration % args.eval_every == 0 or iteration == last
             if state["sums"] and (tested or iteration % args.save_every == 0):
                 began = time.monotonic()
@@ -236,7 +236,7 @@ def train(args: Namespace, device: torch.device) -> None:
             began = time.monotonic()
             images, targets = map(list, zip(*next(samples), strict=True))
             waited = time.monotonic() - began
-            # torchvision draws each image's size, and the boxes that the RPN and the ROI head are trained on.
+            # torchvision samples each image's size and the boxes to train the RPN and the ROI head on.
             torch.manual_seed(seed_of(args.seed, iteration, "step", rank()))
             for group in optimizer.param_groups:
                 group["lr"] = learning_rate(args, iteration)
@@ -272,7 +272,7 @@ def train(args: Namespace, device: torch.device) -> None:
 
 
 def evaluate_by_all(net: FasterRCNN, args: Namespace, data: CocoData, device: torch.device) -> dict[str, float | None]:
-    """Average precision on the test images, which the ranks share."""
+    """Average precision on the test images, which are split among the ranks."""
     mine = range(rank(), len(data.test), world_size())
     one_by_one = load(BoxedImages(data.test), [[(0, 0, i)] for i in mine], args.workers, device)
     return evaluate(net, one_by_one, mine, data.truth)
@@ -288,7 +288,7 @@ def evaluate_checkpoint(args: Namespace) -> None:
     if "min_size" not in args.given:
         args.min_size = trained_size(args.evaluate) or args.min_size
     device = open_device(args.device, one_size=False)
-    if args.teacher:  # an earlier run's teacher is recognized by its training images
+    if args.teacher:  # to find an earlier run's teacher by its training images
         data = load_coco(args.data_dir, None, args.test_subset)
     else:
         data = load_coco_test(args.data_dir, args.test_subset)

@@ -1,6 +1,6 @@
 """FCFD on ImageNet (Sec. 3.1, Tab. 2), or on any folder of images: distill a teacher, or train one network alone.
 
-    python imagenet.py --data-dir DIR --teacher resnet34 --student resnet18     torchvision's weights are the teacher
+    python imagenet.py --data-dir DIR --teacher resnet34 --student resnet18     torchvision's weights as teacher
     python imagenet.py --data-dir DIR --student resnet34                        train a network alone
     python imagenet.py --data-dir DIR --student resnet18 --evaluate FILE        test a checkpoint
     torchrun --nproc_per_node=8 imagenet.py ...                                 on eight GPUs
@@ -46,7 +46,7 @@ IMAGE_SIZE = 224
 
 
 def parse_args(argv: list[str] | None = None, stored: dict | None = None) -> Namespace:
-    """The command-line options, then those `stored` by the run that is resumed, then the published defaults."""
+    """Parse the options; defaults are those `stored` by the run being resumed, then the published settings."""
     parser = Parser(__doc__)
     add = parser.add_argument
     add("--data-dir", default="data/imagenet", metavar="DIR", help="holds train/ and val/ or test/")
@@ -106,7 +106,7 @@ def learning_rate(args: Namespace, epoch: int) -> float:
 
 
 def warmed_up(weights: dict[str, float], args: Namespace, epoch: int) -> dict[str, float]:
-    """The weights in this epoch: L2 terms ramp up linearly over the warm-up, which scales down with shorter runs."""
+    """The weights in this epoch. Those of L2 terms ramp up linearly during the warm-up, which shorter runs shorten."""
     warmup = SETTINGS["warmup_epochs"] * min(1, args.epochs / SETTINGS["epochs"])
     factor = min(1.0, (epoch + 1) / warmup)
     return {name: value * factor if TERMS[name].features else value for name, value in weights.items()}
@@ -116,7 +116,7 @@ def warmed_up(weights: dict[str, float], args: Namespace, epoch: int) -> dict[st
 
 
 def build_networks(args: Namespace, num_classes: int):
-    """(student, teacher, bridges, candidate paths, weights by term); None for what the run does not need.
+    """(student, teacher, bridges, candidate paths, weights by term). Teacher and bridges are None if not needed.
 
     Raises:
         ValueError: the networks do not match, or an option is out of range.
@@ -143,7 +143,7 @@ def load_teacher(teacher: StagedNet, args: Namespace, num_classes: int) -> None:
     """Load --teacher-ckpt, or torchvision's weights.
 
     Raises:
-        UserError: the file or the download fails, or has other classes.
+        UserError: the file is invalid or has other classes, or the download failed.
     """
     remedy = f"train one on these images: python imagenet.py --data-dir {args.data_dir} --student {args.teacher}"
     if not args.teacher_ckpt and (num_classes != 1000 or args.teacher == "MobileNetV1"):
@@ -164,7 +164,7 @@ def load_teacher(teacher: StagedNet, args: Namespace, num_classes: int) -> None:
 
 
 class Step(nn.Module):
-    """Images to loss terms in one forward: DistributedDataParallel all-reduces the gradients of a module's forward."""
+    """Computes the loss terms of a batch in one forward, as DistributedDataParallel requires."""
 
     def __init__(self, args: Namespace, terms: list[str], student: StagedNet, teacher: StagedNet | None, bridges):
         super().__init__()
@@ -246,7 +246,7 @@ def train(args: Namespace, device: torch.device) -> None:
 
 
 def evaluate_by_all(net: StagedNet, batches: Iterable, device: torch.device) -> dict[str, float]:
-    """Accuracy on the test images, which the ranks share."""
+    """Accuracy on the test images, which are split among the ranks."""
     return accuracy(all_reduce(count_hits(net, batches).to(device)))
 
 

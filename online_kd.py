@@ -1,14 +1,14 @@
-"""Online distillation (App. F): teacher and student are trained together, both from scratch.
+"""Online distillation (App. F): train teacher and student together, both from scratch.
 
     python online_kd.py --teacher resnet32x4 --student resnet8x4                  FCFD, online
     python online_kd.py --teacher resnet32x4 --student resnet8x4 --method dml     mutual KL on the logits only
     python online_kd.py --teacher resnet32x4 --student resnet8x4 --method kd      the teacher learns on its own
 
-The student's losses are those of Eq. 9 (common/fcfd.py). The teacher adds two: its cross entropy and a KL to the
+The student's losses are those of Eq. 9 (common/fcfd.py). The teacher has two more: its cross entropy and a KL to the
 student. Nothing is frozen. Targets are detached, but a mixed path trains every module it passes through: <k, 1> the
 teacher's later stages, <k, 0> its early ones.
 
-Both networks are saved as files that `cifar100.py` can --evaluate, and take as --teacher-ckpt.
+cifar100.py can --evaluate both saved networks, and use them as --teacher-ckpt.
 """
 
 import math
@@ -73,7 +73,7 @@ METHODS = {  # the terms of each method
 
 
 def parse_args(argv: list[str] | None = None, stored: dict | None = None) -> Namespace:
-    """The command-line options, then those `stored` by the run that is resumed, then the published defaults."""
+    """Parse the options; defaults are those `stored` by the run being resumed, then the published settings."""
     parser = Parser(__doc__)
     add = parser.add_argument
     add("--teacher", type=name_in(NETWORKS), required=True, metavar="NAME", help=", ".join(NETWORKS))
@@ -116,7 +116,7 @@ def learning_rate(args: Namespace, epoch: int) -> float:
 
 
 def warmed_up(weights: dict[str, float], args: Namespace, epoch: int) -> dict[str, float]:
-    """The weights in this epoch: L2 terms ramp up linearly over the warm-up, which scales down with shorter runs."""
+    """The weights in this epoch. Those of L2 terms ramp up linearly during the warm-up, which shorter runs shorten."""
     warmup = SETTINGS["warmup_epochs"] * min(1, args.epochs / SETTINGS["epochs"])
     factor = min(1.0, (epoch + 1) / warmup)
     return {name: value * factor if ONLINE[name].features else value for name, value in weights.items()}
@@ -133,7 +133,7 @@ def build_networks(args: Namespace, num_classes: int):
     Raises:
         ValueError: the networks do not match, or an option is out of range.
     """
-    torch.manual_seed(args.seed)  # the same student starts every method, and cifar100.py
+    torch.manual_seed(args.seed)  # the same initial student for every method and in cifar100.py
     student, teacher = build(args.student, num_classes), build(args.teacher, num_classes)
     weights = {name: getattr(args, f"w_{name}") for name in ONLINE}
     args.positions = sorted(set(args.positions or range(2, student.num_stages)))
@@ -200,7 +200,7 @@ def train(args: Namespace) -> None:
                 teacher_correct = (flow.teacher_logits.argmax(1) == labels).sum()
                 meter.add(len(labels), loss, **terms, correct=correct, teacher_correct=teacher_correct)
             run.finish_steps(meter)  # raises if a loss or a weight is not finite
-            tests = {"student": student, "teacher": teacher}  # each by the statistics of its own pure path
+            tests = {"student": student, "teacher": teacher}  # each with the BatchNorm statistics of its pure path
             tests = {k: evaluate(net, eval_batches(data.test, channels_last=channels_last)) for k, net in tests.items()}
             run.end_epoch(meter, lr, **tests)
 

@@ -1,4 +1,4 @@
-"""The bridges B_st^k and B_ts^k, which map one network's features to the shape of the other's (Sec. 2).
+"""The bridges B_st^k and B_ts^k, which map the features of one network to the shape of the other's (Sec. 2).
 
 A bridge is one convolution and one BatchNorm, followed by a leaky ReLU where the target feature is post-ReLU.
 """
@@ -18,8 +18,8 @@ class Bridges(nn.Module):
     """All bridges of a teacher-student pair.
 
     Attributes:
-        s2t: str(k) -> B_st^k, student to teacher, for k = 2..N. With SimKD the one at N is the identity, since the
-            student projects F^N itself.
+        s2t: str(k) -> B_st^k, student to teacher, for k = 2..N. With SimKD, B_st^N is the identity because the student
+            projects F^N itself.
         t2s: str(k) -> B_ts^k, teacher to student, for the positions of the mixed paths.
     """
 
@@ -38,8 +38,8 @@ def build_bridges(
         positions: where mixed paths <k, 0> leave the teacher; default 2..N-1.
 
     Raises:
-        ValueError: the networks have different numbers of stages, or at some stage sizes that are neither equal
-            nor half nor double.
+        ValueError: the networks have different numbers of stages, or at some stage their sizes are not equal, half or
+            double.
     """
     if teacher.num_stages != student.num_stages:
         raise ValueError(
@@ -61,7 +61,7 @@ def bridge(source: torch.Size, target: torch.Size, post_relu: bool) -> nn.Sequen
     """Sequential(conv, bn[, act]) from features of shape `source` (C, H, W) to `target`, post-ReLU or not.
 
     Raises:
-        ValueError: the sizes are neither equal nor half nor double.
+        ValueError: the sizes are not equal, half or double.
     """
     (c_in, *size_in), (c_out, *size_out) = source, target
     if size_in == size_out:

@@ -1,20 +1,20 @@
 """Function-Consistent Feature Distillation (Sec. 2): the data paths of a training step, and the losses on them.
 
-A network is a chain of stages M^1..M^N, of which M^1 is the stem, and a classifier C. In a training step, images flow
-along
+A network is a chain of stages M^1..M^N, where M^1 is the stem, followed by a classifier C. In a training step, images
+flow along
 
     two pure paths     teacher: F_t^1..F_t^N, logits C_t(F_t^N)       student: F_s^1..F_s^N, logits C_s(F_s^N)
     some mixed paths   <k, 1>:  F_s^k -> bridge B_st^k -> the teacher's stages k+1..N and its classifier
                        <k, 0>:  F_t^k -> bridge B_ts^k -> the student's stages k+1..N and its classifier
 
 Each step samples a set S of mixed paths (|S| = 2 in the paper; see paths.py). `forward_paths` runs the pure and the
-sampled mixed paths. Each loss term is a function of the `Flow` that it returns.
+sampled mixed paths and returns a `Flow`. Each loss term is a function of that `Flow`.
 
-L_app matches the values of features. L_func and L_func' match their function, that is, the output that the rest of a
-network computes from them: the teacher's later stages for L_func, the student's for L_func'.
+L_app matches the values of features. L_func and L_func' match their function: the output that the later stages of a
+network compute from them, the teacher's in L_func and the student's in L_func'.
 
-In every term of Eq. 9 the target is the pure teacher's output, detached in losses.py. Gradients flow through the frozen
-later stages of the teacher into the bridge and the student.
+In every term of Eq. 9 except L_task, the target is a feature or the logits of the pure teacher path, detached in
+losses.py. Gradients flow through the frozen later stages of the teacher into the bridge and the student.
 """
 
 from collections.abc import Callable, Iterable, Mapping
@@ -107,7 +107,7 @@ def forward_paths(
 
 # --------------------------------------------------------------------------------------------------- loss terms
 #
-# Each term is a function of (flow, labels [B], kl) and returns a float32 scalar: the sum over its positions and paths,
+# Each term is a function (flow, labels [B], kl) that returns a float32 scalar: the sum over its positions and paths,
 # not divided by |S|. kl(logits, target) is the KL at the run's temperature, or its replacement, such as DKD.
 
 KL = Callable[[Tensor, Tensor], Tensor]
@@ -168,9 +168,9 @@ def l_func_prime_l2(flow: Flow, labels: Tensor, kl: KL) -> Tensor:
 
 
 class Term(NamedTuple):
-    """One row of TERMS, from which every script derives options, log columns, the warm-up and the candidate paths.
+    """One row of TERMS, from which the scripts derive options, log columns, the warm-up and the candidate paths.
 
-    A term that is not in a script's METHODS has the default weight 0.
+    The default weight of a term is 0 if the chosen method in a script's METHODS does not include it.
     """
 
     function: Callable[[Flow, Tensor, KL], Tensor]
@@ -207,8 +207,8 @@ def fcfd_terms(
         labels: [B], class indices.
         temperature: T, which divides the logits in every KL.
         terms: names in `table`, such as the keys of a dictionary of weights.
-        kd_loss: (logits, target, temperature) -> scalar; compares logits in kd, func_kl and func_prime. Pass another
-            one, such as DKD (App. C.1), to replace KL in all three.
+        kd_loss: (logits, target, temperature) -> scalar; compares logits in kd, func_kl and func_prime. Another
+            loss, such as DKD (App. C.1), replaces KL in all three.
     """
 
     def kl(logits: Tensor, target: Tensor) -> Tensor:
@@ -237,10 +237,10 @@ def plan_paths(
     """(weights of the usable terms, candidate paths that they read, |S|).
 
     Args:
-        weights: by term; those of weight 0, and those that read none of the paths at `positions`, are dropped.
+        weights: by term; terms of weight 0, and terms that read none of the paths at `positions`, are dropped.
         positions: as in `candidate_paths`.
         num_paths: |S|; default 2, or the number of candidates if there are fewer.
-        required: terms that must not be dropped if they have a weight, such as those set on the command line.
+        required: terms that must not be dropped if their weight is not 0, such as those set on the command line.
 
     Raises:
         ValueError: `positions` or `num_paths` is out of range, a required term is dropped, or no term remains.

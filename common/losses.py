@@ -1,4 +1,4 @@
-"""Losses on tensors. All compute in float32, regardless of the precision of their inputs."""
+"""Losses on tensors, all computed in float32 regardless of the precision of their inputs."""
 
 import torch
 import torch.nn.functional as F
@@ -19,7 +19,7 @@ def dkd(
 ) -> Tensor:
     """Decoupled KD (Zhao et al., CVPR 2022), T^2 (tckd * TCKD + nckd * NCKD); `target` is detached. [B, K] each.
 
-    KL(p_t || p_s) = TCKD + (1 - p_t[label]) NCKD, so a confident teacher suppresses what it knows about the other
+    KL(p_t || p_s) = TCKD + (1 - p_t[label]) NCKD, so a confident teacher suppresses the part about the other
     classes. DKD weights the two parts independently. Both are batch means; there is no warm-up.
 
     Args:
@@ -51,8 +51,8 @@ def _decouple(x: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
 def l2(feature: Tensor, target: Tensor, pooled: bool = False) -> Tensor:
     """Squared difference, mean over all elements; `target` is detached. [B, C, H, W] each.
 
-    `pooled` adds the same loss between the features after ReLU and global average pooling, which is what a classifier
-    reads. Every L2 term uses it at the last stage.
+    `pooled` adds the same loss between the features after ReLU and global average pooling, the classifier's
+    input. The L2 terms of Eq. 9 use it at the last stage.
     """
     feature, target = feature.float(), target.detach().float()
     loss = F.mse_loss(feature, target)

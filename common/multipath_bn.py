@@ -1,11 +1,11 @@
 """BatchNorm with shared affine parameters and separate running statistics per input path (Fig. 3).
 
-The later stages of each network process its own features and, on the path that leaves the other network after
-stage k, that network's bridged features. Means and variances differ between paths, so a single set of running
-statistics would fit none of them. Weight and bias are shared by all paths.
+The later stages of each network process its own features and, on the mixed path that leaves the other network after
+stage k, that network's bridged features. Means and variances differ between paths, so one set of running statistics
+would not fit any of them. All paths share weight and bias.
 
     track_paths(net, [2, 3])          # once: adds statistics for paths 2 and 3 to every BatchNorm
-    with on_path(net, 2):             # replaces the network's own statistics with those of path 2
+    with on_path(net, 2):             # uses the statistics of path 2 instead of the network's own
         y = net.stage(3, x)
 
 Works on any module that contains PyTorch BatchNorm layers of any kind.
@@ -43,7 +43,7 @@ def track_paths(net: nn.Module, positions: Iterable[int]) -> None:
 
 @contextmanager
 def on_path(net: nn.Module, k: int, training: bool | None = None) -> Iterator[None]:
-    """Context in which the BatchNorm layers of `net` use and update the statistics of path k instead of their own.
+    """Context manager: the BatchNorm layers of `net` use and update the statistics of path k instead of their own.
 
     The buffers are swapped in and back out, so the layers' forward is unchanged.
 
@@ -81,7 +81,7 @@ def _batch_norms(net: nn.Module) -> list[nn.Module]:
 
 
 def _swap_buffers(layers: list[nn.Module], k: int) -> None:
-    # Swaps whole dictionaries rather than single buffers: this runs for every path in every step.
+    # Swapping whole dictionaries is faster than single buffers, and this runs for every path in every step.
     for layer in layers:
         path = getattr(layer, f"path{k}")
         layer._buffers, path._buffers = path._buffers, layer._buffers

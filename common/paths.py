@@ -1,4 +1,4 @@
-"""The candidate mixed paths <k, delta>, and sampling each step's set S from them (Sec. 2)."""
+"""Candidate mixed paths <k, delta>, and sampling the set S of each step from them (Sec. 2)."""
 
 from collections.abc import Iterable
 from typing import NamedTuple

@@ -16,9 +16,9 @@ SQUEEZE = 2  # the projector's inner convolution has C_t / SQUEEZE channels
 
 
 class SimKDStudent(StagedNet):
-    """A student whose stage N ends with the projector, and whose classifier is the teacher's, the same module.
+    """A student whose stage N ends with the projector, and whose classifier is the teacher's classifier module.
 
-    F^N is the projected feature, post-ReLU, in the teacher's space. `student` is modified: its classifier is removed.
+    F^N is the projected feature, post-ReLU, in the teacher's space. The classifier of `student` is removed in place.
     Earlier stages, `post_relu` and `channels_last` are the student's.
 
     Attributes:
@@ -32,7 +32,7 @@ class SimKDStudent(StagedNet):
         self.num_stages = student.num_stages
         self.post_relu, self.channels_last = student.post_relu, student.channels_last
         own = next(name for name, module in student.named_modules() if module is student.classifier_layer)
-        student.set_submodule(own, nn.Identity())  # neither trained, nor counted, nor saved
+        student.set_submodule(own, nn.Identity())  # not trained, counted or saved
         self.student, self.projector, self.classifier = student, projector, classifier
 
     def stage(self, k: int, x: Tensor) -> Tensor:
@@ -44,12 +44,12 @@ class SimKDStudent(StagedNet):
         return self.classifier
 
     def last_target(self, feature_t: Tensor, projected: Tensor) -> Tensor:
-        """What L_app compares `projected` with: the teacher's F^N after ReLU, average-pooled to the same size."""
+        """The target of L_app for `projected`: the teacher's F^N after ReLU, average-pooled to the same size."""
         return F.adaptive_avg_pool2d(F.relu(feature_t.float()), projected.shape[2:])
 
 
 def build_simkd(student: StagedNet, teacher: StagedNet, image_size: int) -> SimKDStudent:
-    """`student` (modified) with a new projector and the classifier of `teacher`, which they then share."""
+    """`student`, modified in place, with a new projector and the classifier of `teacher`, which both share."""
     shapes_s, shapes_t = (feature_shapes(net, image_size)[net.num_stages] for net in (student, teacher))
     return SimKDStudent(student, projector(shapes_s, shapes_t), teacher.classifier_layer)
 

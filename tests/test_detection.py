@@ -413,7 +413,7 @@ def test_the_error_for_a_teacher_of_other_classes_says_how_to_train_one(tmp_path
     message = run(capsys, *options, "--out", tmp_path / "run", code=2)
     assert message == (
         f"error: {teacher} is a detector for other classes: it lacks 'cat'; give a "
-        "--teacher-ckpt of these classes, or train one: "
+        "--teacher-ckpt for these classes, or train one: "
         f"python detection.py --data-dir {other} --student resnet18 --iterations 180000 --scratch "
         f"--out {tmp_path / 'resnet18'}\n"
     )
@@ -461,7 +461,7 @@ def test_a_killed_run_keeps_what_was_saved(tmp_path, folder, sent, code):
         os.killpg(process.pid, sent)
         message = process.communicate(timeout=60)[1]
         assert process.returncode == code
-    expected = "interrupted: what was saved is kept; continue with --resume (without it if nothing was)\n"
+    expected = "interrupted: saved iterations are kept; continue with --resume (without it if none were saved)\n"
     assert message == (expected if code > 0 else "")
     assert torch.load(tmp_path / "run" / "last.pt", weights_only=True)["iteration"] >= 1
 

@@ -364,7 +364,7 @@ def test_a_damaged_image_ends_the_run(tmp_path, capsys):
 @pytest.mark.parametrize(
     ("target", "sent", "code", "expected"),
     [
-        ("a worker", signal.SIGKILL, 2, "error: a data loader worker died"),
+        ("a worker", signal.SIGKILL, 2, "error: a DataLoader worker died"),
         ("all", signal.SIGTERM, 143, "interrupted: "),
         ("all", signal.SIGINT, 130, "interrupted: "),
     ],

@@ -1,1 +1,1 @@
-"""Datasets: CIFAR and small image folders in device memory, large image folders read by data loader workers."""
+"""Datasets: CIFAR and small image folders in device memory, large image folders read by DataLoader workers."""

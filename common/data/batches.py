@@ -1,7 +1,7 @@
-"""Datasets kept on the training device as uint8 and augmented there, a batch at a time.
+"""Datasets kept on the training device as uint8 and augmented there, one batch at a time.
 
-The augmentation has the distribution of torchvision's RandomCrop(32, padding=4) and RandomHorizontalFlip per image.
-Image order and augmentation depend only on (seed, epoch), so a resumed run gets the batches of an uninterrupted one.
+The augmentation is equivalent to torchvision's RandomCrop(32, padding=4) and RandomHorizontalFlip on each image. Image
+order and augmentation depend only on (seed, epoch), so a resumed run sees the same batches as an uninterrupted one.
 """
 
 from collections.abc import Iterator
@@ -70,7 +70,7 @@ def train_batches(
     for i in range(0, n, batch_size):
         batch = slice(i, i + batch_size)
         index = order[batch]
-        # A single gather selects, crops and flips the images.
+        # One gather selects, crops and flips the images.
         images = data.padded[index[:, None, None], rows[batch, :, None], columns[batch, None, :]]
         yield normalize(images, channels_last), data.labels[index]
 
@@ -91,5 +91,5 @@ def normalize(images: Tensor, channels_last: bool = False, mean: tuple = MEAN, s
 
 @cache
 def _moments(device: torch.device, mean: tuple, std: tuple) -> tuple[Tensor, Tensor]:
-    """Cached on the device: copying them for every batch would synchronize."""
+    """Mean and std, cached on the device: copying them for every batch would synchronize."""
     return torch.tensor(mean, device=device), torch.tensor(std, device=device)

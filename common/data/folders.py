@@ -36,7 +36,7 @@ def image_folders(
     """List <split>/<class>/* for each split; the test split is the first of `test_names` that exists.
 
     Raises:
-        UserError: a split is missing or empty, or their classes differ.
+        UserError: a split is missing or empty, or the splits have different classes.
     """
     folders = []
     for split in splits:
@@ -82,6 +82,6 @@ def open_rgb(path: str) -> Image.Image:
         if image.mode in ("I", "F"):
             raise ValueError("its 32-bit pixels have an unknown range")
         return image.convert("RGB")
-    except Exception as error:  # decoders raise all kinds of exceptions on damaged files
+    except Exception as error:  # decoders raise many kinds of exceptions on damaged files
         name = path.replace("\n", "\\n")
         raise UserError(f"cannot read the image {name} ({error}): remove or replace it") from error

@@ -1,4 +1,4 @@
-"""Datasets too large for memory, read from image files by data loader workers in every epoch.
+"""Datasets too large for memory: DataLoader workers read the image files in every epoch.
 
 Augmentation depends only on (seed, epoch, index) and the order only on (seed, epoch), so neither the number of workers
 nor resuming changes the batches. Each rank reads its shard of every global batch.
@@ -103,7 +103,7 @@ class ImageFiles(Dataset):
         with warnings.catch_warnings(), torch.random.fork_rng(devices=[]):
             warnings.simplefilter("ignore")  # PIL warns about unusual but readable files
             image = open_rgb(path)
-            if self.seed is not None:  # torchvision's transforms draw from PyTorch's global generator
+            if self.seed is not None:  # torchvision's transforms use PyTorch's global generator
                 torch.default_generator.manual_seed(seed_of(self.seed, epoch, "augmentation", index))
             try:
                 image = self.transform(image)
@@ -116,8 +116,8 @@ class ImageFiles(Dataset):
 class Shard:
     """Batch sampler of one rank: lists of (epoch, index), every `world_size`-th image of each global batch.
 
-    The last batch is dropped if a rank would get only one image: BatchNorm cannot normalize a single value per channel,
-    which is what the last feature maps have at 32 pixels.
+    The last batch is dropped if a rank would get fewer than two images: BatchNorm cannot normalize a single value per
+    channel, and the last feature maps of 32-pixel images are 1x1.
     """
 
     n: int
@@ -186,7 +186,7 @@ class DeviceBatches:
         self.waited = 0.0
         batches, events = iter(self.loader), []
         while True:
-            if self.device.type == "cuda":  # keep the host from running ahead, or `waited` would count busy device time
+            if self.device.type == "cuda":  # if the host ran ahead, `waited` would count busy device time
                 events.append(torch.cuda.Event(blocking=True))  # sleeps instead of spinning: workers need the cores
                 events[-1].record()
                 if len(events) > 1:
@@ -203,7 +203,7 @@ class DeviceBatches:
 def ignore_interrupts(_worker: int) -> None:
     """worker_init_fn: ignore Ctrl-C, which the terminal sends to every process; the main process ends its workers.
 
-    A worker that handled it would wait until its batches are fetched, and PyTorch five seconds for each worker.
+    A worker that handled it would wait for its batches to be fetched, and PyTorch would wait five seconds per worker.
     """
     for name in ("SIGINT", "SIGHUP"):
         if hasattr(signal, name):

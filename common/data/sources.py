@@ -1,4 +1,4 @@
-"""Loading CIFAR, an image folder or the synthetic dataset into host memory as 32x32 RGB images."""
+"""Loads CIFAR, an image folder or the synthetic dataset into host memory as 32x32 RGB images."""
 
 import hashlib
 import http.client
@@ -24,7 +24,7 @@ def load_data(name: str, directory: str | Path, subset: int | None = None, test_
         subset, test_subset: number of training and test images to keep, balanced over the classes.
 
     Raises:
-        UserError: the directory or a subset size is invalid.
+        UserError: the data is missing or invalid, or a subset size is out of range.
     """
     (train, test), classes = _load(name, directory, {"train": subset, "test": test_subset})
     digest = hashlib.sha256("\n".join(classes).encode(errors="surrogateescape"))
@@ -34,10 +34,10 @@ def load_data(name: str, directory: str | Path, subset: int | None = None, test_
 
 
 def load_test(name: str, directory: str | Path, test_subset: int | None = None) -> tuple[ImageSet, list[str]]:
-    """Load only the test split and the class names. A "folder" needs no train/.
+    """Load only the test split and the class names. A "folder" does not need train/.
 
     Raises:
-        UserError: the directory or the subset size is invalid.
+        UserError: the data is missing or invalid, or the subset size is out of range.
     """
     [test], classes = _load(name, directory, {"test": test_subset})
     return test, classes
@@ -83,10 +83,10 @@ def _cifar(name: str, directory: Path, splits: Iterable[str]) -> tuple[list[tupl
 
 
 def balanced_subset(labels: np.ndarray, count: int | None, num_classes: int, option: str) -> np.ndarray:
-    """Sorted indices of `count` images (None: all), the first of each class and as balanced as possible.
+    """Sorted indices of `count` images (None: all): the first ones of each class, as balanced as possible.
 
     Raises:
-        UserError: `count` is less than the number of classes or more than that of images; the message names `option`.
+        UserError: `count` is below the number of classes or above the number of images; the message names `option`.
     """
     if count is None:
         return np.arange(len(labels))

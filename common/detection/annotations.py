@@ -1,4 +1,4 @@
-"""Reads an annotation file in COCO format (instances_*.json), checks it and packs it into arrays."""
+"""Reads and checks an annotation file in COCO format (instances_*.json), and packs it into arrays."""
 
 import json
 import os
@@ -20,12 +20,12 @@ class Annotations:
 
     file: Path
     categories: dict[int, str]  # id -> name, sorted by id
-    names: list[str]  # [n], the images' files, relative to `folder`
+    names: list[str]  # [n], image files, relative to `folder`
     sizes: np.ndarray  # [n, 2], width and height in pixels
     image: np.ndarray  # [m], index of the image
     label: np.ndarray  # [m], 1..K: the category's position in `categories`
     box: np.ndarray  # [m, 4], float64: x, y, width, height in pixels
-    area: np.ndarray  # [m], float64, square pixels: of the object's mask if the file has it, else of the box
+    area: np.ndarray  # [m], float64, square pixels: of the object's mask if given, else of the box
     crowd: np.ndarray  # [m], bool: it covers many objects
 
     @property
@@ -50,7 +50,7 @@ class Annotations:
 
     @property
     def overhanging(self) -> np.ndarray:
-        """[m], bool: usable, but part of the box is outside the image, by more than rounding."""
+        """[m], bool: usable, but part of the box is outside the image by more than rounding error."""
         return self.usable & (np.abs(self.edges - self.clipped) > 0.5).any(1)
 
 

@@ -1,4 +1,4 @@
-"""Visualizes detections: an image with the ground truth and with the boxes of each detector, side by side."""
+"""Visualizes detections: an image with the ground truth and each detector's boxes, side by side."""
 
 import os
 import warnings
@@ -23,9 +23,9 @@ COLOURS = ["#0072B2", "#E69F00", "#009E73", "#D55E00", "#CC79A7", "#56B4E9", "#F
 
 @torch.no_grad()
 def draw_found(folder: Path, nets: dict[str, FasterRCNN], split: Split, classes: list[str], n: int) -> None:
-    """Write pictures of `n` images, evenly spaced over the split, to `folder`, named by index and file of the image.
+    """Draw boxes on `n` images, evenly spaced over the split, and save them as <index>-<file name>.png in `folder`.
 
-    Boxes with a score below MIN_SCORE are left out. Leaves the nets in evaluation mode.
+    Boxes with a score below MIN_SCORE are omitted. Leaves the nets in evaluation mode.
 
     Args:
         nets: the detectors, by panel title.

@@ -1,12 +1,12 @@
 """Datasets in COCO format.
 
-    DIR/train2017/*.jpg                            any names that the annotations list
+    DIR/train2017/*.jpg                            file names as in the annotations
     DIR/val2017/*.jpg
     DIR/annotations/instances_train2017.json       images, annotations, categories
     DIR/annotations/instances_val2017.json
 
-Any folder with an instances_train*.json and an instances_val*.json works; the images of each are in the folder named by
-what follows "instances_". The categories, sorted by id, are classes 1..K.
+Any folder with an instances_train*.json and an instances_val*.json works; the text after "instances_" names the folder
+of its images. The categories, sorted by id, are classes 1..K.
 
 As in torchvision's reference training on COCO, training skips crowd boxes, images without annotations, and images
 whose boxes are all at most one pixel wide or high; an image with only crowds is kept, without boxes. Testing uses every
@@ -29,7 +29,7 @@ from .detectors import MAX_SIZE
 
 @dataclass
 class Split:
-    """Images and their boxes without crowds, in a few arrays whose memory is shared by worker processes."""
+    """Images and their boxes without crowds, in a few arrays whose memory worker processes share."""
 
     files: np.ndarray  # [n], paths as bytes
     sizes: np.ndarray  # [n, 2], width and height in pixels
@@ -63,10 +63,10 @@ class CocoData:
 
 
 def load_coco(directory: str | Path, subset: int | None = None, test_subset: int | None = None) -> CocoData:
-    """Read both splits; a `subset` is that many images, evenly spaced over the file.
+    """Read both splits, or `subset` and `test_subset` images of them, evenly spaced over the file.
 
     Raises:
-        UserError: the folder, the annotations or the numbers are invalid.
+        UserError: the folder, the annotations or a subset size is invalid.
     """
     train, test = (_read(Path(directory), split) for split in ("train", "val"))
     if train.categories != test.categories:
@@ -147,7 +147,7 @@ def evenly_spaced(n: int, count: int) -> np.ndarray:
 
 
 def _of_images(source: Annotations, kept: np.ndarray, wanted: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Indices of the wanted annotations of images `kept`, in their order, and each one's image index in `kept`."""
+    """Indices of the `wanted` annotations of images `kept`, in the order of `kept`, and their image's index in it."""
     new = np.full(len(source.names), -1)
     new[kept] = np.arange(len(kept))
     rows = np.flatnonzero(wanted & (new[source.image] >= 0))

@@ -8,15 +8,15 @@ from torchvision.models.detection import FasterRCNN
 from torchvision.models.detection.backbone_utils import BackboneWithFPN, resnet_fpn_backbone
 from torchvision.ops import FrozenBatchNorm2d
 
-LEVELS = ("0", "1", "2", "3", "pool")  # of the FPN, as torchvision names them: strides 4, 8, 16, 32 and 64
-ROI_LEVELS = LEVELS[:4]  # those that the ROI heads read
+LEVELS = ("0", "1", "2", "3", "pool")  # of the FPN, with torchvision's names: strides 4, 8, 16, 32 and 64
+ROI_LEVELS = LEVELS[:4]  # read by the ROI heads
 CHANNELS = 256  # of each level
 MAX_SIZE = 1333  # pixels: the limit of an image's longer side after resizing
 
 
 def _resnet(name: str) -> Callable[[type[nn.Module], bool], BackboneWithFPN]:
     def build(norm: type[nn.Module], frozen: bool) -> BackboneWithFPN:
-        trainable = 3 if frozen else 5  # of stem and layer1..4, counted from the last
+        trainable = 3 if frozen else 5  # the last of stem and layer1..4
         return resnet_fpn_backbone(backbone_name=name, weights=None, norm_layer=norm, trainable_layers=trainable)
 
     return build

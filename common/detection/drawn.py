@@ -2,7 +2,7 @@
 
 Cluttered images of 96 to 256 pixels with up to six objects of four classes, which overlap and vary in size, pose,
 texture and color. The clutter consists of small shapes with other outlines, which are not annotated. Some images are
-empty, and some have a crowd: many small objects of one class in one box. Results on it say nothing about photos.
+empty, and some have a crowd: many small objects of one class in one box. Results on it do not transfer to photos.
 """
 
 import io
@@ -48,7 +48,7 @@ def draw(split: str, number: int) -> tuple[Image.Image, list[dict]]:
     for _ in range(rng.integers(6, 15)):
         paint(rng.choice(CLUTTER), random_point(0), rng.uniform(3, 9))
     kind = rng.choice(["objects", "crowd", "empty"], p=[0.88, 0.07, 0.05])
-    annotations, placed = [], []  # placed: (center, radius) of what must stay visible
+    annotations, placed = [], []  # placed: (center, radius) of objects and crowds
     if kind == "crowd":
         name, middle = rng.choice(CLASSES), random_point(30)
         for _ in range(rng.integers(9, 15)):
@@ -62,7 +62,7 @@ def draw(split: str, number: int) -> tuple[Image.Image, list[dict]]:
             if all(np.hypot(*(center - other)) > 0.75 * (radius + r) for other, r in placed):
                 break
         else:
-            continue  # there is no space for it
+            continue  # no space for it
         name = rng.choice(CLASSES)
         paint(name, center, radius, index=len(annotations))
         annotations.append({"category_id": CLASSES.index(name) + 1, "iscrowd": 0})
@@ -78,13 +78,13 @@ def draw(split: str, number: int) -> tuple[Image.Image, list[dict]]:
 
 
 def write(directory: Path, images: dict[str, int]) -> None:
-    """Write that many images per split as DIR/<split>/*.jpg and DIR/annotations/instances_<split>.json.
+    """Write `images[split]` images as DIR/<split>/*.jpg and DIR/annotations/instances_<split>.json.
 
     Raises:
-        UserError: the folder already exists, or a number is not above 0.
+        UserError: the folder already exists, or a number is not positive.
     """
     if min(images.values()) < 1:
-        raise UserError(f"--train {images['train']} --val {images['val']}: both must be above 0")
+        raise UserError(f"--train {images['train']} --val {images['val']}: both must be positive")
     if directory.exists():
         raise UserError(f"{directory} already exists: choose a new folder, or remove it")
     for split, n in images.items():
@@ -94,7 +94,7 @@ def write(directory: Path, images: dict[str, int]) -> None:
         for i in range(n):
             image, annotations = draw(split, i)
             name = f"{i:012}.jpg"
-            image.save(jpeg := io.BytesIO(), "JPEG", quality=92)  # PIL, writing to a file, does not report a full disk
+            image.save(jpeg := io.BytesIO(), "JPEG", quality=92)  # writing to a file, PIL does not report a full disk
             (directory / split / name).write_bytes(jpeg.getvalue())
             content["images"].append({"id": i, "file_name": name, "width": image.width, "height": image.height})
             for annotation in annotations:
@@ -117,7 +117,7 @@ def main(argv: list[str] | None = None) -> int:
         given = parser.given(argv)
         write(given["directory"], {split: given.get(split, n) for split, n in SPLITS.items()})
 
-    return exit_code(script, interrupted="the dataset is incomplete, remove its folder")
+    return exit_code(script, interrupted="the dataset is incomplete; remove its folder")
 
 
 if __name__ == "__main__":

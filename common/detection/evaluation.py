@@ -17,21 +17,21 @@ METRICS = ("AP", "AP50", "AP75", "APs", "APm", "APl")  # in the order of pycocot
 
 
 def require_pycocotools() -> None:
-    """Raise a UserError if pycocotools is missing: better before training than after it."""
+    """Raise a UserError if pycocotools is missing. Called before training, not at the first test."""
     try:
         import pycocotools.cocoeval  # noqa: F401
-    except Exception as error:  # a build for another NumPy fails in other ways
+    except Exception as error:  # a build for another NumPy raises other errors
         raise UserError(f"detection.py needs pycocotools ({error}): pip install -r requirements-extra.txt") from error
 
 
 def evaluate(
     net: FasterRCNN, batches: Iterable[list[Sample]], indices: list[int], truth: dict[str, list[dict[str, Any]]]
 ) -> dict[str, float | None]:
-    """METRICS in percent, on every rank; None if the images have no such object. Leaves the net in evaluation mode.
+    """METRICS in percent, on every rank; None if no object has that size. Leaves the net in evaluation mode.
 
     Args:
-        batches: of this rank. With one image per batch, results do not depend on the sizes of other images.
-        indices: the index in `truth` of each of their images.
+        batches: this rank's. With one image per batch, results do not depend on the sizes of other images.
+        indices: the index of each of their images in `truth`.
         truth: the whole test split (CocoData.truth).
     """
     device = next(net.parameters()).device
@@ -61,7 +61,7 @@ def average_precision(found: Tensor, truth: dict[str, list[dict[str, Any]]]) -> 
     results = truth | {"annotations": [_annotation(i, row) for i, row in enumerate(found.tolist(), 1)]}
     indexed = []
     with contextlib.redirect_stdout(io.StringIO()):  # pycocotools prints every step
-        for dataset in (truth, results):  # without its loadRes, which fails if there are no detections
+        for dataset in (truth, results):  # not with loadRes, which fails if there are no detections
             indexed.append(COCO())
             indexed[-1].dataset = dataset
             indexed[-1].createIndex()
@@ -70,7 +70,7 @@ def average_precision(found: Tensor, truth: dict[str, list[dict[str, Any]]]) -> 
         evaluation.accumulate()
         evaluation.summarize()
     metrics = dict(zip(METRICS, evaluation.stats.tolist(), strict=False))  # average recalls follow
-    return {name: 100 * value if value >= 0 else None for name, value in metrics.items()}  # -1: no such object
+    return {name: 100 * value if value >= 0 else None for name, value in metrics.items()}  # -1: no objects of that size
 
 
 def _annotation(i: int, row: list[float]) -> dict[str, Any]:

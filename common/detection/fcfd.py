@@ -1,18 +1,18 @@
-"""FCFD for two-stage detectors with a feature pyramid (App. D, Eqs. 11-19): the forward passes and losses of a step.
+"""FCFD for two-stage detectors with a feature pyramid (App. D, Eqs. 11-19): forward passes and losses of a step.
 
 A detector is a backbone with a feature pyramid network (FPN), which computes five levels of features; an RPN, which
 proposes boxes on them; and an ROI head, which reads four of the levels inside each proposal and outputs class logits
-and box offsets. The levels thus take the role of the stages' features, and the ROI head that of the later stages and
-the classifier. On the same proposals R (also their number), those sampled for the student's own training, a step
+and box offsets. The levels take the role of stage features, and the ROI head that of the later stages and the
+classifier. R denotes the proposals sampled to train the student's own ROI head, and their number. On these, each step
 computes
 
     two pure outputs     teacher levels -> teacher ROI head      student levels -> student ROI head
     two mixed outputs    student levels -> s2t bridges -> teacher ROI head
                          teacher levels -> t2s bridges -> student ROI head
 
-All four are computed in every step: no paths are sampled, since there is only one position to switch networks at. ROI
-heads have no BatchNorm, so per-path statistics are not needed. In every term except the task's, the target is the
-teacher's own levels or output, detached (in common/losses.py).
+All four are computed in every step: with only one position to switch networks, no paths are sampled. ROI heads have no
+BatchNorm, so they need no per-path statistics. In every term except task, the target is the teacher's own
+levels or output, detached in common/losses.py.
 """
 
 from collections.abc import Iterable
@@ -29,7 +29,7 @@ from ..losses import kl, l2
 from .detectors import CHANNELS, LEVELS, ROI_LEVELS
 
 TERMS = ("task", "kd", "app", "func", "func_prime")
-TASK_LOSSES = ("loss_objectness", "loss_rpn_box_reg", "loss_classifier", "loss_box_reg")  # as torchvision names them
+TASK_LOSSES = ("loss_objectness", "loss_rpn_box_reg", "loss_classifier", "loss_box_reg")  # torchvision's names
 Levels = dict[str, Tensor]  # level -> [B, 256, H, W]
 
 
@@ -56,12 +56,12 @@ class Flow:
 
 
 def level_bridges(terms: Iterable[str] = TERMS) -> Bridges:
-    """The bridges that these terms need: a 3x3 convolution without bias, and BatchNorm.
+    """The bridges that `terms` need, each a 3x3 convolution without bias and a BatchNorm.
 
-    There is no activation because FPN levels are linear outputs. ROI heads do not read the fifth level: its s2t bridge
-    serves only L_app, and it has no t2s bridge.
+    There is no activation because FPN levels are linear outputs. ROI heads do not read the fifth level: only L_app
+    uses its s2t bridge, and it has no t2s bridge.
     """
-    shape = torch.Size((CHANNELS, 1, 1))  # any size, the same on both sides
+    shape = torch.Size((CHANNELS, 1, 1))  # any size, as both networks have the same
     s2t = LEVELS if "app" in terms else ROI_LEVELS if "func" in terms else ()
     t2s = ROI_LEVELS if "func_prime" in terms else ()
     return Bridges(*({level: bridge(shape, shape, post_relu=False) for level in levels} for levels in (s2t, t2s)))
@@ -122,8 +122,8 @@ def detection_terms(flow: Flow, temperature: float = 1.0, terms: Iterable[str] =
     place of stages and ROI heads in place of classifiers:
 
     app: L2 between the bridged student level and the teacher's, summed over all five levels.
-    kd, func, func_prime: `distance` between the teacher's own output and the student's own, that of the teacher's ROI
-        head on the student's levels, and that of the student's ROI head on the teacher's levels.
+    kd, func, func_prime: `distance` from the teacher's own output to the student's own (kd), to that of the teacher's
+        ROI head on the student's levels (func), and to that of the student's ROI head on the teacher's (func_prime).
     """
     target = flow.teacher_answer
     compute = {
@@ -139,7 +139,7 @@ def detection_terms(flow: Flow, temperature: float = 1.0, terms: Iterable[str] =
 def distance(answer: Answer, target: Answer, temperature: float = 1.0) -> Tensor:
     """KL of the class logits, averaged over proposals, plus L2 of the box offsets, averaged over all elements.
 
-    Only offsets of the K classes are used. torchvision's ROI head also has four for the background, which are neither
-    trained nor read.
+    Only offsets of the K classes are used. torchvision's ROI head also has four for the background, which are not
+    trained or used.
     """
     return kl(answer.logits, target.logits, temperature) + l2(answer.offsets[:, 4:], target.offsets[:, 4:])

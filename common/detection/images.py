@@ -1,7 +1,7 @@
 """Images of a COCO-format dataset with their boxes, read by worker processes in batches of similar shape.
 
 The order is seeded by (seed, epoch) and the flips by (seed, iteration, position in the batch), so neither the number of
-workers nor resuming in the middle of an epoch changes anything: no image is skipped or repeated within an epoch.
+workers nor resuming in the middle of an epoch changes the batches.
 """
 
 import os
@@ -28,9 +28,9 @@ Key = tuple[int, int, int]
 
 
 class BoxedImages(Dataset):
-    """Key -> a sample of arrays, the image uint8 as in its file, randomly flipped if `seed` is given.
+    """Maps a Key to a sample of NumPy arrays, the image uint8 as in its file, randomly flipped if `seed` is given.
 
-    Arrays, since each tensor sent by a worker takes a file descriptor, and these run out.
+    Not tensors: each tensor that a worker sends takes a file descriptor, and these can run out.
     """
 
     def __init__(self, split: Split, seed: int | None = None):
@@ -40,7 +40,7 @@ class BoxedImages(Dataset):
         iteration, position, i = key
         path = os.fsdecode(self.split.files[i])
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # PIL's, about odd but readable files
+            warnings.simplefilter("ignore")  # PIL warns about unusual but readable files
             image = np.array(open_rgb(path))
         width, height = self.split.sizes[i].tolist()
         if image.shape[:2] != (height, width):
@@ -59,13 +59,13 @@ class BoxedImages(Dataset):
 def batches(
     split: Split, batch_size: int, seed: int, first: int, last: int, rank: int = 0, world: int = 1
 ) -> Iterator[list[Key]]:
-    """The share of one rank, of `world`, in the batches of iterations first..last - 1.
+    """One rank's share, of `world`, of the batches of iterations first..last - 1.
 
-    Either all or none of a batch's images are taller than wide, which keeps the padding small. Each epoch has its own
-    order. Images that do not fill a batch at the end of an epoch are carried over to the next one.
+    A batch has only portrait images or none, which keeps the padding small. Each epoch has its own order. Images that
+    do not fill a batch at the end of an epoch are carried over to the next one.
 
     Args:
-        batch_size: over all ranks.
+        batch_size: total over all ranks.
     """
     tall = split.sizes[:, 1] > split.sizes[:, 0]
 

@@ -1,6 +1,6 @@
-"""Files that detection.py writes to --out besides last.pt, and its console output; compare common/run/folder.py.
+"""Files that detection.py writes to --out besides last.pt, and its console output. See also common/run/folder.py.
 
-The state counts iterations. The log has one row per scheduled checkpoint, with METRICS if the detector was tested.
+Progress is counted in iterations. The log has one row per --save-every or test, with METRICS if it is a test.
 """
 
 import sys
@@ -18,7 +18,7 @@ from .fcfd import TASK_LOSSES, TERMS
 
 
 def save(run: Run) -> None:
-    """Replace last.pt, from which all other files can be written."""
+    """Replace last.pt, from which all other files are derived."""
     broadcast_buffers(run.networks.values())
     run.state["sums"] = all_reduce_mean(run.state["sums"], run.device)
     run.check_weights(f"in iteration {run.state['iteration']}")
@@ -28,7 +28,7 @@ def save(run: Run) -> None:
 def publish(run: Run) -> None:
     """Write every file except last.pt; those of the best iteration only if it is the last one.
 
-    run.state holds, besides what every run's does, "iteration" (how many are done), "best" (an iteration and its
+    In addition to the keys of every run, run.state has "iteration" (how many are done), "best" (an iteration and its
     METRICS, {} before the first test) and "classes".
     """
     if rank() > 0:
@@ -61,7 +61,7 @@ def publish(run: Run) -> None:
 
 
 def add_row(state: dict[str, Any], lr: float, accuracy: dict[str, float | None], seconds: float) -> None:
-    """Turn the state's "sums" into a row of its log, and update its "best" if `accuracy` (METRICS, or {}) is better.
+    """Append the state's "sums" to its log as a row, and update its "best" if `accuracy` (METRICS, or {}) is better.
 
     Args:
         lr: of the last iteration.
@@ -118,5 +118,5 @@ def report(state: dict[str, Any]) -> None:
 
 
 def in_words(tested: dict[str, Any]) -> str:
-    """METRICS as text, with a dash if the test images have no such object."""
+    """METRICS as text, with a dash for None."""
     return ", ".join(f"{name} {'-' if tested[name] is None else f'{tested[name]:.2f}'}" for name in METRICS)

@@ -34,11 +34,11 @@ def load_backbone(net: FasterRCNN, name: str, file: str | Path | None) -> None:
 
 
 def load_detector(net: FasterRCNN, file: str | Path, name: str, categories: dict[int, str]) -> None:
-    """Load a detector of this project or of torchvision strictly, whether its BatchNorm was frozen or not.
+    """Strictly load a detector saved by this project or torchvision, with frozen or ordinary BatchNorm.
 
-    If the file names its classes, those in `categories` (id -> name, in the order of their labels) are selected by
-    name. Otherwise its classes must be those of the data, or numbered by category id, as in torchvision's training, and
-    are selected by id.
+    If the file has class names, those in `categories` (id -> name, in the order of their labels) are selected by name.
+    Otherwise its classes must be those of the data, or indexed by category id as in torchvision's training, and are
+    selected by id.
 
     Raises:
         UserError: the file is invalid.
@@ -51,14 +51,14 @@ def load_detector(net: FasterRCNN, file: str | Path, name: str, categories: dict
     if missing := [key for key in PREDICTOR if not weights.get(key, torch.tensor(0)).ndim]:
         raise OtherNetworkError(f"{file} is not a {name} detector: it lacks {missing[0]}")
     rows = len(weights[PREDICTOR[0]])  # one per class, the background first
-    if rows and not any(len(weights[key]) % rows for key in PREDICTOR):  # else load_weights reports the fault
+    if rows and not any(len(weights[key]) % rows for key in PREDICTOR):  # else load_weights reports the mismatch
         names = content.get("classes")
         weights = _take_classes(weights, _labels(names if isinstance(names, list) else [], rows, file, categories))
     load_weights(net, weights, file, name)
 
 
 def _labels(names: list[str], rows: int, file: str | Path, categories: dict[int, str]) -> list[int]:
-    """The labels that the data's classes have in a file with `rows` rows in its last layers and, perhaps, names."""
+    """Labels of the data's classes in a file whose last layers have `rows` rows; `names`, its classes, may be empty."""
     if len(names) == rows - 1 == len(set(map(str, names))):
         if unknown := [name for name in categories.values() if name not in names]:
             raise OtherNetworkError(f"{file} is a detector for other classes: it lacks {unknown[0]!r}")
@@ -73,7 +73,7 @@ def _labels(names: list[str], rows: int, file: str | Path, categories: dict[int,
 
 
 def _take_classes(weights: dict[str, Tensor], labels: Iterable[int]) -> dict[str, Tensor]:
-    """The weights reduced to the background and the classes `labels`, in this order."""
+    """The weights restricted to the background and the classes `labels`, in this order."""
     rows = torch.tensor([0, *labels])
     count = len(weights[PREDICTOR[0]])  # the last layers have one row per class, or four
     return weights | {key: weights[key].unflatten(0, (count, -1))[rows].flatten(0, 1) for key in PREDICTOR}
@@ -86,7 +86,7 @@ def _convert_epsilon(weights: dict[str, Tensor]) -> dict[str, Tensor]:
 
 
 def trained_size(file: str | Path) -> list[int] | None:
-    """The sizes that the detector in `file` was trained and tested at (`min_sizes` of build_detector), if it has them.
+    """The `min_sizes` (see build_detector) that the detector in `file` was trained with; None if the file has none.
 
     Raises:
         UserError: as `load`.

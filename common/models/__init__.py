@@ -1,6 +1,6 @@
 """Staged networks, by name. A family is imported when one of its networks is built.
 
-Parameter names are those of the CIFAR checkpoints that the field shares, and torchvision's for ImageNet's ResNets.
+Parameter names match the widely used CIFAR checkpoints and, for the ImageNet ResNets, torchvision's.
 """
 
 from importlib import import_module

@@ -35,7 +35,7 @@ class InvertedResidual(nn.Module):
 
 
 class MobileNetV2(StagedNet):
-    """Stages: conv1 | blocks 0-1 | 2 | 3-4 | 5-6 and conv2. Only stage 2 starts with a ReLU: blocks end linearly."""
+    """Stages: conv1 | blocks 0-1 | 2 | 3-4 | 5-6 and conv2. Only stage 2 starts with a ReLU: blocks end without one."""
 
     num_stages = 5
     post_relu = False

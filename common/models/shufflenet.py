@@ -73,7 +73,7 @@ class ShuffleV1(StagedNet):
 
 
 class ShuffleV2Block(nn.Module):
-    """Half of the channels pass through, the other half is transformed; post-ReLU input and output."""
+    """Passes half of the channels through and transforms the other half; post-ReLU input and output."""
 
     def __init__(self, channels: int):
         super().__init__()
@@ -94,7 +94,7 @@ class ShuffleV2Block(nn.Module):
 
 
 class ShuffleV2Down(nn.Module):
-    """Two branches, each on all input channels with stride 2; post-ReLU input and output."""
+    """Two branches of stride 2, each on all input channels; post-ReLU input and output."""
 
     def __init__(self, c_in: int, c_out: int):
         super().__init__()

@@ -1,4 +1,4 @@
-"""The network interface of FCFD: N stages and a classifier (Sec. 2)."""
+"""The interface of networks in FCFD: N stages and a classifier (Sec. 2)."""
 
 from abc import ABC, abstractmethod
 
@@ -31,7 +31,7 @@ class StagedNet(nn.Module, ABC):
     @property
     @abstractmethod
     def classifier_layer(self) -> nn.Module:
-        """The linear layer [B, C_N] -> [B, num_classes], whose attribute name depends on the network."""
+        """The linear layer [B, C_N] -> [B, num_classes]; its attribute name depends on the network."""
 
     def classify(self, feature: Tensor) -> Tensor:
         """C: F^N [B, C_N, H_N, W_N] -> logits [B, num_classes]. Its ReLU is a no-op on post-ReLU features."""

@@ -9,7 +9,7 @@ from .staged import StagedNet, init_fan_out
 
 
 class PreActBlock(nn.Module):
-    """Twice BN, ReLU and a 3x3 convolution, and a shortcut; pre-BN input and output."""
+    """BatchNorm, ReLU and a 3x3 convolution, twice, and a shortcut; pre-BatchNorm input and output."""
 
     def __init__(self, c_in: int, c_out: int, stride: int):
         super().__init__()

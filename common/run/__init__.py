@@ -1,1 +1,1 @@
-"""What scripts do besides training: command line, output folder, checkpoints, devices, torchrun."""
+"""Everything around training: command line, output folder, checkpoints, devices, torchrun."""

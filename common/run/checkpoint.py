@@ -1,4 +1,4 @@
-"""Checkpoints: atomic writes, safe loading, and the formats in which published checkpoints come."""
+"""Checkpoints: atomic writes, safe loading, and the formats of published checkpoints."""
 
 import argparse
 import contextlib
@@ -17,7 +17,7 @@ from torch import nn
 from .errors import OtherNetworkError, UserError
 
 STATE_DICT_KEYS = ("model", "state_dict", "net", "model_state_dict")  # in order of preference
-# Harmless types that published checkpoints contain besides the weights and that weights_only loading must allow.
+# Harmless types in published checkpoints, besides the weights, that weights_only loading must allow.
 SAFE_GLOBALS = [
     argparse.Namespace,
     (np._core.multiarray.scalar, "numpy.core.multiarray.scalar"),
@@ -28,7 +28,7 @@ SAFE_GLOBALS = [
 
 
 def write_atomically(path: Path, write: Callable[[IO[bytes]], Any]) -> None:
-    """Replace `path` with what `write` writes to an open file. A kill at any time leaves the old or new file intact.
+    """Replace `path` by calling `write` on an open file. A kill at any time leaves either the old or the new file.
 
     Raises:
         UserError: the file cannot be written (missing folder, no permission, full disk); the old file is kept.
@@ -49,7 +49,7 @@ def write_atomically(path: Path, write: Callable[[IO[bytes]], Any]) -> None:
 
 
 def save(obj: Any, path: Path) -> None:
-    """Atomic torch.save. It goes through memory, since torch.save to a file masks a full disk and Ctrl-C."""
+    """Atomic torch.save, through memory: torch.save to a file masks errors such as a full disk or Ctrl-C."""
     buffer = io.BytesIO()
     torch.save(obj, buffer)
     write_atomically(path, lambda file: file.write(buffer.getbuffer()))
@@ -64,17 +64,17 @@ def load(path: str | Path) -> Any:
     path = Path(path)
     try:
         with warnings.catch_warnings(), torch.serialization.safe_globals(SAFE_GLOBALS):
-            warnings.simplefilter("ignore")  # about old formats, which load anyway
+            warnings.simplefilter("ignore")  # about old formats, which still load
             return torch.load(path, map_location="cpu", weights_only=True)
     except FileNotFoundError as error:
         raise UserError(f"there is no checkpoint {path}: check the path") from error
     except OSError as error:
-        raise UserError(f"cannot read {path} ({error}): name a readable checkpoint file") from error
+        raise UserError(f"cannot read {path} ({error}): give a readable checkpoint file") from error
     except pickle.UnpicklingError as error:
         reason = "is damaged or contains objects that would execute code when unpickled (nothing was run)"
         raise UserError(f"{path} {reason}: use another copy, or one saved as a plain state dict") from error
-    except Exception as error:  # torch.load raises all kinds of exceptions on damaged files
-        raise UserError(f"{path} is not a valid checkpoint, it may be truncated: use another copy") from error
+    except Exception as error:  # torch.load raises many kinds of exceptions on damaged files
+        raise UserError(f"{path} is not a valid checkpoint (it may be truncated): use another copy") from error
 
 
 def load_network(net: nn.Module, path: str | Path, name: str) -> None:
@@ -109,8 +109,8 @@ def load_weights(net: nn.Module, weights: dict[str, torch.Tensor], path: str | P
     """Load the weights read from the file `path` strictly into the network `name`.
 
     Raises:
-        UserError: the weights are a SimKD student's (common/simkd.py) and `net` is a plain network.
-        OtherNetworkError: the weights are of another network or number of classes.
+        UserError: the weights are those of a SimKD student (common/simkd.py), but `net` is a plain network.
+        OtherNetworkError: the weights are for another network or number of classes.
     """
     if any(key.startswith("projector.") for key in weights) and not hasattr(net, "projector"):
         raise UserError(f"{path} is a SimKD student, not a plain network: use --evaluate with --simkd and --teacher")

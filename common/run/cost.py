@@ -1,4 +1,4 @@
-"""What SimKD adds to the student's cost at inference."""
+"""The inference cost that SimKD adds to a student."""
 
 import torch
 from torch import nn
@@ -17,7 +17,7 @@ def inference_cost(net: nn.Module, image_size: int) -> tuple[int, int]:
 
 
 def added_cost(student: str, teacher: str, num_classes: int, image_size: int) -> list[tuple[int, int]]:
-    """`inference_cost` of a student without and with SimKD, by network names; allocates and draws nothing."""
+    """`inference_cost` of a student without and with SimKD, by network name; runs on the meta device."""
     with torch.device("meta"):
         net = build(student, num_classes)
         alone = inference_cost(net, image_size)

@@ -26,7 +26,7 @@ def open_device(name: str, one_size: bool = True) -> torch.device:
 
     Args:
         one_size: whether all batches except an epoch's last have the same size. If so, cuDNN benchmarks its algorithms,
-            which it would repeat for every new size.
+            which it would have to repeat for every new size.
 
     Raises:
         UserError: the device does not exist.

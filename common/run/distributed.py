@@ -56,7 +56,7 @@ def all_reduce_mean(values: dict[str, float], device: torch.device) -> dict[str,
 
 
 def broadcast_buffers(nets: Iterable[nn.Module]) -> None:
-    """Copy rank 0's buffers to every rank: BatchNorm statistics differ, since each rank has its own images."""
+    """Copy rank 0's buffers to every rank: BatchNorm statistics differ because each rank has its own images."""
     if dist.is_initialized():
         for net in nets:
             for buffer in net.buffers():

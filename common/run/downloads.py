@@ -13,7 +13,7 @@ def torchvision_weights(name: str, version: str, option: str = "--teacher-ckpt")
     """Path of torchvision's weights for the network `name`, downloaded into PyTorch's cache if needed.
 
     Args:
-        option: the command line option that takes a local file instead, for the error message.
+        option: the command-line option for a local file, named in the error message.
 
     Raises:
         UserError: the download failed or the file is damaged.

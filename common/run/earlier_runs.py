@@ -1,4 +1,4 @@
-"""Earlier runs: finding a trained network, and reading what a run left in its folder."""
+"""Earlier runs: finding a trained network, and reading the files of a run."""
 
 import glob
 import re
@@ -11,13 +11,13 @@ import yaml
 def find_network(
     parent: Path, network: str, fingerprint: str, length: int, unit: str = "epoch", metric: str = "top1"
 ) -> Path | None:
-    """student.pth of a finished run that trained `network` alone on the same data, in a subfolder of `parent`.
+    """The student.pth of a finished run that trained `network` alone on the same data, in a subfolder of `parent`.
 
     Prints why a run of that network cannot be used.
 
     Args:
-        length: how many `unit`s it must have been trained for.
-        metric: a key of the scores in its result.json.
+        length: the number of `unit`s that it must have been trained for.
+        metric: a key of the accuracies in its result.json.
     """
     for folder in sorted(path.parent for path in parent.glob("*/config.yaml")):
         config, result = read_config(folder), read_result(folder, unit, metric)
@@ -38,7 +38,7 @@ def find_network(
 
 
 def only_teacher_begun(out: Path, folder: Path) -> bool:
-    """Whether the run in `out` stopped while its teacher was trained first, in `folder` or `folder`-<hash>."""
+    """Whether the run in `out` stopped while training its teacher in `folder` or `folder`-<hash>."""
     folders = [folder, *folder.parent.glob(f"{glob.escape(folder.name)}-*")]
     return not (out / "last.pt").exists() and any(map(is_unfinished, folders))
 
@@ -50,7 +50,7 @@ def is_unfinished(folder: Path) -> bool:
 
 
 def series(runs: Iterable[Path]) -> dict[str, list[Path]]:
-    """Group runs whose folder names differ only in the seed, by their common name; duplicates count once."""
+    """Group runs whose folder names differ only in the seed, by their common name; duplicates are removed."""
     runs = list(dict.fromkeys(run.resolve() for run in runs))
     several = len({run.parent for run in runs}) > 1
     groups: dict[str, list[Path]] = {}
@@ -61,15 +61,15 @@ def series(runs: Iterable[Path]) -> dict[str, list[Path]]:
 
 
 def read_config(folder: Path) -> dict | None:
-    """The config.yaml of a run, None if it cannot be read."""
+    """The config.yaml of a run; None if it cannot be read."""
     return _read(folder / "config.yaml")
 
 
 def read_result(folder: Path, unit: str = "epoch", metric: str = "top1") -> dict | None:
-    """The result.json of a run, None if it cannot be read."""
+    """The result.json of a run; None if it cannot be read."""
     result = _read(folder / "result.json") or {}
     accuracies = [result.get(key) for key in ("last", "best", "teacher")]
-    accuracies = accuracies if result.get("teacher") else accuracies[:2]  # None: there is none
+    accuracies = accuracies if result.get("teacher") else accuracies[:2]  # None without a teacher
     whole = all(isinstance(each, dict) and isinstance(each.get(metric), float | int) for each in accuracies)
     return result if whole and {unit, f"{unit}s", "teacher", "seconds"} <= result.keys() else None
 
@@ -77,6 +77,6 @@ def read_result(folder: Path, unit: str = "epoch", metric: str = "top1") -> dict
 def _read(path: Path) -> dict | None:
     try:
         content = yaml.safe_load(path.read_text())  # JSON is YAML too
-    except Exception:  # a damaged file can raise anything
+    except Exception:  # damaged files raise many kinds of exceptions
         return None
     return content if isinstance(content, dict) else None

@@ -18,12 +18,12 @@ class UserError(ValueError):
 
 
 class OtherNetworkError(UserError):
-    """A checkpoint is of another network or number of classes."""
+    """A checkpoint is for another network or number of classes."""
 
 
 @contextlib.contextmanager
 def user_errors() -> Iterator[None]:
-    """Turn a ValueError raised inside, such as by building networks that do not fit, into a UserError."""
+    """Turn a ValueError raised inside, such as for networks that do not match, into a UserError."""
     try:
         yield
     except UserError:
@@ -33,7 +33,7 @@ def user_errors() -> Iterator[None]:
 
 
 class LossNotFiniteError(ArithmeticError):
-    """Training cannot continue; earlier checkpoints are good. Exit code 1."""
+    """Training cannot continue; earlier checkpoints are valid. Exit code 1."""
 
 
 class Terminated(KeyboardInterrupt):
@@ -44,7 +44,7 @@ received_signals: list[int] = []
 
 
 def raise_if_signaled() -> None:
-    """Raise Terminated if a signal's exception was lost: Python ignores those raised in a fork hook."""
+    """Raise Terminated if a signal's exception was lost: Python ignores exceptions raised in a fork hook."""
     if received_signals:
         raise Terminated(received_signals[0])
 
@@ -63,7 +63,7 @@ def exit_code(
     Args:
         interrupted: the message after an interrupt.
         rank: the rank of this process (common/run/distributed.py); only rank 0 prints to stdout.
-        smaller: what saves memory besides a smaller batch, for the out-of-memory message.
+        smaller: another way to save memory than a smaller batch, for the out-of-memory message.
     """
     sys.stdout = open(os.devnull, "w") if rank or not sys.stdout else sys.stdout  # noqa: SIM115  it may be closed
     sys.stderr = sys.stderr or open(os.devnull, "w")  # noqa: SIM115
@@ -109,7 +109,7 @@ def _diagnose(error: BaseException, interrupted: str, smaller: str) -> tuple[int
         case RuntimeError() | MemoryError() if out_of_memory:
             return 2, f"error: out of memory: try a smaller --batch-size, or {smaller}"
         case RuntimeError() if "DataLoader worker (pid" in text:
-            return 2, "error: a data loader worker died, perhaps from lack of (shared) memory: try fewer --workers"
+            return 2, "error: a DataLoader worker died, possibly out of (shared) memory: try fewer --workers"
         case RuntimeError() if dist.is_initialized() and (isinstance(error, dist.DistError) or "gloo" in text):
             return 1, f"error: another process of this job died: see its message; {interrupted}"
     return None, ""
@@ -118,8 +118,8 @@ def _diagnose(error: BaseException, interrupted: str, smaller: str) -> tuple[int
 def _report(message: str, rank: int) -> None:
     message = message.replace("\n", "\\n")  # in file names, for example
     if rank:
-        # An error on all ranks is reported by rank 0; torchrun then kills this process while it sleeps. An error on
-        # this rank only is printed after the wait.
+        # Rank 0 reports an error that occurs on all ranks; torchrun then kills this process while it sleeps. An error
+        # on this rank only is printed after the sleep.
         signal.signal(signal.SIGTERM, signal.SIG_DFL)
         time.sleep(10)
     print(f"(rank {rank}) {message}" if rank else message, file=sys.stderr, flush=True)
@@ -127,7 +127,7 @@ def _report(message: str, rank: int) -> None:
 
 @contextlib.contextmanager
 def _signal_handlers() -> Iterator[None]:
-    """Raise Terminated on SIGINT, SIGTERM and SIGHUP, except those ignored so far, as SIGHUP is under nohup."""
+    """Raise Terminated on SIGINT, SIGTERM and SIGHUP, except for ignored signals, such as SIGHUP under nohup."""
 
     def terminate(number, _):
         _ignore_worker_exits()
@@ -148,6 +148,6 @@ def _signal_handlers() -> Iterator[None]:
 
 
 def _ignore_worker_exits() -> None:
-    # When a DataLoader worker dies, PyTorch's handler raises wherever this process is; from now on they may die.
+    # PyTorch's handler raises in this process when a DataLoader worker dies, which is expected from now on.
     if threading.current_thread() is threading.main_thread() and hasattr(signal, "SIGCHLD"):
         signal.signal(signal.SIGCHLD, lambda *_: None)

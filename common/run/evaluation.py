@@ -17,7 +17,7 @@ def evaluate(net: nn.Module, batches: Iterable[tuple[Tensor, Tensor]]) -> dict[s
 
 @torch.no_grad()
 def count_hits(net: nn.Module, batches: Iterable[tuple[Tensor, Tensor]]) -> Tensor:
-    """int64 [top-1 correct, top-5 correct, images] on the batches' device. Counts of several shards can be summed."""
+    """int64 [top-1 correct, top-5 correct, images] on the batches' device. Counts of shards can be added."""
     net.eval()
     counts = torch.zeros(3, dtype=torch.int64)
     for images, labels in batches:

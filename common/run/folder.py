@@ -1,13 +1,13 @@
-"""A run's output folder: its lock, and the files that others read.
+"""A run's output folder: its lock and its files.
 
 last.pt is the source of truth and is replaced atomically. All other files are derived from it and can be rewritten:
 
-config.yaml     every setting, resolved           student.pth, student_best.pth   plain networks to share
+config.yaml     every setting, resolved           student.pth, student_best.pth   plain networks
 log.csv         one row per epoch                 best.pt                         last.pt of the best epoch
 result.json     best and last accuracy
 
-If the teacher is trained too there are teacher.pth and teacher_best.pth, and its values have names that start with
-"teacher_".
+If the teacher is trained too, there are also teacher.pth and teacher_best.pth, and the names of its values in the log
+and the result start with "teacher_".
 """
 
 import contextlib
@@ -33,7 +33,7 @@ try:
 except ImportError:  # Windows
     fcntl = None
 
-PREFIX = {"student": "", "teacher": "teacher_"}  # of the values of a trained network, in the log and the result
+PREFIX = {"student": "", "teacher": "teacher_"}  # of a trained network's values in the log and the result
 
 
 @contextlib.contextmanager
@@ -41,7 +41,7 @@ def open_folder(out: Path, resume: bool) -> Iterator[None]:
     """Create the folder if needed and lock it. On exit, remove folders created here that are still empty.
 
     Raises:
-        UserError: it holds a run and `resume` is off; another process uses it; it cannot be created or written to.
+        UserError: it holds a run and `resume` is off, another process uses it, or it cannot be created or written to.
     """
     created = [folder for folder in (out, *out.parents) if not folder.exists()]
     try:
@@ -63,9 +63,9 @@ def open_folder(out: Path, resume: bool) -> Iterator[None]:
 
 @contextlib.contextmanager
 def locked(folder: Path) -> Iterator[None]:
-    """Keep other processes out of `folder` until the context, or this process, ends.
+    """Keep other processes out of `folder` until the context or this process ends.
 
-    The lock is on the folder itself: no lock file is left behind. Windows and file systems without flock have none.
+    The lock is on the folder itself, without a lock file. There is no lock on Windows and file systems without flock.
 
     Raises:
         UserError: another process holds the lock.
@@ -90,7 +90,7 @@ def read_state(out: Path, script: str, unit: str) -> dict[str, Any]:
     """The content of last.pt.
 
     Args:
-        unit: what the run counts its progress in, "epoch" or "iteration".
+        unit: of the run's progress, "epoch" or "iteration".
 
     Raises:
         UserError: it is missing or damaged, or belongs to another script.
@@ -142,11 +142,11 @@ def check_like(stored: Any, own: Any) -> None:
 def publish(out: Path, state: dict[str, Any], networks: dict[str, dict[str, torch.Tensor]]) -> None:
     """Write every file but last.pt.
 
-    `best.pt` and a network's file of the best epoch are written only if the last epoch is the best one; otherwise they
-    were written before.
+    `best.pt` and the networks' `*_best.pth` are written only if the last epoch is the best one. Otherwise those of the
+    best epoch are still there.
 
     Args:
-        networks: plain state dicts by role, "student" and perhaps "teacher".
+        networks: plain state dicts by role, "student" and optionally "teacher".
     """
     log = state["log"]
     for role, model in networks.items():
@@ -168,7 +168,7 @@ def keep_as_best(out: Path) -> None:
 
 
 def write_tables(out: Path, log: list[dict], config: dict, result: dict) -> None:
-    """Write log.csv, config.yaml and result.json; all rows of the log have the same keys."""
+    """Write log.csv, config.yaml and result.json. All rows of the log must have the same keys."""
     table = io.StringIO()
     writer = csv.DictWriter(table, log[0] if log else [])
     writer.writeheader()
@@ -183,7 +183,7 @@ def write_tables(out: Path, log: list[dict], config: dict, result: dict) -> None
 
 
 def result_of(state: dict[str, Any]) -> dict[str, Any]:
-    """The content of result.json: accuracies on the test set in percent, seconds, commit, torch, device."""
+    """The content of result.json: test accuracies in percent, seconds, commit, PyTorch version, device, ranks."""
     log = state["log"]
     accuracies = {}
     for prefix in PREFIX.values():
@@ -202,7 +202,7 @@ def result_of(state: dict[str, Any]) -> dict[str, Any]:
 
 
 def made_with(device: torch.device) -> dict[str, str]:
-    """The commit of this source tree ("+": with uncommitted changes; "unknown": not in git), torch, and the device."""
+    """The commit ("+": with uncommitted changes; "unknown": not in git), the PyTorch version and the device."""
     describe = ["describe", "--always", "--abbrev=40", "--dirty=+", "--exclude=*"]
     try:
         command = ["git", "-C", str(Path(__file__).parent), *describe]
@@ -214,7 +214,7 @@ def made_with(device: torch.device) -> dict[str, str]:
 
 
 def print_epoch(state: dict[str, Any]) -> None:
-    """Print one line about the epoch that was just finished."""
+    """Print one line about the epoch that just finished."""
     row, epochs = state["log"][-1], state["config"]["epochs"]
     teacher = f"teacher {row['teacher_test_top1']:.2f} %  " if "teacher_test_top1" in row else ""
     waiting = f", {row['waiting_percent']:.0f} % of the time waiting for data" if "waiting_percent" in row else ""

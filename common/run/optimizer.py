@@ -10,8 +10,8 @@ def sgd(parameters: Iterable[nn.Parameter] | list[dict], lr: float, **options) -
     """torch.optim.SGD, fused on CUDA, with momentum buffers initialized to zero; takes the same arguments.
 
     A parameter without a gradient, such as a bridge whose path was not sampled, is not updated: no weight decay, no
-    momentum. PyTorch creates momentum buffers at the first gradient, with the same results; but fused SGD fails if a
-    parameter gets its first gradient later than others, and keeps uninitialized memory if the first step overflows.
+    momentum. PyTorch creates momentum buffers at the first gradient. The results are the same, but fused SGD fails if a
+    parameter gets its first gradient later than others, and leaves buffers uninitialized if the first step overflows.
     """
     parameters = list(parameters)
     first = parameters[0]["params"][0] if isinstance(parameters[0], dict) else parameters[0]

@@ -1,4 +1,4 @@
-"""Command-line options: those that scripts share, and those stored by the run that is resumed."""
+"""Command-line options: those that scripts share, and those stored by the run being resumed."""
 
 import argparse
 import math
@@ -29,13 +29,13 @@ class _HelpFormatter(argparse.RawDescriptionHelpFormatter):
 
 
 class Parser(argparse.ArgumentParser):
-    """An argument parser that knows which options were given, and that raises UserError instead of exiting."""
+    """An argument parser that records which options were given, and raises UserError instead of exiting."""
 
     def __init__(self, description: str):
         super().__init__(description=description, formatter_class=_HelpFormatter, allow_abbrev=False)
 
     def add_data_options(self) -> None:
-        """What `load_data` in common/data/sources.py takes."""
+        """The arguments of `load_data` in common/data/sources.py."""
         add = self.add_argument_group("data").add_argument
         add("--dataset", choices=("cifar100", "cifar10", "folder", "synthetic"), default="cifar100", help="images")
         add("--data-dir", default="data", metavar="DIR", help="for 'folder' it holds train/ and test/ or val/")
@@ -43,9 +43,9 @@ class Parser(argparse.ArgumentParser):
         add("--test-subset", type=count, metavar="N", help="test on N images, balanced over the classes")
 
     def add_run_options(self, unit: str = "epoch") -> None:
-        """Device, precision, output folder and time limit; a run can be stopped after each `unit`."""
+        """Seed, device, precision, output folder and time limit; a run can stop after each `unit`."""
         add = self.add_argument_group("run").add_argument
-        add("--seed", type=count_or_zero, default=1, metavar="N", help="of everything random")
+        add("--seed", type=count_or_zero, default=1, metavar="N", help="for all random numbers")
         add("--device", default=default_device(), help="cpu, cuda, cuda:N or mps")
         add("--amp", choices=AMP, help="precision of autocast (default: fp16 on CUDA, else off)")
         add("--out", metavar="DIR", help="default: a folder under runs/ named after the settings")
@@ -53,9 +53,9 @@ class Parser(argparse.ArgumentParser):
         add("--max-minutes", type=positive, metavar="M", help=f"stop after the {unit} in which M minutes have passed")
 
     def parse(self, argv: list[str] | None, stored: dict[str, Any] | None = None) -> Namespace:
-        """The options as given, else as `stored` by the run that is resumed, else their defaults.
+        """Parse the options; defaults are those `stored` by the run being resumed, then the parser's own.
 
-        Adds `given`, the names of the options that were given, and `deadline`, in terms of time.monotonic().
+        Adds `given`, the names of the options in `argv`, and `deadline`, on the clock of time.monotonic().
 
         Raises:
             UserError: a given option contradicts the stored one, or a stored one is invalid.
@@ -71,14 +71,14 @@ class Parser(argparse.ArgumentParser):
             if name in stored and name not in MAY_CHANGE and not _same(actions[name], value, stored[name]):
                 raise UserError(
                     f"cannot resume with other settings: {option(name)} is {value} and was {stored[name]}; "
-                    "use what the run began with, or choose another --out"
+                    "use the original settings, or choose another --out"
                 )
         args = Namespace(**{name: action.default for name, action in actions.items()} | stored | given)
         args.given = set(given)
         if "amp" in actions:
             set_defaults(args, amp="fp16" if args.device.startswith("cuda") else "off")
         if "max_minutes" in actions:
-            args.max_minutes = given.get("max_minutes")  # a stored limit applied to the interrupted run
+            args.max_minutes = given.get("max_minutes")  # a stored limit applies only to the interrupted run
             args.deadline = time.monotonic() + 60 * (args.max_minutes or math.inf)
         return args
 
@@ -93,14 +93,14 @@ class Parser(argparse.ArgumentParser):
 
 
 def set_defaults(args: Namespace, **defaults: Any) -> None:
-    """Set each of these options that is still None."""
+    """Set those of these options that are still None."""
     for name, value in defaults.items():
         if getattr(args, name) is None:
             setattr(args, name, value)
 
 
 def settings_of(args: Namespace) -> dict[str, Any]:
-    """What config.yaml holds: every setting, without options such as --resume that only concern one call."""
+    """The settings stored in config.yaml: all options except those of a single call, such as --resume."""
     return {name: value for name, value in vars(args).items() if name not in NOT_SETTINGS}
 
 
@@ -114,7 +114,7 @@ def default_device() -> str:
 
 
 def _valid(action: argparse.Action, value: Any) -> Any:
-    """A stored value, checked as if it had been typed.
+    """A stored value, checked like one from the command line.
 
     Raises:
         UserError: it is out of range or of another type.

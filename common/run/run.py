@@ -1,4 +1,4 @@
-"""The bookkeeping of a training loop: resuming, metrics, the log, checkpoints, the time limit. It never calls back.
+"""The bookkeeping of a training loop: resuming, metrics, the log, checkpoints and the time limit.
 
 with Run(args) as run:                              # locks --out; with --resume, reads last.pt
     run.track(student=student, optimizer=optimizer) # what last.pt holds; with --resume, restores it
@@ -47,7 +47,7 @@ class Meter:
         self.images += images
 
     def read(self, waited: float | None = None) -> None:
-        """Sum over all ranks, and copy to the host. `waited`: seconds this rank waited for data, if known."""
+        """Sum over all ranks and copy to the host. `waited`: seconds that this rank waited for data, if known."""
         device = self.first_bad.device
         totals = all_reduce(torch.stack([value.float() for value in self.sums.values()])).tolist()
         self.sums = dict(zip(self.sums, totals, strict=True))
@@ -63,10 +63,10 @@ class Run:
     """One run in args.out, which is locked while this is used as a context manager.
 
     Args:
-        args: the resolved options. They are saved with the run, so what is derived later can still be set.
-        script: last.pt remembers it, and only the same script resumes the run.
+        args: the resolved options. Every save stores them, including values set later.
+        script: stored in last.pt; only the same script can resume the run.
         columns: loss terms that have a column in the log even if they are not used.
-        unit: what progress is counted in, "epoch" or "iteration".
+        unit: of progress, "epoch" or "iteration".
 
     Attributes:
         state: the content of last.pt, on every rank. Only rank 0 reads and writes files.
@@ -92,25 +92,25 @@ class Run:
         self.context.__exit__(*error)
 
     def check_data(self, fingerprint: str, images: int) -> None:
-        """Remember the hash of the data, and check that it suits the run.
+        """Store the hash of the data, and check that the data fits the run.
 
         Raises:
-            UserError: the resumed run or rank 0 has other data; there are fewer training `images` than in a batch.
+            UserError: the resumed run or rank 0 has other data, or there are fewer training `images` than in a batch.
         """
         stored = self.state["config"].get("fingerprint") if self.resumed else fingerprint
         if stored != fingerprint:
             raise UserError(
-                f"cannot resume with other data (its fingerprint is {fingerprint} and was {stored}): use the data the "
-                "run began with, or choose another --out"
+                f"cannot resume with other data (its fingerprint is {fingerprint} and was {stored}): use the "
+                "original data, or choose another --out"
             )
         if broadcast(fingerprint) != fingerprint:
-            raise UserError(f"{self.args.data_dir} differs from that of rank 0: copy the same images to every machine")
+            raise UserError(f"{self.args.data_dir} differs from rank 0's: copy the same images to every machine")
         if self.args.batch_size > images:
             raise UserError(f"--batch-size {self.args.batch_size}: there are only {images} training images")
         self.fingerprint = fingerprint
 
     def track(self, **parts: nn.Module | torch.optim.Optimizer | torch.amp.GradScaler | None) -> None:
-        """Name what last.pt holds besides the log; None is left out. When resuming, restore it.
+        """Register what last.pt holds besides the log, by name; None is skipped. When resuming, restore it.
 
         Raises:
             UserError: last.pt does not fit these parts.
@@ -126,10 +126,10 @@ class Run:
             except (KeyError, RuntimeError, ValueError, TypeError, AttributeError) as error:
                 raise UserError(f"{self.out / 'last.pt'} does not fit this run: choose another --out") from error
             for group in self.parts["optimizer"].param_groups:
-                group["fused"] = self.device.type == "cuda"  # the run may have begun on another device
+                group["fused"] = self.device.type == "cuda"  # the run may have started on another device
         self.state["config"] = self.config()
         if self.resumed and self.unit == "epoch":
-            self.publish()  # a kill may have come between last.pt and the other files
+            self.publish()  # the run may have been killed between writing last.pt and the other files
         if self.device.type == "cuda":
             torch.cuda.reset_peak_memory_stats(self.device)
 
@@ -139,7 +139,7 @@ class Run:
         return script | settings_of(self.args) | {"fingerprint": self.fingerprint}
 
     def epochs(self) -> Iterator[int]:
-        """The epochs that are left, counted from 0; ends early once --max-minutes have passed."""
+        """The remaining epochs, counted from 0; stops early once --max-minutes have passed."""
         total = self.args.epochs
         for epoch in range(self.state["epoch"], total):
             yield epoch
@@ -151,10 +151,10 @@ class Run:
             report(self.state)
 
     def finish_steps(self, meter: Meter, waited: float | None = None) -> None:
-        """Read the meter, and give all ranks the same BatchNorm statistics.
+        """Read the meter, and broadcast rank 0's BatchNorm statistics.
 
         Raises:
-            LossNotFiniteError: a loss or a weight is not finite. What was saved before is kept.
+            LossNotFiniteError: a loss or a weight is not finite. Earlier checkpoints are kept.
         """
         broadcast_buffers(self.networks.values())
         meter.read(waited)
@@ -172,7 +172,7 @@ class Run:
         """Add a row to the log, save everything and print a line.
 
         Args:
-            tested: the accuracy of each trained network, "student" or "teacher", as from `evaluate`.
+            tested: the result of `evaluate` for each trained network, "student" or "teacher".
         """
         epoch = self.state["epoch"] + 1
         means = {name: total / meter.steps for name, total in meter.sums.items() if not name.endswith("correct")}
@@ -210,7 +210,7 @@ class Run:
 
 
 def stored_options(args: Namespace, script: str = "cifar100", unit: str = "epoch") -> dict[str, Any]:
-    """The settings of the run in args.out, which --resume continues; read by rank 0.
+    """The settings of the run to resume in args.out, read by rank 0.
 
     Raises:
         UserError: as `read_state`.
@@ -220,5 +220,5 @@ def stored_options(args: Namespace, script: str = "cifar100", unit: str = "epoch
 
 
 def peak_memory(device: torch.device) -> float | str:
-    """The most MiB that PyTorch allocated on a GPU; "" elsewhere."""
+    """Peak GPU memory allocated by PyTorch in MiB; "" on other devices."""
     return torch.cuda.max_memory_allocated(device) / 2**20 if device.type == "cuda" else ""

@@ -1,4 +1,4 @@
-"""Joining a job that torchrun started, with NCCL on CUDA and gloo on the CPU."""
+"""Processes started by torchrun, with NCCL on CUDA and gloo on the CPU."""
 
 import contextlib
 import os
@@ -16,7 +16,7 @@ from .errors import UserError
 
 @contextlib.contextmanager
 def process_group(device: str) -> Iterator[str]:
-    """Context that joins the process group and yields this process's device: under torchrun, its own GPU.
+    """Context manager that joins the process group and yields this process's device: under torchrun, its own GPU.
 
     Raises:
         UserError: there are more local processes than GPUs, or `device` names a specific GPU.
@@ -25,7 +25,7 @@ def process_group(device: str) -> Iterator[str]:
         yield device
         return
     if device not in ("cpu", "cuda"):
-        raise UserError(f"--device {device}: under torchrun use cpu, or cuda, with which each process gets its own GPU")
+        raise UserError(f"--device {device}: under torchrun use cpu, or cuda to give each process its own GPU")
     if device == "cuda":
         local_rank, num_gpus = int(os.environ["LOCAL_RANK"]), torch.cuda.device_count()
         if not num_gpus:
@@ -50,7 +50,7 @@ def distribute(step: nn.Module, some_unused: bool) -> nn.Module:
     if not dist.is_initialized() or world_size() == 1:
         return step
     distributed = DistributedDataParallel(step, find_unused_parameters=some_unused)
-    distributed.broadcast_buffers = False  # equal now; later broadcast_buffers() syncs them, not every step
+    distributed.broadcast_buffers = False  # equal now; later synchronized by broadcast_buffers(), not in every step
     return distributed
 
 

@@ -31,7 +31,7 @@ weight = number(float, 0)
 
 
 def name_in(known: Iterable[str]) -> Callable[[str], str]:
-    """A type for add_argument: one of `known` names; an unknown one is answered with the nearest ones."""
+    """A type for add_argument: one of the `known` names; the error for another one suggests similar names."""
 
     def convert(text: str) -> str:
         if text not in known:
