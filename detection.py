@@ -22,13 +22,13 @@ from torch import Tensor, nn
 from torchvision.models.detection import FasterRCNN
 from tqdm import tqdm
 
-from common.detection.boxes import draw_found
+from common.detection.boxes import draw_detections
 from common.detection.coco import CocoData, load_coco, load_coco_test
 from common.detection.detectors import DETECTORS, build_detector, decay_all_but_norms
 from common.detection.evaluation import evaluate, require_pycocotools
 from common.detection.fcfd import TERMS, detection_terms, forward_detectors, level_bridges
 from common.detection.images import BoxedImages, batches, load
-from common.detection.records import add_row, in_words, print_row, publish, report, save
+from common.detection.records import add_row, format_metrics, print_row, publish, report, save
 from common.detection.weights import inherit, load_backbone, load_coco_v1, load_detector, trained_size
 from common.randomness import seed_of
 from common.run.device import AMP, open_device
@@ -212,7 +212,7 @@ def train(args: Namespace, device: torch.device) -> None:
         distributed = distribute(step, some_unused="task" not in weights)  # rank 0's weights on every rank
         if teacher:
             if not state["iteration"]:
-                state["teacher_accuracy"] = evaluate_by_all(teacher, args, data, device)
+                state["teacher_accuracy"] = evaluate_distributed(teacher, args, data, device)
             print(f"teacher: AP {state['teacher_accuracy']['AP']:.2f}", flush=True)
 
         first, last = state["iteration"], args.iterations
@@ -224,7 +224,7 @@ def train(args: Namespace, device: torch.device) -> None:
             tested = iteration % args.eval_every == 0 or iteration == last
             if state["sums"] and (tested or iteration % args.save_every == 0):
                 began = time.monotonic()
-                accuracy = evaluate_by_all(student, args, data, device) if tested else {}
+                accuracy = evaluate_distributed(student, args, data, device) if tested else {}
                 state["sums"] = all_reduce_mean(state["sums"], device)
                 add_row(state, learning_rate(args, iteration - 1), accuracy, time.monotonic() - began)
                 save(run)
@@ -268,10 +268,12 @@ def train(args: Namespace, device: torch.device) -> None:
         elif rank() == 0:
             report(state)
             shown = {"student": student} if teacher is None else {"teacher": teacher, "student": student}
-            draw_found(run.out / "boxes", shown, data.test, classes, args.visualize or 0)
+            draw_detections(run.out / "boxes", shown, data.test, classes, args.visualize or 0)
 
 
-def evaluate_by_all(net: FasterRCNN, args: Namespace, data: CocoData, device: torch.device) -> dict[str, float | None]:
+def evaluate_distributed(
+    net: FasterRCNN, args: Namespace, data: CocoData, device: torch.device
+) -> dict[str, float | None]:
     """Average precision on the test images, which are split among the ranks."""
     mine = range(rank(), len(data.test), world_size())
     one_by_one = load(BoxedImages(data.test), [[(0, 0, i)] for i in mine], args.workers, device)
@@ -298,11 +300,11 @@ def evaluate_checkpoint(args: Namespace) -> None:
         nets = {"teacher": build_detector(args.teacher, len(data.categories), args.min_size), **nets}
         load_teacher(nets["teacher"], args, data)
     nets = {role: net.to(device, memory_format=torch.channels_last) for role, net in nets.items()}
-    tested = evaluate_by_all(nets["student"], args, data, device)
-    print(f"{args.student}: {in_words(tested)} on {len(data.test)} test images of {args.min_size[-1]} pixels")
+    tested = evaluate_distributed(nets["student"], args, data, device)
+    print(f"{args.student}: {format_metrics(tested)} on {len(data.test)} test images of {args.min_size[-1]} pixels")
     if args.visualize:
         folder = Path(args.out if "out" in args.given else Path(args.evaluate).parent) / "boxes"
-        draw_found(folder, nets, data.test, list(data.categories.values()), args.visualize)
+        draw_detections(folder, nets, data.test, list(data.categories.values()), args.visualize)
 
 
 def main(argv: list[str] | None = None) -> int:

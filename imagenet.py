@@ -217,7 +217,9 @@ def train(args: Namespace, device: torch.device) -> None:
         batches = train_loader(ImageFiles(data.train, args.image_size, args.seed), shard, args.workers, device)
         tests = eval_loader(ImageFiles(data.test, args.image_size), args.workers, device, rank(), world_size())
         if teacher:
-            run.state["teacher_accuracy"] = run.state["teacher_accuracy"] or evaluate_by_all(teacher, tests, device)
+            run.state["teacher_accuracy"] = run.state["teacher_accuracy"] or evaluate_distributed(
+                teacher, tests, device
+            )
             print(f"teacher: {run.state['teacher_accuracy']['top1']:.2f} % top-1 before distillation", flush=True)
 
         silent = None if rank() == 0 else True  # None: show the bar only in a terminal
@@ -242,10 +244,10 @@ def train(args: Namespace, device: torch.device) -> None:
                 scaler.update()
                 meter.add(len(labels), loss, **{name: share * term for name, term in terms.items()}, correct=correct)
             run.finish_steps(meter, batches.waited)
-            run.end_epoch(meter, lr, student=evaluate_by_all(student, tests, device))
+            run.end_epoch(meter, lr, student=evaluate_distributed(student, tests, device))
 
 
-def evaluate_by_all(net: StagedNet, batches: Iterable, device: torch.device) -> dict[str, float]:
+def evaluate_distributed(net: StagedNet, batches: Iterable, device: torch.device) -> dict[str, float]:
     """Accuracy on the test images, which are split among the ranks."""
     return accuracy(all_reduce(count_hits(net, batches).to(device)))
 
@@ -259,7 +261,7 @@ def evaluate_checkpoint(args: Namespace) -> None:
     net = build_imagenet(args.student, len(classes))
     load_network(net, args.evaluate, args.student)
     net.to(device, memory_format=torch.channels_last)
-    tested = evaluate_by_all(net, eval_loader(ImageFiles(samples, args.image_size), args.workers, device), device)
+    tested = evaluate_distributed(net, eval_loader(ImageFiles(samples, args.image_size), args.workers, device), device)
     print(f"{args.student} {tested['top1']:.2f} % top-1, {tested['top5']:.2f} % top-5 on {len(samples)} test images")
 
 

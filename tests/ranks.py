@@ -87,7 +87,7 @@ def train_fixed(folder, *options):
 
 def train(folder, *options, prepare=lambda step: None):
     steps, accuracies = [], []
-    make, evaluate = imagenet.Step, imagenet.evaluate_by_all
+    make, evaluate = imagenet.Step, imagenet.evaluate_distributed
 
     def make_and_keep(*args):
         steps.append(make(*args))
@@ -103,7 +103,7 @@ def train(folder, *options, prepare=lambda step: None):
         return accuracies[-1][1]
 
     imagenet.Step, imagenet.distribute = make_and_keep, prepare_and_distribute
-    imagenet.evaluate_by_all = evaluate_and_keep
+    imagenet.evaluate_distributed = evaluate_and_keep
     code = imagenet.main(list(options))
     torch.save({"step": steps[0].state_dict(), "evaluated": accuracies}, folder / f"trained{rank()}.pt")
     sys.exit(code)

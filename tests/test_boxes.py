@@ -6,7 +6,7 @@ from PIL import Image
 from tiny_detectors import coco_set
 from torch import nn
 
-from common.detection.boxes import COLOURS, draw_found
+from common.detection.boxes import COLORS, draw_detections
 from common.detection.coco import load_coco
 
 
@@ -27,11 +27,11 @@ def test_the_highest_score_is_on_top_and_low_scores_are_left_out(tmp_path):
         coco_set(
             tmp_path, [(1, 99 * "a" + ".png", 160, 100)], [(1, 1, [3, 3, 9, 9]), (1, 2, [3, 3, 9, 9])], split=split
         )
-    draw_found(tmp_path / "boxes", {"net": Detector()}, load_coco(tmp_path).test, ["cat", "dog", "cow"], 1)
+    draw_detections(tmp_path / "boxes", {"net": Detector()}, load_coco(tmp_path).test, ["cat", "dog", "cow"], 1)
     [path] = (tmp_path / "boxes").iterdir()
     assert path.name == f"0-{50 * 'a'}.png"
     panel = np.asarray(Image.open(path))[20:, 320:]  # twice as large as the image
-    seen = [(panel == [int(colour[k : k + 2], 16) for k in (1, 3, 5)]).all(2) for colour in COLOURS]
+    seen = [(panel == [int(colour[k : k + 2], 16) for k in (1, 3, 5)]).all(2) for colour in COLORS]
     first, second, guess = seen[1:4]
     assert first[60, 38:43].any()
     assert first[22:32, 44:60].sum() > 40

@@ -20,7 +20,7 @@ from torchvision import models
 
 import detection
 from common.detection import drawn
-from common.detection.boxes import COLOURS
+from common.detection.boxes import COLORS
 from common.detection.coco import load_coco
 from common.detection.detectors import build_detector
 from common.detection.evaluation import METRICS
@@ -353,7 +353,7 @@ def test_pictures_show_boxes(tmp_path, capsys, folder, teacher):
         assert picture.shape[:2] == (20 + height, 3 * width)
         mine = slice(data.test.first[i], data.test.first[i + 1])
         for box, label in zip(data.test.boxes[mine] * scale, data.test.labels[mine], strict=True):
-            color = [int(COLOURS[label][k : k + 2], 16) for k in (1, 3, 5)]
+            color = [int(COLORS[label][k : k + 2], 16) for k in (1, 3, 5)]
             edge = picture[20 + int(box[1] + box[3]) // 2, max(0, int(box[0]) - 2) : int(box[0]) + 3]
             edges += (edge == color).all(1).any()
         assert not np.array_equal(picture[:, :width], picture[:, width : 2 * width])

@@ -97,7 +97,7 @@ def test_an_existing_folder_is_not_changed(folder, capsys):
 
 
 @pytest.mark.parametrize(
-    ("options", "expected"), [([], "DIR"), (["data", "--val", "0"], "must be positive"), (["data", "-x"], "-x")]
+    ("options", "expected"), [([], "DIR"), (["data", "--val", "0"], "must be between 1"), (["data", "-x"], "-x")]
 )
 def test_invalid_options_end_in_one_line(tmp_path, capsys, monkeypatch, options, expected):
     monkeypatch.chdir(tmp_path)

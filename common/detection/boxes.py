@@ -18,11 +18,11 @@ from .images import BoxedImages, load
 MIN_SCORE = 0.5  # boxes below it are not drawn
 SIDE = 320  # pixels; images are enlarged to a longer side of at least this
 # Colorblind-safe (Okabe and Ito); label k has color k % 7.
-COLOURS = ["#0072B2", "#E69F00", "#009E73", "#D55E00", "#CC79A7", "#56B4E9", "#F0E442"]
+COLORS = ["#0072B2", "#E69F00", "#009E73", "#D55E00", "#CC79A7", "#56B4E9", "#F0E442"]
 
 
 @torch.no_grad()
-def draw_found(folder: Path, nets: dict[str, FasterRCNN], split: Split, classes: list[str], n: int) -> None:
+def draw_detections(folder: Path, nets: dict[str, FasterRCNN], split: Split, classes: list[str], n: int) -> None:
     """Draw boxes on `n` images, evenly spaced over the split, and save them as <index>-<file name>.png in `folder`.
 
     Boxes with a score below MIN_SCORE are omitted. Leaves the nets in evaluation mode.
@@ -64,7 +64,7 @@ def _panel(image: Tensor, found: dict[str, Tensor], title: str, classes: list[st
             (255 * canvas).to(torch.uint8),
             found["boxes"].cpu() * scale,
             [classes[label - 1] + score for label, score in zip(labels, scores, strict=True)],
-            [COLOURS[label % len(COLOURS)] for label in labels],
+            [COLORS[label % len(COLORS)] for label in labels],
             width=2,
             fill_labels=True,
         )

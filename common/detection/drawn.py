@@ -17,6 +17,7 @@ from PIL import Image
 from ..data.synthetic import SHAPES, TEXTURES, paste
 from ..run.errors import UserError, exit_code
 from ..run.options import Parser
+from ..run.types import count
 
 CLASSES = ("star", "cross", "ring", "triangle")
 CLUTTER = ("disc", "hexagon", "trefoil", "square")
@@ -81,10 +82,8 @@ def write(directory: Path, images: dict[str, int]) -> None:
     """Write `images[split]` images as DIR/<split>/*.jpg and DIR/annotations/instances_<split>.json.
 
     Raises:
-        UserError: the folder already exists, or a number is not positive.
+        UserError: the folder already exists.
     """
-    if min(images.values()) < 1:
-        raise UserError(f"--train {images['train']} --val {images['val']}: both must be positive")
     if directory.exists():
         raise UserError(f"{directory} already exists: choose a new folder, or remove it")
     for split, n in images.items():
@@ -113,9 +112,9 @@ def main(argv: list[str] | None = None) -> int:
         parser.prog = "python -m common.detection.drawn"
         parser.add_argument("directory", type=Path, metavar="DIR")
         for split, n in SPLITS.items():
-            parser.add_argument(f"--{split}", type=int, metavar="N", help=f"number of images (default: {n})")
-        given = parser.given(argv)
-        write(given["directory"], {split: given.get(split, n) for split, n in SPLITS.items()})
+            parser.add_argument(f"--{split}", type=count, default=n, metavar="N", help="number of images")
+        args = parser.parse(argv)
+        write(args.directory, {split: getattr(args, split) for split in SPLITS})
 
     return exit_code(script, interrupted="the dataset is incomplete; remove its folder")
 

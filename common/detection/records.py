@@ -112,11 +112,11 @@ def report(state: dict[str, Any]) -> None:
     for name, tested in (("best", state["best"]), ("last", last_tested(state)), ("teacher", state["teacher_accuracy"])):
         if tested:
             when = f"iteration {tested['iteration']}" if name != "teacher" else "before distillation"
-            print(f"{name:8} {in_words(tested)}, {when}")
+            print(f"{name:8} {format_metrics(tested)}, {when}")
     print(f"time     {seconds(state) / 60:.1f} minutes on {state['made_with']['device']}")
     print(f"{config['student']} saved to {config['out']}/student.pth (last) and student_best.pth", flush=True)
 
 
-def in_words(tested: dict[str, Any]) -> str:
+def format_metrics(tested: dict[str, Any]) -> str:
     """METRICS as text, with a dash for None."""
     return ", ".join(f"{name} {'-' if tested[name] is None else f'{tested[name]:.2f}'}" for name in METRICS)
