@@ -1,6 +1,6 @@
 """Run by test_detection_ranks.py: `torchrun --nproc_per_node=2 tests/detection_ranks.py FOLDER WORD...`.
 
-gradients TERM...   one step on these terms: DDP's gradients, and those of each rank without DDP
+gradients TERMS...  a step on each comma-separated list of terms: DDP's gradients, and each rank's without DDP
 train OPTION...     detection.py with these options; every rank saves its final state
 """
 
@@ -21,28 +21,33 @@ from common.run.distributed import rank
 from common.run.torchrun import distribute, process_group
 
 
-def gradients(folder, *terms):
+def gradients(folder, *lists):
     with process_group("cpu"):
-        torch.manual_seed(rank())  # the ranks start with different weights
-        args = detection.parse_args(["--teacher", "resnet18", "--student", "mobilenet_v2", "--device", "cpu"])
-        teacher = build_detector("resnet18", 3, [96], scratch=True).requires_grad_(False)
-        student = build_detector("mobilenet_v2", 3, [96], rois=16, scratch=True)
-        step = detection.Step(args, list(terms), student, teacher).train()
-        distributed = distribute(step, some_unused="task" not in terms)
-        alone = copy.deepcopy(step)
-        images = [torch.rand(3, 96, 120, generator=torch.Generator().manual_seed(rank()))]
-        targets = [{"boxes": torch.tensor([[5.0, 8.0, 60.0, 70.0]]), "labels": torch.tensor([1 + rank()])}]
-        for net in (distributed, alone):
-            for _ in range(2):  # DDP would wait for a parameter without a gradient in the second pass
-                net.zero_grad(set_to_none=True)
-                torch.manual_seed(10 + rank())
-                values = net(images, targets)
-                sum(values[term] for term in terms).backward()
-        results = {
-            name: {key: p.grad for key, p in net.named_parameters() if p.requires_grad}
-            for name, net in (("distributed", step), ("alone", alone))
-        }
-        torch.save(results, folder / f"gradients{rank()}.pt")
+        for i, terms in enumerate(lists):
+            save_gradients(folder / f"gradients{rank()}-{i}.pt", terms.split(","))
+
+
+def save_gradients(path, terms):
+    torch.manual_seed(rank())  # the ranks start with different weights
+    args = detection.parse_args(["--teacher", "resnet18", "--student", "mobilenet_v2", "--device", "cpu"])
+    teacher = build_detector("resnet18", 3, [96], scratch=True).requires_grad_(False)
+    student = build_detector("mobilenet_v2", 3, [96], rois=16, scratch=True)
+    step = detection.Step(args, list(terms), student, teacher).train()
+    distributed = distribute(step, some_unused="task" not in terms)
+    alone = copy.deepcopy(step)
+    images = [torch.rand(3, 96, 120, generator=torch.Generator().manual_seed(rank()))]
+    targets = [{"boxes": torch.tensor([[5.0, 8.0, 60.0, 70.0]]), "labels": torch.tensor([1 + rank()])}]
+    for net in (distributed, alone):
+        for _ in range(2):  # DDP would wait for a parameter without a gradient in the second pass
+            net.zero_grad(set_to_none=True)
+            torch.manual_seed(10 + rank())
+            values = net(images, targets)
+            sum(values[term] for term in terms).backward()
+    results = {
+        name: {key: p.grad for key, p in net.named_parameters() if p.requires_grad}
+        for name, net in (("distributed", step), ("alone", alone))
+    }
+    torch.save(results, path)
 
 
 def train(folder, *options):

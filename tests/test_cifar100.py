@@ -2,14 +2,14 @@
 
 import json
 import re
+import shutil
 from argparse import Namespace
 
 import numpy as np
 import pytest
 import torch
 import yaml
-from PIL import Image
-from running import FEW, PAIR, SMALL, assert_bit_for_bit, call, read_log, script
+from running import FEW, PAIR, SMALL, assert_bit_for_bit, call, image_files, read_log, script
 
 import cifar100
 from common.bridges import build_bridges
@@ -235,29 +235,16 @@ def test_max_minutes_stops_teacher_and_student(tmp_path, capsys):
 
 
 def test_folder_dataset(tmp_path, capsys):
-    rng = np.random.default_rng(0)
-    for split, n in (("train", 12), ("val", 4)):
-        for name in ("a", "b", "c"):
-            (tmp_path / "images" / split / name).mkdir(parents=True)
-            for i in range(n):
-                Image.fromarray(rng.integers(0, 256, (40, 36, 3), np.uint8)).save(
-                    tmp_path / "images" / split / name / f"{i}.png"
-                )
-    options = [
-        "--dataset",
-        "folder",
-        "--data-dir",
-        tmp_path / "images",
-        "--epochs",
-        1,
-        "--batch-size",
-        16,
-        "--device",
-        "cpu",
-    ]
-    printed = call(capsys, "--teacher", "vgg8", "--student", "MobileNetV2", *options, "--out", tmp_path / "runs" / "x")
+    images = image_files(tmp_path / "images", {"train": 12, "val": 4}, ["a", "b", "c"])
+    data = ["--dataset", "folder", "--data-dir", images, "--device", "cpu"]
+    options = [*data, "--epochs", 1, "--batch-size", 16, "--out", tmp_path / "runs" / "x"]
+    printed = call(capsys, "--teacher", "vgg8", "--student", "MobileNetV2", *options)
     assert "36 training and 12 test images in 3 classes" in printed
     assert (tmp_path / "runs" / "folder-images-vgg8-alone-1ep-seed1" / "student.pth").exists()
+    shutil.rmtree(images / "train")  # which a test does not need
+    top1 = float(read_log(tmp_path / "runs" / "x")[0]["test_top1"])
+    printed = call(capsys, "--student", "MobileNetV2", *data, "--evaluate", tmp_path / "runs" / "x" / "student.pth")
+    assert printed == f"MobileNetV2 {top1:.2f} % top-1, 100.00 % top-5 on 12 test images\n"
 
 
 def test_a_diverging_run_keeps_the_last_good_epoch(tmp_path, capsys, monkeypatch):

@@ -63,9 +63,25 @@ def teacher(folder, tmp_path_factory):
     return out / "student.pth"
 
 
-@pytest.fixture
+@pytest.fixture(scope="module")
 def pair(folder, teacher):
     return ["--data-dir", folder, *PAIR, "--teacher-ckpt", teacher]
+
+
+@pytest.fixture(scope="module")
+def after_one_iteration(pair, tmp_path_factory):
+    """A run that stopped after the first of two iterations."""
+    out = tmp_path_factory.mktemp("stopped") / "run"
+    with pytest.MonkeyPatch.context() as patch:
+        shrink(patch)
+        words = [*pair, "--iterations", 2, "--out", out, "--max-minutes", 1e-9]
+        assert detection.main([str(word) for word in words]) == 0
+    return out
+
+
+@pytest.fixture
+def stopped(after_one_iteration, tmp_path):
+    return shutil.copytree(after_one_iteration, tmp_path / "run")
 
 
 def test_train_and_distill_a_detector(tmp_path, capsys, monkeypatch, folder):
@@ -102,8 +118,18 @@ def test_train_and_distill_a_detector(tmp_path, capsys, monkeypatch, folder):
     assert list(shared["model"]) == list(build_detector("mobilenet_v2", 4, [96], scratch=True).state_dict())
     assert len(list((out / "boxes").iterdir())) == 2
 
-    # The default size is the one in training.
-    evaluate = ["--data-dir", folder, "--student", "mobilenet_v2", "--device", "cpu", "--evaluate", out / "student.pth"]
+    # The default size is the one in training. Neither train/ nor its annotations are needed.
+    shutil.copytree(folder, "only-test", ignore=shutil.ignore_patterns("*train*"))
+    evaluate = [
+        "--data-dir",
+        "only-test",
+        "--student",
+        "mobilenet_v2",
+        "--device",
+        "cpu",
+        "--evaluate",
+        out / "student.pth",
+    ]
     printed = run(capsys, *evaluate)
     figures = ", ".join(f"{name} {f'{float(rows[2][name]):.2f}' if rows[2][name] else '-'}" for name in METRICS)
     assert printed == f"mobilenet_v2: {figures} on 3 test images of 96 pixels\n"
@@ -171,14 +197,36 @@ def test_the_suggested_command_trains_the_missing_teacher(tmp_path, capsys, monk
     assert "teacher: mine/resnet18/student.pth" in run(capsys, *options)
 
 
-def test_resuming_uses_the_stored_settings(tmp_path, capsys, pair):
-    run(capsys, *pair, "--iterations", 2, "--out", tmp_path, "--max-minutes", 1e-9)
-    resume = ["--student", "mobilenet_v2", "--out", tmp_path, "--resume", "--device", "cpu"]
+def test_resuming_uses_the_stored_settings(capsys, pair, stopped):
+    resume = ["--student", "mobilenet_v2", "--out", stopped, "--resume", "--device", "cpu"]
     assert "--rois is 17 and was 16" in run(capsys, *resume, "--rois", 17, code=2)
     assert "--min-size is [128] and was [96]" in run(capsys, *resume, "--min-size", 128, code=2)
-    assert "already holds a run" in run(capsys, *pair, "--iterations", 2, "--out", tmp_path, code=2)
+    assert "already holds a run" in run(capsys, *pair, "--iterations", 2, "--out", stopped, code=2)
     assert "iteration      2/2" in run(capsys, *resume, "--temperature", 1, "--visualize", 1)
-    assert len(list((tmp_path / "boxes").iterdir())) == 1
+    assert len(list((stopped / "boxes").iterdir())) == 1
+
+
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [
+        ("sums", [1.0]),
+        ("sums", {"loss": "x"}),
+        ("classes", None),
+        ("teacher_accuracy", {}),
+        ("log", [{"iteration": 1}]),
+    ],
+)
+def test_a_damaged_last_pt_is_rejected_in_one_line_and_kept(capsys, stopped, key, value):
+    state = torch.load(stopped / "last.pt", weights_only=True)
+    state[key] = value
+    if value is None:
+        del state[key]
+    torch.save(state, stopped / "last.pt")
+    before = (stopped / "last.pt").read_bytes()
+    message = run(capsys, "--student", "mobilenet_v2", "--out", stopped, "--resume", code=2)
+    assert message.startswith("error: ")
+    assert message.count("\n") == 1
+    assert (stopped / "last.pt").read_bytes() == before
 
 
 @pytest.mark.parametrize(

@@ -1,6 +1,9 @@
 """detection.py on two ranks, with torchrun and gloo."""
 
 import json
+import signal
+import sys
+import time
 
 import detection_ranks
 import pytest
@@ -26,10 +29,19 @@ def options(tmp_path_factory):
     return ["--data-dir", folder, "--student", "mobilenet_v2", *SMALL]
 
 
-@pytest.mark.parametrize("terms", [TERMS, ("kd", "func_prime")])
-def test_gradients_are_averaged_over_ranks(tmp_path, terms):
-    torchrun(detection_ranks.__file__, tmp_path, "gradients", *terms)
-    one, two = (torch.load(tmp_path / f"gradients{r}.pt", weights_only=True) for r in (0, 1))
+TERM_LISTS = [TERMS, ("kd", "func_prime")]
+
+
+@pytest.fixture(scope="module")
+def gradients(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("gradients")
+    torchrun(detection_ranks.__file__, folder, "gradients", *map(",".join, TERM_LISTS))
+    return folder
+
+
+@pytest.mark.parametrize(("i", "terms"), list(enumerate(TERM_LISTS)))
+def test_gradients_are_averaged_over_ranks(gradients, i, terms):
+    one, two = (torch.load(gradients / f"gradients{r}-{i}.pt", weights_only=True) for r in (0, 1))
     assert len(one["alone"]) > 150
     used = {name: gradient for name, gradient in one["alone"].items() if gradient is not None}
     assert any("rpn" in name for name in used) == ("task" in terms)
@@ -84,13 +96,22 @@ def test_evaluation_matches_a_single_process(trained, options, capsys, monkeypat
     assert printed == f"mobilenet_v2: {expected} on 5 test images of 96 pixels\n"
 
 
-def test_an_error_is_printed_once(tmp_path, options):
-    words = [*options, "--out", tmp_path / "run"]
-    words[words.index("--batch-size") + 1] = 3
-    output = torchrun(detection.__file__, *words, code=2)
-    errors = [line for line in output.splitlines() if "error: " in line]
-    assert len(errors) == 1
-    assert errors[0].startswith("error: --batch-size 3: must be a multiple of the 2 ranks")
+@pytest.mark.parametrize("rank", [0, 1])
+def test_an_error_is_printed_once(tmp_path, capsys, monkeypatch, options, rank):
+    """Other ranks wait before they print, until torchrun ends them (test_distributed.py runs torchrun)."""
+    for name, value in {"TORCHELASTIC_RUN_ID": "none", "RANK": rank, "WORLD_SIZE": 2}.items():
+        monkeypatch.setenv(name, str(value))
+    monkeypatch.setattr("sys.stdout", sys.stdout)  # restored afterwards: ranks other than 0 close it
+    waits = []
+    monkeypatch.setattr(time, "sleep", waits.append)
+    previous = signal.getsignal(signal.SIGTERM)
+    assert detection.main([*map(str, options), "--batch-size", "3", "--out", str(tmp_path / "run")]) == 2
+    signal.signal(signal.SIGTERM, previous)
+    assert len(waits) == rank
+    prefix = "(rank 1) " if rank else ""
+    message = capsys.readouterr().err
+    assert message.startswith(f"{prefix}error: --batch-size 3: must be a multiple of the 2 ranks")
+    assert message.count("\n") == 1
     assert not (tmp_path / "run").exists()
 
 

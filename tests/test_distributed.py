@@ -6,7 +6,7 @@ import subprocess
 import pytest
 import ranks
 import torch
-from running import TORCHRUN, call, image_files, kill_a_rank, read_log, script, torchrun, torchrun_started
+from running import TORCHRUN, call, image_files, kill_a_rank, read_log, torchrun, torchrun_started
 
 import imagenet
 
@@ -97,18 +97,21 @@ def test_only_one_rank_prints_and_writes_and_evaluation_is_exact(trained, folder
     assert "on 13 test images" in printed
 
 
-def test_with_fixed_batchnorm_two_ranks_train_like_one_process(tmp_path, options):
+def test_with_fixed_batchnorm_two_ranks_train_like_one_process(tmp_path, monkeypatch, options):
     """Batches of 7, 7 and 6 images, so that one rank has an image more."""
-    words = [*options, "--batch-size", 7, "--epochs", 1, "--w-app", 1, "--w-func-l2", 1]
+    for name in ("Step", "distribute", "evaluate_by_all"):
+        monkeypatch.setattr(imagenet, name, getattr(imagenet, name))  # ranks.py replaces them
+
+    def one_process(_, *words):
+        with pytest.raises(SystemExit, match="0"):
+            ranks.train_fixed(words[0], *map(str, words[2:]))
+
     ends = []
-    for name, start in (("one", script), ("two", torchrun)):
+    for name, start in (("one", one_process), ("two", torchrun)):
         folder = tmp_path / name
         folder.mkdir()
-        args = [folder, "train-fixed", *words, "--out", folder / "run"]
-        if start is script:
-            script(tmp_path, *args, module=ranks)
-        else:
-            torchrun(ranks.__file__, *args)
+        words = [*options, "--batch-size", 7, "--epochs", 1, "--w-app", 1, "--w-func-l2", 1, "--out", folder / "run"]
+        start(ranks.__file__, folder, "train-fixed", *words)
         ends.append((read_log(folder / "run")[0], torch.load(folder / "trained0.pt", weights_only=True)))
     (log, one), (log_2, two) = ends
     columns = ("loss", "task", "kd", "app", "func_l2", "func_kl", "func_prime", "train_top1")
@@ -129,14 +132,41 @@ def test_resumed_on_another_number_of_ranks(trained, capsys):
     assert [row["epoch"] for row in read_log(trained[0])] == ["1", "2", "3"]
 
 
-def test_parameters_that_no_term_uses_do_not_block_a_step(tmp_path, options):
+@pytest.mark.parametrize(
+    ("words", "expected"),
+    [
+        ([], True),  # two of six paths: the other bridges get no gradient
+        (["--num-paths", 6], False),
+        (["--num-paths", 6, "--w-app", 0], True),
+        (["--num-paths", 6, "--w-task", 0, "--w-kd", 0], True),
+        (["--method", "kd"], False),
+        (["--method", "app"], False),
+        (["--method", "app", "--w-task", 0], False),
+        (["--method", "app", "--w-task", 0, "--w-kd", 0], True),  # the student's classifier
+    ],
+)
+def test_ddp_knows_whether_parameters_can_be_unused(tmp_path, monkeypatch, options, words, expected):
+    """Otherwise a step would fail or wait; looking for unused parameters slows down every step."""
+
+    class Found(Exception):
+        pass
+
+    def distribute(_, some_unused):
+        raise Found(some_unused)
+
+    monkeypatch.setattr(imagenet, "distribute", distribute)
+    with pytest.raises(Found, match=str(expected)):
+        imagenet.main([*map(str, (*options, *words)), "--out", str(tmp_path / "run")])
+
+
+def test_parameters_that_no_term_uses_are_not_updated(tmp_path, options):
     """L_app never uses the student's classifier."""
     words = ["--method", "app", "--w-task", 0, "--w-kd", 0, "--epochs", 1, "--out", tmp_path / "run"]
-    torchrun(imagenet.__file__, *options, *words)
+    assert imagenet.main([str(word) for word in (*options, *words)]) == 0
     torch.manual_seed(1)
     start = imagenet.build_imagenet("MobileNetV1", 4).state_dict()
     end = torch.load(tmp_path / "run" / "student.pth", weights_only=True)["model"]
-    assert torch.equal(end["fc.weight"], start["fc.weight"])  # not even weight decay
+    assert torch.equal(end["fc.weight"], start["fc.weight"])  # no weight decay either
     assert not torch.equal(end["model.13.3.weight"], start["model.13.3.weight"])
 
 
