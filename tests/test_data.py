@@ -150,7 +150,7 @@ def test_load_test_reads_only_the_synthetic_test_split(monkeypatch, count):
         assert split == "test"
         return synthetic_images(n, split)
 
-    monkeypatch.setattr(sources, "synthetic_images", test_only)
+    monkeypatch.setattr("common.data.synthetic.synthetic_images", test_only)
     assert_test_split(load_test("synthetic", "", count), data)
 
 
