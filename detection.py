@@ -84,6 +84,8 @@ def parse_args(argv: list[str] | None = None, stored: dict | None = None) -> Nam
 
     args.min_size = sorted(set(args.min_size))
     args.out = args.out or f"runs/{run_name(args)}"
+    if args.resume and stored is None:
+        return args  # main() reads the stored options once the ranks can communicate
     if args.scratch and "backbone_ckpt" in args.given:
         parser.error("--scratch starts from random weights: omit it, or --backbone-ckpt")
     if not args.teacher:

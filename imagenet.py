@@ -75,6 +75,8 @@ def parse_args(argv: list[str] | None = None, stored: dict | None = None) -> Nam
     args = parser.parse(argv, stored)
 
     args.out = args.out or f"runs/{run_name(args)}"
+    if args.resume and stored is None:
+        return args  # main() reads the stored options once the ranks can communicate
     if args.teacher:
         pair = SETTINGS["pairs"].get(f"{args.teacher}-{args.student}", SETTINGS["other"])
         weights = term_weights(METHODS[args.method], pair["w_l2"], pair["w_kl"])

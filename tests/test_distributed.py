@@ -99,7 +99,7 @@ def test_only_one_rank_prints_and_writes_and_evaluation_is_exact(trained, folder
 
 def test_with_fixed_batchnorm_two_ranks_train_like_one_process(tmp_path, monkeypatch, options):
     """Batches of 7, 7 and 6 images, so that one rank has an image more."""
-    for name in ("Step", "distribute", "evaluate_by_all"):
+    for name in ("Step", "distribute", "evaluate_distributed"):
         monkeypatch.setattr(imagenet, name, getattr(imagenet, name))  # ranks.py replaces them
 
     def one_process(_, *words):

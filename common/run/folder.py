@@ -106,16 +106,21 @@ def read_state(out: Path, script: str, unit: str) -> dict[str, Any]:
     kinds = {"config": dict, unit: int, "log": list, "best": dict, "student": dict, "made_with": dict}
     if not isinstance(state, dict) or not all(isinstance(state.get(key), kind) for key, kind in kinds.items()):
         raise UserError(f"{last} was not written by a run: choose another --out")
+    score, columns = {"epoch": ("top1", ("test_top1", "test_top5")), "iteration": ("AP", ("AP",))}[unit]
     try:
-        rows, scores = state["log"], [state.get(key) or {} for key in ("best", "teacher_best", "teacher_accuracy")]
-        numbers = [value for each in (*rows, *scores) for value in each.values() if value not in ("", None)]
-        whole = all(row.keys() == rows[0].keys() for row in rows) and all(isinstance(x, int | float) for x in numbers)
-        if not whole or len(rows) != state.get("epoch", len(rows)) or state[unit] < 0:
-            raise ValueError
-        if unit == "epoch" and rows:
-            result_of(state)
-    except (AttributeError, KeyError, TypeError, ValueError) as error:
-        raise UserError(f"{last} is damaged: choose another --out") from error
+        rows, best = state["log"], state["best"]
+        scores = [best] * bool(best or unit == "epoch") + [state.get("teacher_best"), state["teacher_accuracy"]]
+        scores = [each for each in scores if each is not None]
+        numbers = [value for each in (*rows, *scores, state.get("sums", {})) for value in each.values()]
+        whole = all(isinstance(value, int | float) for value in numbers if value not in ("", None))
+        whole &= all(row.keys() == rows[0].keys() >= {unit, "seconds", *columns} for row in rows)
+        whole &= all(each[score] is not None for each in scores) and not (best and best[unit] is None)
+        whole &= state[unit] > 0 and len(rows) == state.get("epoch", len(rows))
+        whole &= unit == "epoch" or isinstance(state["classes"], list)
+    except (AttributeError, KeyError, TypeError):
+        whole = False
+    if not whole:
+        raise UserError(f"{last} is damaged: choose another --out")
     return state
 
 
@@ -127,6 +132,8 @@ def check_like(stored: Any, own: Any) -> None:
             raise ValueError
         for key in own.keys() & stored.keys():
             check_like(stored[key], own[key])
+            if key == "params" and stored[key] != own[key]:  # the optimizer's parameters, by index
+                raise ValueError
     elif isinstance(own, list):
         if not isinstance(stored, list) or len(stored) != len(own):
             raise ValueError
@@ -135,7 +142,7 @@ def check_like(stored: Any, own: Any) -> None:
     elif torch.is_tensor(own):
         if not torch.is_tensor(stored) or (stored.shape, stored.dtype) != (own.shape, own.dtype):
             raise ValueError
-    elif isinstance(own, int | float) and not isinstance(stored, int | float | None):
+    elif isinstance(own, int | float) and not isinstance(stored, int | float):
         raise ValueError
 
 

@@ -66,7 +66,15 @@ class Parser(argparse.ArgumentParser):
         for name, value in given.items():
             if value == "":
                 self.error(f"{option(name)} is empty")
-        stored = {name: _valid(actions[name], value) for name, value in (stored or {}).items() if name in actions}
+        if stored is not None:
+            # A network trained alone has no values for the options of distillation. An older run may lack an option.
+            groups = [group for group in self._action_groups if group.title == "distillation"]
+            optional = {action.dest for group in groups for action in group._group_actions}
+            stored = {name: value for name, value in stored.items() if name in actions}
+            stored = {name: _valid(actions[name], value, name in optional) for name, value in stored.items()}
+            known = {name: action.default for name, action in actions.items() if name not in NOT_SETTINGS}
+            stored = known | stored
+        stored = stored or {}
         for name, value in given.items():
             if name in stored and name not in MAY_CHANGE and not _same(actions[name], value, stored[name]):
                 raise UserError(
@@ -113,29 +121,30 @@ def default_device() -> str:
     return "cuda" if torch.cuda.is_available() else "cpu"
 
 
-def _valid(action: argparse.Action, value: Any) -> Any:
-    """A stored value, checked like one from the command line.
+def _valid(action: argparse.Action, value: Any, optional: bool) -> Any:
+    """A stored value, checked as if it had been typed; None is valid if that is the default, or if `optional`.
 
     Raises:
         UserError: it is out of range or of another type.
     """
-    if value is None:
+    is_flag = isinstance(action.const, bool)
+    if value is None and (action.default is None or optional) and not (is_flag or action.required):
         return None
     values = value if action.nargs else [value]
     try:
-        if isinstance(action.const, bool):
+        if is_flag:
             return {True: True, False: False}[value]
         if not isinstance(values, list) or (action.type is None and not isinstance(value, str)):
             raise ValueError
-        values = [action.type(str(each)) if action.type else each for each in values]
-        if action.choices and not set(values) <= set(action.choices):
+        converted = [action.type(str(each)) if action.type else each for each in values]
+        if converted != values or (action.choices and not set(values) <= set(action.choices)):
             raise ValueError
     except (argparse.ArgumentTypeError, ValueError, KeyError, TypeError) as error:
         reason = str(error) if isinstance(error, argparse.ArgumentTypeError) else repr(value)
         raise UserError(
             f"cannot resume: {option(action.dest)} is stored as {reason}; last.pt is damaged, choose another --out"
         ) from error
-    return values if action.nargs else values[0]
+    return value
 
 
 def _same(action: argparse.Action, given: Any, stored: Any) -> bool:
