@@ -253,7 +253,7 @@ def test_settings_select_terms_and_bridges(tmp_path, capsys, pair, teacher, opti
         assert torch.equal(value, before[key]), key
 
 
-def test_inherited_from_the_teacher(tmp_path, capsys, folder, teacher):
+def test_inherit_from_the_teacher(tmp_path, capsys, folder, teacher):
     options = ["--data-dir", folder, "--teacher", "resnet18", "--student", "resnet18", "--scratch", *SMALL]
     options += [
         "--teacher-ckpt",
@@ -277,7 +277,7 @@ def test_inherited_from_the_teacher(tmp_path, capsys, folder, teacher):
     assert not torch.allclose(after["backbone.body.conv1.weight"], before["backbone.body.conv1.weight"])
 
 
-def test_imagenet_weights_are_where_a_student_begins(tmp_path, capsys, folder):
+def test_students_start_from_imagenet_weights(tmp_path, capsys, folder):
     torch.manual_seed(5)
     published = models.resnet18()
     torch.save(published.state_dict(), tmp_path / "resnet18.pth")

@@ -1,4 +1,4 @@
-"""What the documentation says about the code holds."""
+"""The documentation matches the code, and its examples work."""
 
 import importlib
 import re
@@ -84,7 +84,7 @@ def test_the_worked_network_can_be_added(copied):
     assert (copied / "runs" / "student" / "student.pth").exists()
 
 
-def test_files_and_functions_it_names_are_there():
+def test_named_files_and_functions_exist():
     scripts = "cifar100|imagenet|online_kd|detection"
     named = rf"((?:common|docs|ablations|results)/[\w/.-]+|(?:{scripts})\.py|requirements[\w-]*\.txt)"
     for path in re.findall(rf"`{named}`|python {named}", TEXT):
@@ -98,13 +98,13 @@ def test_files_and_functions_it_names_are_there():
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
-def test_links_lead_somewhere(page):
+def test_links_have_targets(page):
     text = re.sub(r"```.*?```", "", page.read_text(), flags=re.S)
     for target in re.findall(r"\]\(([^)#]+)(?:#[\w-]+)?\)", text):
         assert target.startswith("https://") or (page.parent / target).exists(), target
 
 
-def test_options_it_names_exist(capsys):
+def test_named_options_exist(capsys):
     for script in (cifar100, imagenet, online_kd, detection, *ABLATIONS):
         with pytest.raises(SystemExit):
             script.main(["--help"])
@@ -113,7 +113,7 @@ def test_options_it_names_exist(capsys):
         assert option in known, option
 
 
-def test_commands_have_options_of_their_own_script(capsys):
+def test_commands_use_options_of_their_script(capsys):
     """Each line that calls a script matches its --help, and cifar100.py's where that takes its options too."""
 
     def options_of(module):
@@ -141,13 +141,13 @@ def test_every_script_of_a_table_or_figure_is_named():
         assert f"`{name}.py" in ABLATIONS_README, name
 
 
-def test_published_figures_are_those_of_compare():
+def test_published_numbers_match_compare():
     rows = re.findall(r"^\| (\w+-\w+) \|((?: [\d.]+ \|){9})", TEXT, re.M)
     figures = {pair: [float(figure) for figure in re.findall(r"[\d.]+", line)] for pair, line in rows}
     assert figures == compare.PUBLISHED["pairs"]
 
 
-def test_published_pairs_are_the_settings():
+def test_published_pairs_match_the_settings():
     rows = re.findall(r"^\| `(\w+)` \| ((?:`\w+`(?:, )?)+) \|$", README, re.M)
     pairs = {f"{teacher}-{student}" for teacher, students in rows for student in re.findall(r"`(\w+)`", students)}
     assert pairs == set(cifar100.SETTINGS["pairs"])
@@ -155,7 +155,7 @@ def test_published_pairs_are_the_settings():
     assert {f"{teacher}-{student}" for teacher, student in named} == set(imagenet.SETTINGS["pairs"])
 
 
-def test_simkds_cost_is_as_counted():
+def test_cost_of_simkd_matches_the_table():
     number, share = r"([\d,.]+)[kM]", r"\(([\d.]+) %\)"
     rows = re.findall(
         rf"^\| (\w+) \| (\w+) \| {number} \| {number} {share} \| {number} \| {number} {share} \|$", TEXT, re.M
