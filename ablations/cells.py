@@ -64,7 +64,7 @@ class Cell:
         keys = {"device", "amp"} - self.given.keys()
         kept = {key: value for key, value in stored.items() if key in keys and isinstance(value, str)}
         with user_errors():
-            args = self.script.parse_args(words_of(self.given | {"out": self.folder}), kept)
+            args = self.script.parse_args(words_of(kept | self.given | {"out": self.folder}))
             self.script.build_networks(args, num_classes=10)
         settings, teacher = settings_of(args), stored.get("teacher_ckpt")
         if self.after:
