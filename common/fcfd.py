@@ -1,7 +1,6 @@
 """Function-Consistent Feature Distillation (Sec. 2): the data paths of a training step, and the losses on them.
 
-A network is a chain of stages M^1..M^N, where M^1 is the stem, followed by a classifier C. In a training step, images
-flow along
+A network is a chain of stages M^1..M^N (M^1 is the stem) and a classifier C. In a training step, images flow along
 
     two pure paths     teacher: F_t^1..F_t^N, logits C_t(F_t^N)       student: F_s^1..F_s^N, logits C_s(F_s^N)
     some mixed paths   <k, 1>:  F_s^k -> bridge B_st^k -> the teacher's stages k+1..N and its classifier
@@ -189,8 +188,6 @@ TERMS: dict[str, Term] = {
     "func_prime_l2": Term(l_func_prime_l2, delta=0, features=True),
 }
 EQ_9 = ("task", "kd", "app", "func_l2", "func_kl", "func_prime")  # the terms of the method; the others are variants
-
-# online_kd.py passes a table with two more terms to the functions below.
 
 
 def fcfd_terms(
