@@ -190,7 +190,7 @@ def train(args: Namespace, device: torch.device) -> None:
         with user_errors():
             student, teacher, bridges, candidates, weights = build_networks(args, len(data.classes))
         task = f"{args.student} from {args.teacher} by {args.method}" if args.teacher else f"{args.student} alone"
-        ranks = f"{args.device}, {world_size()} rank(s)"
+        ranks = f"{args.device}, {world_size()} rank{'s' * (world_size() > 1)}"
         print(f"{task}, {args.epochs} epochs on {args.data_dir}: {data}; {ranks}, amp {args.amp}; {args.out}")
         if args.teacher and f"{args.teacher}-{args.student}" not in SETTINGS["pairs"]:
             print(f"{args.teacher}-{args.student} is not a published pair; using the default settings")

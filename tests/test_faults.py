@@ -217,10 +217,12 @@ def test_a_signal_whose_exception_was_ignored_ends_the_script_at_the_next_batch(
         raise AssertionError
 
     sys.unraisablehook, hook = lambda _: None, sys.unraisablehook
+    handler = signal.signal(sent, signal.SIG_DFL)  # SIGINT is ignored if the tests run in the background
     try:
         assert exit_code(script) == code
     finally:
         sys.unraisablehook = hook
+        signal.signal(sent, handler)
     assert capsys.readouterr().err.startswith("interrupted: ")
     assert next_batch(iter([1])) == 1  # and it was cleared
 
