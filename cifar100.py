@@ -40,9 +40,6 @@ SETTINGS = PUBLISHED["cifar100"]
 METHODS = {"kd": ("task", "kd"), "app": ("task", "kd", "app"), "fcfd": EQ_9}  # the terms of each method
 
 
-# ---------------------------------------------------------------------------------------------------- arguments
-
-
 def parse_args(argv: list[str] | None = None, stored: dict | None = None) -> Namespace:
     """Parse the options; defaults are those `stored` by the run being resumed, then the published settings."""
     parser = Parser(__doc__)
@@ -123,9 +120,6 @@ def warmed_up(weights: dict[str, float], args: Namespace, epoch: int) -> dict[st
     return {name: value * factor if TERMS[name].features else value for name, value in weights.items()}
 
 
-# ----------------------------------------------------------------------------------------------------- networks
-
-
 def build_networks(args: Namespace, num_classes: int):
     """(student, teacher, bridges, candidate paths, weights by term). Teacher and bridges are None if not needed.
 
@@ -153,9 +147,6 @@ def build_networks(args: Namespace, num_classes: int):
     if args.num_paths or needs_all_bridges(weights):
         bridges = build_bridges(teacher, student, SIZE, [path.k for path in candidates if path.delta == 0])
     return student, teacher, bridges, candidates, weights
-
-
-# ------------------------------------------------------------------------------------------------------ teacher
 
 
 def find_teacher(args: Namespace, data: Data) -> str | None:
@@ -190,9 +181,6 @@ def teacher_folder(args: Namespace) -> Path:
     """Where to train the teacher first: the default folder of that run, next to --out."""
     alone = {"teacher": None, "student": args.teacher, "epochs": args.teacher_epochs or args.epochs}
     return Path(args.out).parent / run_name(Namespace(**vars(args) | alone))
-
-
-# ----------------------------------------------------------------------------------------------------- training
 
 
 def train(args: Namespace, data: Data | None = None) -> bool:

@@ -46,9 +46,6 @@ METHODS = {"kd": ("task", "kd"), "app": ("task", "kd", "app"), "fcfd": tuple(TER
 INTERRUPTED = "saved iterations are kept; continue with --resume (without it if none were saved)"
 
 
-# ---------------------------------------------------------------------------------------------------- arguments
-
-
 def parse_args(argv: list[str] | None = None, stored: dict | None = None) -> Namespace:
     """Parse the options; defaults are those `stored` by the run being resumed, then the published settings."""
     parser = Parser(__doc__)
@@ -116,9 +113,6 @@ def learning_rate(args: Namespace, iteration: int) -> float:
     return args.lr * (0.001 + 0.999 * warmed) / 10**passed
 
 
-# ---------------------------------------------------------------------------------------------------- detectors
-
-
 def build_networks(args: Namespace, data: CocoData, load_weights: bool) -> tuple[FasterRCNN, FasterRCNN | None]:
     """(student, frozen teacher or None), with the initial weights of training if `load_weights`, else random.
 
@@ -162,9 +156,6 @@ def load_teacher(teacher: FasterRCNN, args: Namespace, data: CocoData) -> None:
         command += " --scratch" * args.scratch + f" --out {parent / args.teacher}" * (parent != Path("runs"))
         raise UserError(f"{error}; give a --teacher-ckpt for these classes, or train one: {command}") from error
     print(f"teacher: {file}")
-
-
-# ----------------------------------------------------------------------------------------------------- training
 
 
 class Step(nn.Module):
@@ -280,9 +271,6 @@ def evaluate_distributed(
     mine = range(rank(), len(data.test), world_size())
     one_by_one = load(BoxedImages(data.test), [[(0, 0, i)] for i in mine], args.workers, device)
     return evaluate(net, one_by_one, mine, data.truth)
-
-
-# --------------------------------------------------------------------------------------------------------- main
 
 
 def evaluate_checkpoint(args: Namespace) -> None:

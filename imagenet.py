@@ -42,9 +42,6 @@ METHODS = {"kd": ("task", "kd"), "app": ("task", "kd", "app"), "fcfd": EQ_9}  # 
 IMAGE_SIZE = 224
 
 
-# ---------------------------------------------------------------------------------------------------- arguments
-
-
 def parse_args(argv: list[str] | None = None, stored: dict | None = None) -> Namespace:
     """Parse the options; defaults are those `stored` by the run being resumed, then the published settings."""
     parser = Parser(__doc__)
@@ -114,9 +111,6 @@ def warmed_up(weights: dict[str, float], args: Namespace, epoch: int) -> dict[st
     return {name: value * factor if TERMS[name].features else value for name, value in weights.items()}
 
 
-# ----------------------------------------------------------------------------------------------------- networks
-
-
 def build_networks(args: Namespace, num_classes: int):
     """(student, teacher, bridges, candidate paths, weights by term). Teacher and bridges are None if not needed.
 
@@ -160,9 +154,6 @@ def load_teacher(teacher: StagedNet, args: Namespace, num_classes: int) -> None:
     except UserError as error:
         raise UserError(f"{error}" if args.teacher_ckpt else f"{error}; delete it to download it again") from error
     print(f"teacher: {file}")
-
-
-# ----------------------------------------------------------------------------------------------------- training
 
 
 class Step(nn.Module):

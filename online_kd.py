@@ -49,8 +49,6 @@ from common.run.types import count, count_or_zero, name_in, positive, weight
 
 SETTINGS = PUBLISHED["cifar100"]
 
-# ------------------------------------------------------------------------------------------- the teacher's losses
-
 
 def l_teacher_task(flow: Flow, labels: Tensor, kl: KL) -> Tensor:
     """Cross entropy of the teacher's logits with the labels."""
@@ -68,8 +66,6 @@ METHODS = {  # the terms of each method
     "dml": ("task", "kd", "teacher_task", "teacher_kd"),
     "kd": ("task", "kd", "teacher_task"),
 }
-
-# ---------------------------------------------------------------------------------------------------- arguments
 
 
 def parse_args(argv: list[str] | None = None, stored: dict | None = None) -> Namespace:
@@ -122,9 +118,6 @@ def warmed_up(weights: dict[str, float], args: Namespace, epoch: int) -> dict[st
     return {name: value * factor if ONLINE[name].features else value for name, value in weights.items()}
 
 
-# ----------------------------------------------------------------------------------------------------- networks
-
-
 def build_networks(args: Namespace, num_classes: int):
     """(student, teacher, bridges or None, candidate paths, weights by term).
 
@@ -145,9 +138,6 @@ def build_networks(args: Namespace, num_classes: int):
     if args.num_paths or needs_all_bridges(weights, ONLINE):
         bridges = build_bridges(teacher, student, SIZE, [path.k for path in candidates if path.delta == 0])
     return student, teacher, bridges, candidates, weights
-
-
-# ----------------------------------------------------------------------------------------------------- training
 
 
 def train(args: Namespace) -> None:

@@ -74,9 +74,6 @@ class Row:
     flops: float = 0.0  # for the whole batch
 
 
-# ---------------------------------------------------------------------------------------------------- arguments
-
-
 def parse_args(argv: list[str] | None = None) -> Namespace:
     """The options, resolved."""
     argv = sys.argv[1:] if argv is None else argv
@@ -135,9 +132,6 @@ def rows_of(pair: str, args: Namespace) -> list[Row]:
         elif uses_channels_last(pair) or args.amp != "off":
             rows.append(Row(pair, kind, 2 if 2 in sizes else sizes[-1]))
     return rows
-
-
-# -------------------------------------------------------------------------------------------------- measurements
 
 
 def measured(rows_by_pair: list[list[Row]], args: Namespace, file: Path) -> dict[str, Any]:
@@ -203,9 +197,6 @@ def count_flops(rows: list[Row], args: Namespace) -> None:
             with flops.counter() as counter:
                 step(0)
             row.flops = counter.get_total_flops()
-
-
-# --------------------------------------------------------------------------------------------------------- table
 
 
 def table(rows: list[Row], batch_size: int) -> str:

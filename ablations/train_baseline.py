@@ -52,8 +52,6 @@ METHODS = tuple(PUBLISHED["baselines"])
 SMOKE = ["--teacher", "resnet14", "--student", "resnet8", "--dataset", "synthetic", "--subset", "40", "--epochs", "1"]
 SMOKE += ["--test-subset", "40", "--batch-size", "20", "--out", "results/baselines/smoke"]
 
-# ---------------------------------------------------------------------------------------------------- arguments
-
 
 def parse_args(argv: list[str] | None = None, stored: dict | None = None) -> Namespace:
     """The options as given, else those `stored` by the run that is resumed, else the published settings.
@@ -113,9 +111,6 @@ def warmup(args: Namespace, epoch: int) -> float:
     if args.method != "reviewkd":
         return 1.0
     return min(1.0, (epoch + 1) / (SETTINGS["warmup_epochs"] * min(1, args.epochs / SETTINGS["epochs"])))
-
-
-# ------------------------------------------------------------------------------------------ networks and methods
 
 
 def build_networks(args: Namespace, num_classes: int) -> tuple[StagedNet, StagedNet]:
@@ -178,9 +173,6 @@ def terms(
     else:
         distill = method(features_s, features_t)
     return {"task": F.cross_entropy(logits.float(), labels), "distill": distill}, logits
-
-
-# ----------------------------------------------------------------------------------------------------- training
 
 
 def train(args: Namespace, data: Data | None = None) -> bool:
