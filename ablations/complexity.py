@@ -94,7 +94,7 @@ def parse_args(argv: list[str] | None = None) -> Namespace:
     set_defaults(args, pairs=["resnet32x4-resnet8x4"], methods=["fcfd", "plain"], out="results/complexity")
     if "all" in args.pairs:
         args.pairs = list(PUBLISHED["cifar100"]["pairs"])
-    if "num_paths" in args.given and not set(args.methods) & set(WITH_PATHS):
+    if "num_paths" in args.given and not args.smoke and not set(args.methods) & set(WITH_PATHS):
         parser.error("--num-paths is for FCFD: add fcfd to --methods, or omit it")
     if args.batch_size == 1 and "reviewkd" in args.methods:
         parser.error("--batch-size 1: ReviewKD needs at least 2 images for its BatchNorm")
