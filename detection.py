@@ -28,11 +28,11 @@ from common.detection.detectors import DETECTORS, build_detector, decay_all_but_
 from common.detection.evaluation import evaluate, require_pycocotools
 from common.detection.fcfd import TERMS, detection_terms, forward_detectors, level_bridges
 from common.detection.images import BoxedImages, batches, load
-from common.detection.records import add_row, format_metrics, print_row, publish, report, save
+from common.detection.records import add_row, all_reduce_mean, format_metrics, print_row, publish, report, save
 from common.detection.weights import inherit, load_backbone, load_coco_v1, load_detector, trained_size
 from common.randomness import seed_of
 from common.run.device import AMP, open_device
-from common.run.distributed import all_reduce_mean, broadcast, rank, world_size
+from common.run.distributed import broadcast, rank, world_size
 from common.run.earlier_runs import find_network
 from common.run.errors import LossNotFiniteError, OtherNetworkError, UserError, exit_code
 from common.run.optimizer import sgd

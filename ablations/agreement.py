@@ -16,12 +16,13 @@ import torch
 from torch import Tensor
 
 from ablations.cells import markdown, mean_and_deviation
+from ablations.curves import series
 from common.data.batches import SIZE, ImageSet, eval_batches
 from common.data.sources import load_data
 from common.losses import kl
 from common.models import build
 from common.run.checkpoint import load_network, write_atomically
-from common.run.earlier_runs import read_config, series
+from common.run.earlier_runs import read_config
 from common.run.errors import UserError, exit_code
 from common.run.options import Parser
 from common.simkd import build_simkd

@@ -7,19 +7,31 @@ thick one for their mean.
 """
 
 import csv
+import re
 import statistics
 import sys
+from collections.abc import Iterable
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from ablations.figures import COLORS, check_format, load_pyplot, save_figure
-from common.run.earlier_runs import series
 from common.run.errors import UserError, exit_code
 from common.run.options import Parser
 
 LABELS = {"test_top1": "test accuracy, top-1 (%)", "train_top1": "training accuracy, top-1 (%)", "loss": "loss"}
 STYLES = ["-", "--", ":", "-."]  # for more curves than colors
+
+
+def series(runs: Iterable[Path]) -> dict[str, list[Path]]:
+    """Group runs whose folder names differ only in the seed, by their common name; duplicates are removed."""
+    runs = list(dict.fromkeys(run.resolve() for run in runs))
+    several = len({run.parent for run in runs}) > 1
+    groups: dict[str, list[Path]] = {}
+    for run in runs:
+        name = re.sub(r"-seed\d+$", "", run.name)
+        groups.setdefault(f"{run.parent.name}/{name}" if several else name, []).append(run)
+    return groups
 
 
 def read_curve(run: Path, column: str) -> list[float]:

@@ -10,7 +10,7 @@ import torch
 from tqdm import tqdm
 
 from ..run import checkpoint
-from ..run.distributed import all_reduce_mean, broadcast_buffers, rank
+from ..run.distributed import all_reduce, broadcast_buffers, rank, world_size
 from ..run.folder import keep_as_best, write_tables
 from ..run.run import Run, peak_memory
 from .evaluation import METRICS
@@ -58,6 +58,12 @@ def publish(run: Run) -> None:
         **state["made_with"],
     }
     write_tables(out, state["log"], state["config"], result)
+
+
+def all_reduce_mean(values: dict[str, float], device: torch.device) -> dict[str, float]:
+    """Average each number over all ranks."""
+    total = all_reduce(torch.tensor(list(values.values()), dtype=torch.float64, device=device))
+    return dict(zip(values, (total / world_size()).tolist(), strict=True))
 
 
 def add_row(state: dict[str, Any], lr: float, accuracy: dict[str, float | None], seconds: float) -> None:

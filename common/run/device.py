@@ -1,7 +1,5 @@
 """The device to train on."""
 
-import os
-
 import torch
 
 from .errors import UserError
@@ -39,8 +37,3 @@ def open_device(name: str, one_size: bool = True) -> torch.device:
         raise UserError(f"there is no device {name!r} here: try --device cpu") from error
     torch.backends.cudnn.benchmark = one_size
     return device
-
-
-def num_cores() -> int:
-    """The number of CPU cores available to this process."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1

@@ -47,14 +47,6 @@ def all_reduce(values: Tensor, op: dist.ReduceOp = dist.ReduceOp.SUM) -> Tensor:
     return values
 
 
-def all_reduce_mean(values: dict[str, float], device: torch.device) -> dict[str, float]:
-    """Average each number over all ranks."""
-    if not dist.is_initialized():
-        return values
-    total = all_reduce(torch.tensor(list(values.values()), dtype=torch.float64, device=device))
-    return dict(zip(values, (total / world_size()).tolist(), strict=True))
-
-
 def broadcast_buffers(nets: Iterable[nn.Module]) -> None:
     """Copy rank 0's buffers to every rank: BatchNorm statistics differ because each rank has its own images."""
     if dist.is_initialized():

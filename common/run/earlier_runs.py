@@ -1,8 +1,6 @@
 """Earlier runs: finding a trained network, and reading the files of a run."""
 
 import glob
-import re
-from collections.abc import Iterable
 from pathlib import Path
 
 import yaml
@@ -47,17 +45,6 @@ def is_unfinished(folder: Path) -> bool:
     """Whether a run in `folder` stopped before its last epoch."""
     result = read_result(folder)  # missing if the run was killed between writing last.pt and the other files
     return (folder / "last.pt").exists() and (result is None or result.get("epoch") != result.get("epochs"))
-
-
-def series(runs: Iterable[Path]) -> dict[str, list[Path]]:
-    """Group runs whose folder names differ only in the seed, by their common name; duplicates are removed."""
-    runs = list(dict.fromkeys(run.resolve() for run in runs))
-    several = len({run.parent for run in runs}) > 1
-    groups: dict[str, list[Path]] = {}
-    for run in runs:
-        name = re.sub(r"-seed\d+$", "", run.name)
-        groups.setdefault(f"{run.parent.name}/{name}" if several else name, []).append(run)
-    return groups
 
 
 def read_config(folder: Path) -> dict | None:

@@ -9,7 +9,6 @@ import torch.distributed as dist
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
-from .device import num_cores
 from .distributed import world_size
 from .errors import UserError
 
@@ -55,5 +54,6 @@ def distribute(step: nn.Module, some_unused: bool) -> nn.Module:
 
 
 def default_workers() -> int:
-    """This rank's share of the cores, at most 16."""
-    return min(16, max(1, num_cores() // int(os.environ.get("LOCAL_WORLD_SIZE", 1))))
+    """This rank's share of the cores available to the process, at most 16."""
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    return min(16, max(1, cores // int(os.environ.get("LOCAL_WORLD_SIZE", 1))))
