@@ -100,8 +100,8 @@ def test_unreadable_files_end_in_one_line(tmp_path, net):
 def test_nested_state_dicts_are_checked_strictly(tmp_path, net, key):
     path = tmp_path / "x.pth"
     for change, message in (
-        (lambda weights: weights.pop("fc.bias"), r"missing key fc\.bias"),
-        (lambda weights: weights.update({"fc.scale": torch.ones(1)}), r"unexpected key fc\.scale"),
+        (lambda weights: weights.pop("fc.bias"), r"Missing key.*fc\.bias"),
+        (lambda weights: weights.update({"fc.scale": torch.ones(1)}), r"Unexpected key.*fc\.scale"),
         (lambda weights: weights.update({"epoch": 3}), "no state dict"),
         (lambda weights: weights["fc.bias"].fill_(torch.inf), r"non-finite values in fc\.bias"),
     ):
@@ -120,9 +120,9 @@ def test_mismatched_content_is_named(tmp_path, net):
         assert "\n" not in str(error.value)
         return str(error.value)
 
-    assert "[100, 64], expected [10, 64]" in message_of({"model": build("resnet8", 100).state_dict()})
-    assert "missing key" in message_of({"model": build("vgg8", 10).state_dict()})
-    assert "unexpected key layer1.1.conv1.weight" in message_of({"model": build("resnet14", 10).state_dict()})
+    assert "torch.Size([10, 64])" in message_of({"model": build("resnet8", 100).state_dict()})
+    assert "Missing key" in message_of({"model": build("vgg8", 10).state_dict()})
+    assert "layer1.1.conv1.weight" in message_of({"model": build("resnet14", 10).state_dict()})
     assert "no state dict" in message_of({"epoch": 3})
     assert "no state dict" in message_of([1, 2])
     assert "student.pth" in message_of({"student": net.state_dict(), "epoch": 3})

@@ -5,6 +5,7 @@ import contextlib
 import io
 import os
 import pickle
+import textwrap
 import warnings
 from collections.abc import Callable
 from pathlib import Path
@@ -117,7 +118,7 @@ def load_weights(net: nn.Module, weights: dict[str, torch.Tensor], path: str | P
     try:
         net.load_state_dict(weights)
     except RuntimeError as error:
-        difference = _first_difference(net, weights)
+        difference = textwrap.shorten(str(error).partition("\n")[2], 200)
         raise OtherNetworkError(f"{path} does not match {name} with this number of classes: {difference}") from error
 
 
@@ -127,14 +128,3 @@ def _is_weight(item: tuple[Any, Any]) -> bool:
     if not isinstance(key, str) or not torch.is_tensor(value) or value.layout != torch.strided or value.is_meta:
         return False
     return value.is_floating_point() or (key.endswith("num_batches_tracked") and value.dtype == torch.int64)
-
-
-def _first_difference(net: nn.Module, weights: dict) -> str:
-    own = net.state_dict()
-    for key, value in own.items():
-        if key not in weights:
-            return f"missing key {key}"
-        if weights[key].shape != value.shape:
-            return f"{key} has shape {list(weights[key].shape)}, expected {list(value.shape)}"
-    unexpected = [key for key in weights if key not in own and not key.endswith("num_batches_tracked")]
-    return f"unexpected key {(unexpected or list(weights))[0]}"
