@@ -31,8 +31,6 @@ from .models.staged import StagedNet
 from .multipath_bn import on_path
 from .paths import MixedPath, candidate_paths, sample_paths
 
-# --------------------------------------------------------------------------------------------------- data paths
-
 
 @dataclass
 class MixedFlow:
@@ -104,9 +102,7 @@ def forward_paths(
     return flow
 
 
-# --------------------------------------------------------------------------------------------------- loss terms
-#
-# Each term is a function (flow, labels [B], kl) that returns a float32 scalar: the sum over its positions and paths,
+# A loss term is a function (flow, labels [B], kl) that returns a float32 scalar: the sum over its positions and paths,
 # not divided by |S|. kl(logits, target) is the KL at the run's temperature, or its replacement, such as DKD.
 
 KL = Callable[[Tensor, Tensor], Tensor]
