@@ -26,8 +26,6 @@ def user_errors() -> Iterator[None]:
     """Turn a ValueError raised inside, such as for networks that do not match, into a UserError."""
     try:
         yield
-    except UserError:
-        raise
     except ValueError as error:
         raise UserError(str(error)) from error
 
