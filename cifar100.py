@@ -98,13 +98,9 @@ def run_name(args: Namespace) -> str:
     """The name of the default output folder."""
     data = f"folder-{Path(args.data_dir).resolve().name}" if args.dataset == "folder" else args.dataset
     subset = f"-subset{args.subset}" if args.subset else ""
-    networks = f"{args.teacher}-{args.student}-{method_name(args)}" if args.teacher else f"{args.student}-alone"
+    method = f"{args.method}{'-dkd' * (args.kd_loss == 'dkd')}{'-simkd' * args.simkd}"
+    networks = f"{args.teacher}-{args.student}-{method}" if args.teacher else f"{args.student}-alone"
     return f"{data}{subset}-{networks}-{args.epochs}ep-seed{args.seed}"
-
-
-def method_name(args: Namespace) -> str:
-    """The method and its combinations: fcfd, kd-dkd, fcfd-dkd-simkd."""
-    return f"{args.method}{'-dkd' * (args.kd_loss == 'dkd')}{'-simkd' * args.simkd}"
 
 
 def learning_rate(args: Namespace, epoch: int) -> float:
@@ -191,8 +187,7 @@ def train(args: Namespace, data: Data | None = None) -> bool:
         run.check_data(data.fingerprint, len(data.train))
         with user_errors():
             student, teacher, bridges, candidates, weights = build_networks(args, len(data.classes))
-        task = f"{args.student} from {args.teacher} by {method_name(args)}" if args.teacher else f"{args.student} alone"
-        print(f"{task}, {args.epochs} epochs on {args.dataset}: {data}; {args.device}, amp {args.amp}; {args.out}")
+        print(f"{run_name(args)}: {data}; {args.device}, amp {args.amp}; {args.out}")
         if args.teacher and f"{args.teacher}-{args.student}" not in SETTINGS["pairs"]:
             print(f"{args.teacher}-{args.student} is not a published pair; using the default settings")
         if teacher:

@@ -187,9 +187,8 @@ def train(args: Namespace, device: torch.device) -> None:
         data = load_coco(args.data_dir, args.subset, args.test_subset)
         run.check_data(data.fingerprint, len(data.train))
         weights = {name: getattr(args, f"w_{name}") for name in TERMS if getattr(args, f"w_{name}")}
-        task = f"{args.student} from {args.teacher} by {args.method}" if args.teacher else f"{args.student} alone"
         where = f"{args.device}, {world_size()} rank{'s' * (world_size() > 1)}, amp {args.amp}; {args.out}"
-        print(f"{task}, {args.iterations} iterations on {args.data_dir}: {data}; {where}")
+        print(f"{run_name(args)}: {data}; {where}")
         print(f"weights {weights}", *data.notes, sep="\n")
         student, teacher = build_networks(args, data, load_weights=not run.resumed and rank() == 0)
         step = Step(args, list(weights), student, teacher).to(device, memory_format=torch.channels_last)

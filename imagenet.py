@@ -125,9 +125,7 @@ def build_networks(args: Namespace, num_classes: int):
     weights = {name: getattr(args, f"w_{name}") for name in TERMS}
     args.positions = sorted(set(args.positions or range(2, student.num_stages)))
     given = [name for name in TERMS if f"w_{name}" in args.given]
-    weights, candidates, args.num_paths = plan_paths(
-        weights, student.num_stages, args.positions, args.num_paths, required=given
-    )
+    weights, candidates, args.num_paths = plan_paths(weights, student.num_stages, args.positions, args.num_paths, given)
     bridges = None
     if args.num_paths or needs_all_bridges(weights):
         into_student = [path.k for path in candidates if path.delta == 0]
@@ -180,12 +178,11 @@ def train(args: Namespace, device: torch.device) -> None:
         run.check_data(data.fingerprint, len(data.train))
         with user_errors():
             student, teacher, bridges, candidates, weights = build_networks(args, len(data.classes))
-        task = f"{args.student} from {args.teacher} by {args.method}" if args.teacher else f"{args.student} alone"
         ranks = f"{args.device}, {world_size()} rank{'s' * (world_size() > 1)}"
-        print(f"{task}, {args.epochs} epochs on {args.data_dir}: {data}; {ranks}, amp {args.amp}; {args.out}")
-        if args.teacher and f"{args.teacher}-{args.student}" not in SETTINGS["pairs"]:
-            print(f"{args.teacher}-{args.student} is not a published pair; using the default settings")
+        print(f"{run_name(args)}: {data}; {ranks}, amp {args.amp}; {args.out}")
         if teacher:
+            if f"{args.teacher}-{args.student}" not in SETTINGS["pairs"]:
+                print(f"{args.teacher}-{args.student} is not a published pair; using the default settings")
             print(f"weights {weights}, temperature {args.temperature:g}, {args.num_paths} of {len(candidates)} paths")
         if teacher and not run.resumed and rank() == 0:  # distribute() copies it to the other ranks
             load_teacher(teacher, args, len(data.classes))
@@ -193,7 +190,7 @@ def train(args: Namespace, device: torch.device) -> None:
         step = Step(args, list(weights), student, teacher, bridges)
         if args.sync_bn and world_size() > 1:
             step = nn.SyncBatchNorm.convert_sync_batchnorm(step)
-        for net in [student] if teacher is None else [student, teacher]:
+        for net in filter(None, (student, teacher)):
             track_paths(net, sorted({path.k for path in candidates}))
         step.to(device, memory_format=torch.channels_last)
         parameters = [p for p in step.parameters() if p.requires_grad]

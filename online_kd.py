@@ -148,8 +148,7 @@ def train(args: Namespace) -> None:
         run.check_data(data.fingerprint, len(data.train))
         with user_errors():
             student, teacher, bridges, candidates, weights = build_networks(args, len(data.classes))
-        task = f"{args.student} and {args.teacher} from scratch by online {args.method}"
-        print(f"{task}, {args.epochs} epochs on {args.dataset}: {data}; {args.device}, amp {args.amp}; {args.out}")
+        print(f"{run_name(args)}: {data}; {args.device}, amp {args.amp}; {args.out}")
         if f"{args.teacher}-{args.student}" not in SETTINGS["pairs"]:
             print(f"{args.teacher}-{args.student} is not a published pair; using the default settings")
         print(f"weights {weights}, temperature {args.temperature:g}, {args.num_paths} of {len(candidates)} paths")
