@@ -14,6 +14,7 @@ from functools import partial
 from pathlib import Path
 
 import torch
+from torch import nn
 from tqdm import tqdm
 
 from common.bridges import build_bridges
@@ -26,7 +27,6 @@ from common.multipath_bn import track_paths
 from common.paths import sample_paths
 from common.run import earlier_runs
 from common.run.checkpoint import load_network
-from common.run.cost import cost_line
 from common.run.device import AMP, open_device
 from common.run.errors import LossNotFiniteError, UserError, exit_code, user_errors
 from common.run.evaluation import evaluate
@@ -129,14 +129,15 @@ def build_networks(args: Namespace, num_classes: int):
         return student, None, None, [], {"task": args.w_task}
     teacher = build(args.teacher, num_classes).requires_grad_(False)
     if args.simkd:
+        from common.run.cost import cost_line
+
         student = build_simkd(student, teacher, SIZE)
+        print(cost_line(args.student, args.teacher, num_classes, SIZE))
         if student.num_stages in (args.positions or []):
             raise ValueError(f"--positions {student.num_stages}: with --simkd, mixed paths cannot leave the last stage")
     args.positions = sorted(set(args.positions or range(2, student.num_stages)))
     given = [name for name in TERMS if f"w_{name}" in args.given]
-    weights, candidates, args.num_paths = plan_paths(
-        weights, student.num_stages, args.positions, args.num_paths, required=given
-    )
+    weights, candidates, args.num_paths = plan_paths(weights, student.num_stages, args.positions, args.num_paths, given)
     if args.kd_loss == "dkd" and num_classes < 2:
         raise ValueError("--kd-loss dkd needs at least two classes")
     bridges = None
@@ -188,26 +189,22 @@ def train(args: Namespace, data: Data | None = None) -> bool:
         with user_errors():
             student, teacher, bridges, candidates, weights = build_networks(args, len(data.classes))
         print(f"{run_name(args)}: {data}; {args.device}, amp {args.amp}; {args.out}")
-        if args.teacher and f"{args.teacher}-{args.student}" not in SETTINGS["pairs"]:
-            print(f"{args.teacher}-{args.student} is not a published pair; using the default settings")
         if teacher:
+            if f"{args.teacher}-{args.student}" not in SETTINGS["pairs"]:
+                print(f"{args.teacher}-{args.student} is not a published pair; using the default settings")
             print(f"weights {weights}, temperature {args.temperature:g}, {args.num_paths} of {len(candidates)} paths")
-        if args.simkd:
-            print(cost_line(args.student, args.teacher, len(data.classes), SIZE))
         if teacher and not run.resumed:  # last.pt holds the teacher
             args.teacher_ckpt = find_teacher(args, data)
             if not args.teacher_ckpt:
                 return False
             load_network(teacher, args.teacher_ckpt, args.teacher)
 
-        staged = [net for net in (student, teacher) if net is not None]
-        networks = staged if bridges is None else [*staged, bridges]
-        channels_last = all(net.channels_last for net in staged)
-        for net in staged:
+        for net in filter(None, (student, teacher)):
             track_paths(net, sorted({path.k for path in candidates}))
-        for net in networks:
-            net.to(device, memory_format=torch.channels_last if channels_last else torch.preserve_format)
-        parameters = [p for net in networks for p in net.parameters() if p.requires_grad]
+        channels_last = student.channels_last and (teacher is None or teacher.channels_last)
+        networks = nn.ModuleList(filter(None, (student, teacher, bridges)))
+        networks.to(device, memory_format=torch.channels_last if channels_last else torch.preserve_format)
+        parameters = [p for p in networks.parameters() if p.requires_grad]
         optimizer = sgd(parameters, args.lr, momentum=0.9, weight_decay=5e-4, nesterov=True)
         scaler = torch.amp.GradScaler(device.type, enabled=args.amp == "fp16")
         # What last.pt holds; it is restored here if the run is resumed.
@@ -221,8 +218,8 @@ def train(args: Namespace, data: Data | None = None) -> bool:
         for epoch in run.epochs():
             lr = optimizer.param_groups[0]["lr"] = learning_rate(args, epoch)
             warmed = warmed_up(weights, args, epoch)
-            for name, net in run.networks.items():
-                net.train(name != "teacher" or args.teacher_bn == "batch")
+            for net in networks:
+                net.train(net is not teacher or args.teacher_bn == "batch")
             batches = train_batches(data.train, args.batch_size, args.seed, epoch, channels_last)
             paths = sample_paths(candidates, args.num_paths or 0, steps, args.seed, epoch)
             meter = Meter(device)
@@ -248,12 +245,11 @@ def evaluate_checkpoint(args: Namespace) -> None:
     """--evaluate: print the accuracy of a checkpoint on the test set."""
     device = open_device(args.device)
     test, classes = load_test(args.dataset, args.data_dir, args.test_subset)
-    net, name = build(args.student, len(classes)), args.student
-    if args.simkd and args.teacher:
-        net, name = build_simkd(net, build(args.teacher, len(classes)), SIZE), f"{name} by SimKD from {args.teacher}"
-        print(cost_line(args.student, args.teacher, len(classes), SIZE))
-    load_network(net, args.evaluate, name)
-    accuracy = evaluate(net.to(device), eval_batches(test.to(device)))
+    with user_errors():
+        student, *_ = build_networks(args, len(classes))
+    name = f"{args.student} by SimKD from {args.teacher}" if args.simkd else args.student
+    load_network(student, args.evaluate, name)
+    accuracy = evaluate(student.to(device), eval_batches(test.to(device)))
     print(f"{args.student} {accuracy['top1']:.2f} % top-1, {accuracy['top5']:.2f} % top-5 on {len(test)} test images")
 
 

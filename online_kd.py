@@ -18,7 +18,7 @@ from pathlib import Path
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 from tqdm import tqdm
 
 from common.bridges import build_bridges
@@ -153,14 +153,12 @@ def train(args: Namespace) -> None:
             print(f"{args.teacher}-{args.student} is not a published pair; using the default settings")
         print(f"weights {weights}, temperature {args.temperature:g}, {args.num_paths} of {len(candidates)} paths")
 
-        networks = [student, teacher] if bridges is None else [student, teacher, bridges]
-        channels_last = student.channels_last and teacher.channels_last
         for net in (student, teacher):
             track_paths(net, sorted({path.k for path in candidates}))
-        for net in networks:
-            net.to(device, memory_format=torch.channels_last if channels_last else torch.preserve_format)
-        parameters = [p for net in networks for p in net.parameters()]
-        optimizer = sgd(parameters, args.lr, momentum=0.9, weight_decay=5e-4, nesterov=True)
+        channels_last = student.channels_last and teacher.channels_last
+        networks = nn.ModuleList(filter(None, (student, teacher, bridges)))
+        networks.to(device, memory_format=torch.channels_last if channels_last else torch.preserve_format)
+        optimizer = sgd(networks.parameters(), args.lr, momentum=0.9, weight_decay=5e-4, nesterov=True)
         scaler = torch.amp.GradScaler(device.type, enabled=args.amp == "fp16")
         # What last.pt holds; it is restored here if the run is resumed.
         run.track(student=student, teacher=teacher, bridges=bridges, optimizer=optimizer, scaler=scaler)
@@ -169,8 +167,7 @@ def train(args: Namespace) -> None:
         for epoch in run.epochs():
             lr = optimizer.param_groups[0]["lr"] = learning_rate(args, epoch)
             warmed = warmed_up(weights, args, epoch)
-            for net in networks:
-                net.train()
+            networks.train()
             batches = train_batches(data.train, args.batch_size, args.seed, epoch, channels_last)
             paths = sample_paths(candidates, args.num_paths, steps, args.seed, epoch)
             meter = Meter(device)
