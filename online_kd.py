@@ -73,7 +73,7 @@ def parse_args(argv: list[str] | None = None, stored: dict | None = None) -> Nam
     parser = Parser(__doc__)
     add = parser.add_argument
     add("--teacher", type=name_in(NETWORKS), required=True, metavar="NAME", help=", ".join(NETWORKS))
-    add("--student", type=name_in(NETWORKS), required=True, metavar="NAME")
+    add("--student", type=name_in(NETWORKS), required=True, metavar="NAME", help="as for --teacher")
     add("--method", choices=METHODS, default="fcfd", help="dml: mutual KL; kd: only the student learns from the other")
     add("--epochs", type=count, default=SETTINGS["epochs"], metavar="N", help="the milestones scale with it")
     add("--batch-size", type=count, default=SETTINGS["batch_size"], metavar="N", help="images per step")

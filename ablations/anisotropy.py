@@ -211,7 +211,7 @@ def parse_args(argv: list[str] | None) -> Namespace:
     argv = sys.argv[1:] if argv is None else argv
     parser = Parser(__doc__)
     add = parser.add_argument
-    add("--network", type=name_in(NETWORKS), metavar="NAME", default="resnet32x4")
+    add("--network", type=name_in(NETWORKS), metavar="NAME", default="resnet32x4", help=", ".join(NETWORKS))
     add("--ckpt", metavar="FILE", type=Path, help="its weights (default: train it first)")
     add("--run", metavar="DIR", type=Path, help="a run of cifar100.py: use its network, weights and data")
     parser.add_data_options()

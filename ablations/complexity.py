@@ -82,7 +82,7 @@ def parse_args(argv: list[str] | None = None) -> Namespace:
     add("--pairs", type=pair, nargs="+", metavar="PAIR", help="or all: published (default: resnet32x4-resnet8x4)")
     add("--methods", choices=METHODS, nargs="+", help="besides the unit (default: fcfd plain)")
     add("--num-paths", type=count_or_zero, nargs="+", metavar="N", help="|S| of FCFD (default: each; with --methods 2)")
-    add("--batch-size", type=count, default=64, metavar="N")
+    add("--batch-size", type=count, default=64, metavar="N", help="images per step")
     add("--repeats", type=count, default=11, metavar="N", help="steps behind each time")
     add("--device", default=default_device(), help="cpu, cuda, cuda:N or mps")
     add("--amp", choices=AMP, help="precision of autocast (default: fp16 on CUDA, else off)")
