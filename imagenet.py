@@ -49,7 +49,7 @@ def parse_args(argv: list[str] | None = None, stored: dict | None = None) -> Nam
     add("--data-dir", default="data/imagenet", metavar="DIR", help="holds train/ and val/ or test/")
     add("--student", type=name_in(IMAGENET_NETWORKS), required=True, metavar="NAME", help=", ".join(IMAGENET_NETWORKS))
     add("--teacher", type=name_in(IMAGENET_NETWORKS), metavar="NAME", help="omit to train --student alone")
-    add("--epochs", type=count, default=SETTINGS["epochs"], metavar="N", help="the milestones scale with it")
+    add("--epochs", type=count, default=SETTINGS["epochs"], metavar="N", help="the schedule scales with it")
     add("--batch-size", type=count, default=SETTINGS["batch_size"], metavar="N", help="of all ranks together")
     add("--lr", type=positive, default=SETTINGS["lr"], help="at the start")
     add("--image-size", type=number(int, 32, 4096), default=IMAGE_SIZE, metavar="PIXELS", help="after cropping")
@@ -62,7 +62,7 @@ def parse_args(argv: list[str] | None = None, stored: dict | None = None) -> Nam
     add = distillation.add_argument
     add("--method", choices=METHODS, default="fcfd", help="kd: L_task + L_kd; app: adds L_app; fcfd: all of Eq. 9")
     add("--teacher-ckpt", metavar="FILE", help="default: torchvision's IMAGENET1K_V1")
-    add("--teacher-bn", choices=("batch", "running"), default="batch", help="statistics of the teacher's BatchNorm")
+    add("--teacher-bn", choices=("batch", "running"), default="batch", help="BatchNorm statistics on its pure path")
     add("--temperature", type=positive, metavar="T", help="of every KL (default: the pair's)")
     for name in TERMS:
         add(option(f"w_{name}"), type=weight, metavar="W", help=f"weight of {name} (default: the method's and pair's)")
@@ -105,7 +105,7 @@ def learning_rate(args: Namespace, epoch: int) -> float:
 
 
 def warmed_up(weights: dict[str, float], args: Namespace, epoch: int) -> dict[str, float]:
-    """The weights in this epoch. Those of L2 terms ramp up linearly during the warm-up, which shorter runs shorten."""
+    """This epoch's weights. Those of L2 terms ramp up linearly during the warm-up, which is shorter in short runs."""
     warmup = SETTINGS["warmup_epochs"] * min(1, args.epochs / SETTINGS["epochs"])
     factor = min(1.0, (epoch + 1) / warmup)
     return {name: value * factor if TERMS[name].features else value for name, value in weights.items()}
@@ -165,8 +165,8 @@ class Step(nn.Module):
     def forward(self, images: Tensor, labels: Tensor, paths: list[MixedPath]) -> tuple[dict[str, Tensor], Tensor]:
         """The unweighted terms of Eq. 9, means over these images, and the number of correct predictions."""
         with torch.autocast(images.device.type, self.amp, enabled=self.amp is not None):
-            app = needs_all_bridges(self.terms)
-            flow = forward_paths(self.teacher, self.student, self.bridges, images, paths, app)
+            all_bridges = needs_all_bridges(self.terms)
+            flow = forward_paths(self.teacher, self.student, self.bridges, images, paths, all_bridges)
         terms = fcfd_terms(flow, labels, self.temperature, self.terms)
         return terms, (flow.student_logits.detach().argmax(1) == labels).sum()
 

@@ -75,7 +75,7 @@ def parse_args(argv: list[str] | None = None, stored: dict | None = None) -> Nam
     add("--teacher", type=name_in(NETWORKS), required=True, metavar="NAME", help=", ".join(NETWORKS))
     add("--student", type=name_in(NETWORKS), required=True, metavar="NAME", help="as for --teacher")
     add("--method", choices=METHODS, default="fcfd", help="dml: mutual KL; kd: only the student learns from the other")
-    add("--epochs", type=count, default=SETTINGS["epochs"], metavar="N", help="the milestones scale with it")
+    add("--epochs", type=count, default=SETTINGS["epochs"], metavar="N", help="the schedule scales with it")
     add("--batch-size", type=count, default=SETTINGS["batch_size"], metavar="N", help="images per step")
     add("--lr", type=positive, help="of both networks (default: the pair's)")
     add("--temperature", type=positive, metavar="T", help="of every KL (default: the pair's)")
@@ -112,7 +112,7 @@ def learning_rate(args: Namespace, epoch: int) -> float:
 
 
 def warmed_up(weights: dict[str, float], args: Namespace, epoch: int) -> dict[str, float]:
-    """The weights in this epoch. Those of L2 terms ramp up linearly during the warm-up, which shorter runs shorten."""
+    """This epoch's weights. Those of L2 terms ramp up linearly during the warm-up, which is shorter in short runs."""
     warmup = SETTINGS["warmup_epochs"] * min(1, args.epochs / SETTINGS["epochs"])
     factor = min(1.0, (epoch + 1) / warmup)
     return {name: value * factor if ONLINE[name].features else value for name, value in weights.items()}
@@ -174,7 +174,7 @@ def train(args: Namespace) -> None:
             progress = tqdm(batches, f"epoch {epoch + 1}", steps, leave=False, disable=None)
             for (images, labels), S in zip(progress, paths, strict=True):
                 with torch.autocast(device.type, AMP[args.amp], enabled=args.amp != "off"):
-                    flow = forward_paths(teacher, student, bridges, images, S, app=needs_all_bridges(weights, ONLINE))
+                    flow = forward_paths(teacher, student, bridges, images, S, needs_all_bridges(weights, ONLINE))
                 terms = fcfd_terms(flow, labels, args.temperature, weights, table=ONLINE)
                 loss = sum(warmed[name] * term for name, term in terms.items())  # Eq. 9 and the teacher's losses
 

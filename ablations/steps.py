@@ -99,7 +99,7 @@ def cifar100_loss(words: list[str], images: Tensor, labels: Tensor, steps: int) 
     kd_loss = partial(dkd, labels=labels, tckd=args.tckd, nckd=args.nckd) if args.kd_loss == "dkd" else kl
 
     def loss(i: int) -> Tensor:
-        flow = forward_paths(teacher, student, bridges, images, paths[i], app=needs_all_bridges(weights))
+        flow = forward_paths(teacher, student, bridges, images, paths[i], needs_all_bridges(weights))
         return sum(fcfd_terms(flow, labels, args.temperature, weights, kd_loss).values())
 
     return [net for net in (teacher, student, bridges) if net is not None], loss

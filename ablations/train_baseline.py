@@ -68,7 +68,7 @@ def parse_args(argv: list[str] | None = None, stored: dict | None = None) -> Nam
     add("--weight", type=weight, metavar="W", help="of the method's loss (default: the pair's)")
     add("--teacher-ckpt", metavar="FILE", help="default: an earlier run's next to --out, else it is trained first")
     add("--teacher-epochs", type=count, metavar="N", help="of a teacher that is trained first (default: --epochs)")
-    add("--epochs", type=count, default=SETTINGS["epochs"], metavar="N", help="the milestones scale with it")
+    add("--epochs", type=count, default=SETTINGS["epochs"], metavar="N", help="the schedule scales with it")
     add("--batch-size", type=count, default=SETTINGS["batch_size"], metavar="N", help="images per step")
     add("--lr", type=positive, help="default: the student's")
     add("--smoke", action="store_true", help="train two small networks with every method, or with --method")

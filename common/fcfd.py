@@ -13,7 +13,8 @@ L_app matches the values of features. L_func and L_func' match their function: t
 network compute from them, the teacher's in L_func and the student's in L_func'.
 
 In every term of Eq. 9 except L_task, the target is a feature or the logits of the pure teacher path, detached in
-losses.py. Gradients flow through the frozen later stages of the teacher into the bridge and the student.
+losses.py. On <k, 1>, gradients flow through the frozen later stages of the teacher into the bridge and the student's
+stages 1..k; on <k, 0>, into the bridge and the student's later stages.
 """
 
 from collections.abc import Callable, Iterable, Mapping
@@ -63,17 +64,17 @@ def forward_paths(
     bridges: Bridges | None,
     images: Tensor,
     paths: Iterable[MixedPath] = (),
-    app: bool = True,
+    all_bridges: bool = True,
 ) -> Flow:
     """Run `images` [B, 3, H, W] along both pure paths and the mixed `paths` (Fig. 2). Shared parts run once.
 
-    Nothing is detached here, so a trainable teacher (App. F) receives gradients from every path through it.
+    Nothing is detached here, so a trainable teacher (App. F) also receives gradients from the mixed paths.
 
     Args:
-        teacher: None to run the student alone; then there are no `paths`, and `app` is ignored.
-        bridges: may be None if there are no `paths` and `app` is False. Their mode selects batch or running statistics
-            on the mixed paths, in both networks. Each network's own mode applies to its pure path only.
-        app: also bridge the student's features at positions 2..N that are not in `paths`, as L_app needs.
+        teacher: None to run the student alone; then there are no `paths`, and `all_bridges` is ignored.
+        bridges: may be None if there are no `paths` and `all_bridges` is False. Their mode selects batch or running
+            statistics on the mixed paths, in both networks. Each network's own mode applies to its pure path only.
+        all_bridges: bridge the student's features at every position 2..N, as L_app needs, not only for `paths`.
     """
     last = student.num_stages
     features_t = dict(enumerate(teacher.features(images), 1)) if teacher else {}
@@ -84,11 +85,11 @@ def forward_paths(
     flow = Flow(features_s, logits_s, features_t, logits_t)
 
     paths = list(paths)
-    into_teacher = set(range(2, last + 1)) if app else {path.k for path in paths if path.delta == 1}
+    into_teacher = set(range(2, last + 1)) if all_bridges else {path.k for path in paths if path.delta == 1}
     into_student = {path.k for path in paths if path.delta == 0}
     flow.s2t = {k: bridges.s2t[str(k)](features_s[k]) for k in sorted(into_teacher)}
     flow.t2s = {k: bridges.t2s[str(k)](features_t[k]) for k in sorted(into_student)}
-    if app and student.projected:
+    if all_bridges and student.projected:
         flow.last_target = student.last_target(features_t[last], flow.s2t[last])
 
     for path in paths:
@@ -122,7 +123,7 @@ def l_app(flow: Flow, labels: Tensor, kl: KL) -> Tensor:
     """Eq. 5, appearance: L2 between the bridged student feature and the teacher's, at every position 2..N.
 
     At stage N, here and in L_func, every L2 adds an L2 between the features after ReLU and pooling, the classifier's
-    input. With SimKD, `last_target` replaces F_t^N.
+    input. With SimKD, L_app compares F^N with `last_target` instead of F_t^N.
     """
     last = max(flow.teacher)
     targets = flow.teacher if flow.last_target is None else flow.teacher | {last: flow.last_target}
@@ -170,7 +171,7 @@ class Term(NamedTuple):
 
     function: Callable[[Flow, Tensor, KL], Tensor]
     delta: int | None = None  # the direction of the mixed paths it reads; None if it reads no mixed path
-    features: bool = False  # compares features: it is warmed up, and without `delta` it needs every bridge s2t
+    features: bool = False  # compares features: weight w_l2, warmed up; without `delta` it needs every bridge s2t
 
 
 TERMS: dict[str, Term] = {

@@ -106,14 +106,14 @@ def test_shared_parts_run_once():
 def test_only_requested_parts_are_computed():
     teacher, student, bridges = pair()
     images, labels = batch()
-    flow = forward_paths(teacher, student, bridges, images, [MixedPath(3, 1)], app=False)
+    flow = forward_paths(teacher, student, bridges, images, [MixedPath(3, 1)], all_bridges=False)
     assert (list(flow.s2t), list(flow.t2s)) == ([3], [])
     terms = fcfd_terms(flow, labels, 4.0, ("kd", "func_l2", "func_prime"))
     assert list(terms) == ["kd", "func_l2", "func_prime"]
     assert terms["func_prime"].item() == 0
     with pytest.raises(KeyError):  # L_app needs every position
         fcfd_terms(flow, labels, 4.0)
-    flow = forward_paths(teacher, student, None, images, app=False)
+    flow = forward_paths(teacher, student, None, images, all_bridges=False)
     assert (flow.s2t, flow.t2s, flow.mixed) == ({}, {}, {})
 
 
@@ -131,14 +131,14 @@ def test_a_student_without_a_teacher():
     terms["task"].backward()
     torch.optim.SGD(student.parameters(), 0.1).step()
     assert not torch.equal(student.fc.weight, before)
-    assert forward_paths(None, student, None, images, app=True).s2t == {}
+    assert forward_paths(None, student, None, images, all_bridges=True).s2t == {}
 
 
 @pytest.mark.parametrize(("teacher_name", "student_name"), [("vgg8", "resnet8"), ("resnet8", "vgg8")])
 def test_kd_works_with_different_numbers_of_stages(teacher_name, student_name):
     teacher, student = build(teacher_name, 10).eval(), build(student_name, 10).eval()
     images, _ = batch()
-    flow = forward_paths(teacher, student, None, images, app=False)
+    flow = forward_paths(teacher, student, None, images, all_bridges=False)
     torch.testing.assert_close(flow.teacher_logits, teacher(images))
     torch.testing.assert_close(flow.student_logits, student(images))
 

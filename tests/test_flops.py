@@ -36,7 +36,7 @@ class Pair:
     def count(self, terms, paths=()):
         """FLOPs per image."""
         with self.counter() as counter:
-            flow = forward_paths(self.teacher, self.student, self.bridges, self.images, paths, app="app" in terms)
+            flow = forward_paths(self.teacher, self.student, self.bridges, self.images, paths, "app" in terms)
             sum(fcfd_terms(flow, self.labels, 4.0, terms).values()).backward()
         return counter.get_total_flops() / B
 
