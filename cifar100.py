@@ -46,7 +46,7 @@ def parse_args(argv: list[str] | None = None, stored: dict | None = None) -> Nam
     add = parser.add_argument
     add("--student", type=name_in(NETWORKS), required=True, metavar="NAME", help=", ".join(NETWORKS))
     add("--teacher", type=name_in(NETWORKS), metavar="NAME", help="omit to train --student alone")
-    add("--epochs", type=count, default=SETTINGS["epochs"], metavar="N", help="the milestones scale with it")
+    add("--epochs", type=count, default=SETTINGS["epochs"], metavar="N", help="the schedule scales with it")
     add("--batch-size", type=count, default=SETTINGS["batch_size"], metavar="N", help="images per step")
     add("--lr", type=positive, help="default: the pair's")
     add("--evaluate", metavar="FILE", help="only test this checkpoint of --student (with --simkd also give --teacher)")
@@ -55,13 +55,13 @@ def parse_args(argv: list[str] | None = None, stored: dict | None = None) -> Nam
     add("--method", choices=METHODS, default="fcfd", help="kd: L_task + L_kd; app: adds L_app; fcfd: all of Eq. 9")
     add("--teacher-ckpt", metavar="FILE", help="default: an earlier run's next to --out, else it is trained first")
     add("--teacher-epochs", type=count, metavar="N", help="of a teacher that is trained first (default: --epochs)")
-    add("--teacher-bn", choices=("batch", "running"), default="batch", help="statistics of the teacher's BatchNorm")
+    add("--teacher-bn", choices=("batch", "running"), default="batch", help="BatchNorm statistics on its pure path")
     add("--temperature", type=positive, metavar="T", help="of every KL (default: the pair's)")
     for name in TERMS:
         add(option(f"w_{name}"), type=weight, metavar="W", help=f"weight of {name} (default: the method's and pair's)")
     add("--num-paths", type=count_or_zero, metavar="N", help="|S|, mixed paths sampled per step (default: 2)")
     add("--positions", type=int, nargs="+", metavar="K", help="where mixed paths switch networks (default: 2..N-1)")
-    add("--kd-loss", choices=("kl", "dkd"), default="kl", help="loss between logits")
+    add("--kd-loss", choices=("kl", "dkd"), default="kl", help="in L_kd, L_func and L_func'")
     add("--tckd", type=weight, default=1, metavar="W", help="weight of TCKD, the part on the target class")
     add("--nckd", type=weight, default=2, metavar="W", help="weight of NCKD, the part on the other classes")
     add("--simkd", action="store_true", help="SimKD's projector and the teacher's classifier replace the student's")
@@ -110,7 +110,7 @@ def learning_rate(args: Namespace, epoch: int) -> float:
 
 
 def warmed_up(weights: dict[str, float], args: Namespace, epoch: int) -> dict[str, float]:
-    """The weights in this epoch. Those of L2 terms ramp up linearly during the warm-up, which shorter runs shorten."""
+    """This epoch's weights. Those of L2 terms ramp up linearly during the warm-up, which is shorter in short runs."""
     warmup = SETTINGS["warmup_epochs"] * min(1, args.epochs / SETTINGS["epochs"])
     factor = min(1.0, (epoch + 1) / warmup)
     return {name: value * factor if TERMS[name].features else value for name, value in weights.items()}
@@ -118,6 +118,8 @@ def warmed_up(weights: dict[str, float], args: Namespace, epoch: int) -> dict[st
 
 def build_networks(args: Namespace, num_classes: int):
     """(student, teacher, bridges, candidate paths, weights by term). Teacher and bridges are None if not needed.
+
+    Resolves args.positions and args.num_paths.
 
     Raises:
         ValueError: the networks do not match, or an option is out of range.
@@ -129,10 +131,7 @@ def build_networks(args: Namespace, num_classes: int):
         return student, None, None, [], {"task": args.w_task}
     teacher = build(args.teacher, num_classes).requires_grad_(False)
     if args.simkd:
-        from common.run.cost import cost_line
-
         student = build_simkd(student, teacher, SIZE)
-        print(cost_line(args.student, args.teacher, num_classes, SIZE))
         if student.num_stages in (args.positions or []):
             raise ValueError(f"--positions {student.num_stages}: with --simkd, mixed paths cannot leave the last stage")
     args.positions = sorted(set(args.positions or range(2, student.num_stages)))
@@ -144,40 +143,6 @@ def build_networks(args: Namespace, num_classes: int):
     if args.num_paths or needs_all_bridges(weights):
         bridges = build_bridges(teacher, student, SIZE, [path.k for path in candidates if path.delta == 0])
     return student, teacher, bridges, candidates, weights
-
-
-def find_teacher(args: Namespace, data: Data) -> str | None:
-    """The teacher's checkpoint: --teacher-ckpt, an earlier run's, or one trained now; None if --max-minutes passed."""
-    if args.teacher_ckpt:
-        print(f"teacher: {args.teacher_ckpt}")
-        return args.teacher_ckpt
-    if found := earlier_runs.find_network(Path(args.out).parent, args.teacher, data.fingerprint, args.teacher_epochs):
-        print(f"teacher: {found}, from an earlier run")
-        return str(found)
-
-    folder = teacher_folder(args)
-    if (config := earlier_runs.read_config(folder)) and config.get("fingerprint") != data.fingerprint:
-        folder = folder.with_name(f"{folder.name}-{data.fingerprint[:8]}")  # same name, other data
-    if folder.resolve() == Path(args.out).resolve():
-        raise UserError(f"the teacher is trained first in {folder}: choose another --out")
-    shared = ("dataset", "data_dir", "subset", "test_subset", "seed", "device", "amp")
-    options = {"student": args.teacher, "epochs": args.teacher_epochs, "out": folder}
-    options["batch_size"] = min(SETTINGS["batch_size"], len(data.train))
-    options |= {key: getattr(args, key) for key in shared}
-    teacher_argv = [f"{option(key)}={value}" for key, value in options.items() if value is not None]
-    print(f"teacher: training {args.teacher} for {args.teacher_epochs} epochs in {folder}", flush=True)
-    try:
-        teacher_args = parse_args([*teacher_argv, *["--resume"] * (folder / "last.pt").exists()])
-        teacher_args.deadline = args.deadline
-        return str(folder / "student.pth") if train(teacher_args, data) else None  # train() is below
-    except (UserError, LossNotFiniteError) as error:
-        raise type(error)(f"(the teacher in {folder}) {error}") from error
-
-
-def teacher_folder(args: Namespace) -> Path:
-    """Where to train the teacher first: the default folder of that run, next to --out."""
-    alone = {"teacher": None, "student": args.teacher, "epochs": args.teacher_epochs or args.epochs}
-    return Path(args.out).parent / run_name(Namespace(**vars(args) | alone))
 
 
 def train(args: Namespace, data: Data | None = None) -> bool:
@@ -193,13 +158,17 @@ def train(args: Namespace, data: Data | None = None) -> bool:
             if f"{args.teacher}-{args.student}" not in SETTINGS["pairs"]:
                 print(f"{args.teacher}-{args.student} is not a published pair; using the default settings")
             print(f"weights {weights}, temperature {args.temperature:g}, {args.num_paths} of {len(candidates)} paths")
-        if teacher and not run.resumed:  # last.pt holds the teacher
+        if args.simkd:
+            from common.run.cost import cost_line
+
+            print(cost_line(args.student, args.teacher, len(data.classes), SIZE))
+        if teacher and not run.resumed:  # a resumed run restores the teacher from last.pt
             args.teacher_ckpt = find_teacher(args, data)
             if not args.teacher_ckpt:
                 return False
             load_network(teacher, args.teacher_ckpt, args.teacher)
 
-        for net in filter(None, (student, teacher)):
+        for net in filter(None, (student, teacher)):  # separate BatchNorm statistics for each mixed path
             track_paths(net, sorted({path.k for path in candidates}))
         channels_last = student.channels_last and (teacher is None or teacher.channels_last)
         networks = nn.ModuleList(filter(None, (student, teacher, bridges)))
@@ -226,7 +195,7 @@ def train(args: Namespace, data: Data | None = None) -> bool:
             progress = tqdm(batches, f"epoch {epoch + 1}", steps, leave=False, disable=None)
             for (images, labels), S in zip(progress, paths, strict=True):
                 with torch.autocast(device.type, AMP[args.amp], enabled=args.amp != "off"):
-                    flow = forward_paths(teacher, student, bridges, images, S, app=needs_all_bridges(weights))
+                    flow = forward_paths(teacher, student, bridges, images, S, needs_all_bridges(weights))
                 kd_loss = partial(dkd, labels=labels, tckd=args.tckd, nckd=args.nckd) if args.kd_loss == "dkd" else kl
                 terms = fcfd_terms(flow, labels, args.temperature, weights, kd_loss)
                 loss = sum(warmed[name] * term for name, term in terms.items())  # Eq. 9
@@ -239,6 +208,40 @@ def train(args: Namespace, data: Data | None = None) -> bool:
             run.finish_steps(meter)  # raises if a loss or a weight is not finite
             run.end_epoch(meter, lr, student=evaluate(student, eval_batches(data.test, channels_last=channels_last)))
     return run.finished
+
+
+def find_teacher(args: Namespace, data: Data) -> str | None:
+    """The teacher's checkpoint: --teacher-ckpt, an earlier run's, or one trained now; None if --max-minutes passed."""
+    if args.teacher_ckpt:
+        print(f"teacher: {args.teacher_ckpt}")
+        return args.teacher_ckpt
+    if found := earlier_runs.find_network(Path(args.out).parent, args.teacher, data.fingerprint, args.teacher_epochs):
+        print(f"teacher: {found}, from an earlier run")
+        return str(found)
+
+    folder = teacher_folder(args)
+    if (config := earlier_runs.read_config(folder)) and config.get("fingerprint") != data.fingerprint:
+        folder = folder.with_name(f"{folder.name}-{data.fingerprint[:8]}")  # same name, other data
+    if folder.resolve() == Path(args.out).resolve():
+        raise UserError(f"the teacher is trained first in {folder}: choose another --out")
+    shared = ("dataset", "data_dir", "subset", "test_subset", "seed", "device", "amp")
+    options = {"student": args.teacher, "epochs": args.teacher_epochs, "out": folder}
+    options["batch_size"] = min(SETTINGS["batch_size"], len(data.train))
+    options |= {key: getattr(args, key) for key in shared}
+    teacher_argv = [f"{option(key)}={value}" for key, value in options.items() if value is not None]
+    print(f"teacher: training {args.teacher} for {args.teacher_epochs} epochs in {folder}", flush=True)
+    try:
+        teacher_args = parse_args([*teacher_argv, *["--resume"] * (folder / "last.pt").exists()])
+        teacher_args.deadline = args.deadline
+        return str(folder / "student.pth") if train(teacher_args, data) else None
+    except (UserError, LossNotFiniteError) as error:
+        raise type(error)(f"(the teacher in {folder}) {error}") from error
+
+
+def teacher_folder(args: Namespace) -> Path:
+    """Where to train the teacher first: the default folder of that run, next to --out."""
+    alone = {"teacher": None, "student": args.teacher, "epochs": args.teacher_epochs or args.epochs}
+    return Path(args.out).parent / run_name(Namespace(**vars(args) | alone))
 
 
 def evaluate_checkpoint(args: Namespace) -> None:
