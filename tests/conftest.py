@@ -16,7 +16,7 @@ def pytest_collection_modifyitems(items):
 
 
 @pytest.fixture(scope="session", autouse=True)
-def stop_workers_quickly():
+def short_worker_timeout():
     """Data loader workers that are garbage collected after an error do not end by themselves: wait less than 5 s."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(torch.utils.data._utils, "MP_STATUS_CHECK_INTERVAL", 0.2)

@@ -34,10 +34,10 @@ def save_gradients(path, terms):
     student = build_detector("mobilenet_v2", 3, [96], rois=16, scratch=True)
     step = detection.Step(args, list(terms), student, teacher).train()
     distributed = distribute(step, some_unused="task" not in terms)
-    alone = copy.deepcopy(step)
+    local = copy.deepcopy(step)
     images = [torch.rand(3, 96, 120, generator=torch.Generator().manual_seed(rank()))]
     targets = [{"boxes": torch.tensor([[5.0, 8.0, 60.0, 70.0]]), "labels": torch.tensor([1 + rank()])}]
-    for net in (distributed, alone):
+    for net in (distributed, local):
         for _ in range(2):  # DDP would wait for a parameter without a gradient in the second pass
             net.zero_grad(set_to_none=True)
             torch.manual_seed(10 + rank())
@@ -45,23 +45,23 @@ def save_gradients(path, terms):
             sum(values[term] for term in terms).backward()
     results = {
         name: {key: p.grad for key, p in net.named_parameters() if p.requires_grad}
-        for name, net in (("distributed", step), ("alone", alone))
+        for name, net in (("distributed", step), ("local", local))
     }
     torch.save(results, path)
 
 
 def train(folder, *options):
-    steps, make, rows, add_row = [], detection.Step, [], detection.add_row
+    steps, make_step, rows, add_row = [], detection.Step, [], detection.add_row
 
-    def make_and_keep(*args):
-        steps.append(make(*args))
+    def make_and_record(*args):
+        steps.append(make_step(*args))
         return steps[-1]
 
-    def add_and_keep(state, *args):
+    def add_and_record(state, *args):
         rows.append(state["sums"])
         add_row(state, *args)
 
-    detection.Step, detection.add_row = make_and_keep, add_and_keep
+    detection.Step, detection.add_row = make_and_record, add_and_record
     code = detection.main(list(options))
     if steps:
         torch.save((steps[0].state_dict(), torch.initial_seed(), rows), folder / f"trained{rank()}.pt")
@@ -69,7 +69,7 @@ def train(folder, *options):
 
 
 if __name__ == "__main__":
-    folder, what, *more = sys.argv[1:]
+    folder, command, *more = sys.argv[1:]
     with pytest.MonkeyPatch.context() as patch:
         shrink(patch)
-        {"gradients": gradients, "train": train}[what](Path(folder), *more)
+        {"gradients": gradients, "train": train}[command](Path(folder), *more)

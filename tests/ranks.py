@@ -25,7 +25,7 @@ WEIGHTS = {"task": 1.0, "kd": 0.9, "app": 5.0, "func_l2": 3.0, "func_kl": 0.7, "
 PATHS = [MixedPath(2, 1), MixedPath(3, 0)]  # two of six
 
 
-def a_step(seed):
+def build_step(seed):
     """A step in evaluation mode; its BatchNorm statistics are no longer the initial ones."""
     torch.manual_seed(seed)
     student, teacher = build_imagenet("MobileNetV1", 3), build_imagenet("resnet18", 3).requires_grad_(False)
@@ -43,31 +43,31 @@ def a_step(seed):
     return step.eval()
 
 
-def total(terms):
+def weighted_sum(terms):
     return sum(WEIGHTS[name] * value for name, value in terms.items())
 
 
 def gradients(folder):
     with process_group("cpu"):
-        step = a_step(seed=rank())  # the ranks start with different weights
-        one, alone = copy.deepcopy(step), copy.deepcopy(step)
+        step = build_step(seed=rank())  # the ranks start with different weights
+        whole_batch, local = copy.deepcopy(step), copy.deepcopy(step)
         images, labels = torch.randn(7, 3, 64, 64, generator=torch.Generator().manual_seed(9)), torch.arange(7) % 3
-        mine = slice(rank(), None, world_size())
+        shard = slice(rank(), None, world_size())
         distributed = distribute(step, some_unused=True)
         # DDP would wait for a parameter without a gradient in the second pass.
         for _ in range(2):
             step.zero_grad(set_to_none=True)
-            terms, _ = distributed(images[mine], labels[mine], PATHS)
-            (total(terms) * len(labels[mine]) / len(labels) * world_size()).backward()
-        total(alone(images[mine], labels[mine], PATHS)[0]).backward()
-        terms, _ = one(images, labels, PATHS)
-        total(terms).backward()
+            terms, _ = distributed(images[shard], labels[shard], PATHS)
+            (weighted_sum(terms) * len(labels[shard]) / len(labels) * world_size()).backward()
+        weighted_sum(local(images[shard], labels[shard], PATHS)[0]).backward()
+        terms, _ = whole_batch(images, labels, PATHS)
+        weighted_sum(terms).backward()
 
-        def found(net):
+        def named_gradients(net):
             return {name: None if p.grad is None else p.grad.clone() for name, p in net.named_parameters()}
 
-        nets = {"distributed": step, "one": one, "alone": alone}
-        results = {name: found(net) for name, net in nets.items()} | {"terms": terms}
+        nets = {"distributed": step, "whole_batch": whole_batch, "local": local}
+        results = {name: named_gradients(net) for name, net in nets.items()} | {"terms": terms}
         torch.save(results, folder / f"gradients{rank()}.pt")
 
 
@@ -86,29 +86,29 @@ def train_fixed(folder, *options):
 
 
 def train(folder, *options, prepare=lambda step: None):
-    steps, accuracies = [], []
-    make, evaluate = imagenet.Step, imagenet.evaluate_distributed
+    steps, evaluations = [], []
+    make_step, evaluate = imagenet.Step, imagenet.evaluate_distributed
 
-    def make_and_keep(*args):
-        steps.append(make(*args))
+    def make_and_record(*args):
+        steps.append(make_step(*args))
         return steps[-1]
 
     def prepare_and_distribute(step, **options):
         prepare(step)
         return distribute(step, **options)
 
-    def evaluate_and_keep(net, *args):
+    def evaluate_and_record(net, *args):
         state = {key: value.clone() for key, value in net.state_dict().items()}
-        accuracies.append((state, evaluate(net, *args)))
-        return accuracies[-1][1]
+        evaluations.append((state, evaluate(net, *args)))
+        return evaluations[-1][1]
 
-    imagenet.Step, imagenet.distribute = make_and_keep, prepare_and_distribute
-    imagenet.evaluate_distributed = evaluate_and_keep
+    imagenet.Step, imagenet.distribute = make_and_record, prepare_and_distribute
+    imagenet.evaluate_distributed = evaluate_and_record
     code = imagenet.main(list(options))
-    torch.save({"step": steps[0].state_dict(), "evaluated": accuracies}, folder / f"trained{rank()}.pt")
+    torch.save({"step": steps[0].state_dict(), "evaluations": evaluations}, folder / f"trained{rank()}.pt")
     sys.exit(code)
 
 
 if __name__ == "__main__":
-    folder, what, *more = sys.argv[1:]
-    {"gradients": gradients, "train": train, "train-fixed": train_fixed}[what](Path(folder), *more)
+    folder, command, *more = sys.argv[1:]
+    {"gradients": gradients, "train": train, "train-fixed": train_fixed}[command](Path(folder), *more)

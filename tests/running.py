@@ -15,46 +15,45 @@ from PIL import Image
 
 import cifar100
 
-SCRIPT = Path(cifar100.__file__)
 SMALL = ["--dataset", "synthetic", "--subset", "120", "--test-subset", "60", "--batch-size", "32", "--device", "cpu"]
 TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
 PAIR = ["--teacher", "resnet14", "--student", "resnet8", *SMALL]
-FEW = ["--subset", 40, "--test-subset", 20]  # given after SMALL, overrides it: two steps
+FEW_IMAGES = ["--subset", 40, "--test-subset", 20]  # two steps; overrides SMALL and must follow it
 
 
-def script(cwd, *args, code=0, module=cifar100):
+def run_script(cwd, *args, code=0, module=cifar100):
     """Run a script in a subprocess in the folder `cwd`; returns stdout, or stderr if `code` is not 0."""
     command = [sys.executable, module.__file__, *map(str, args)]
-    done = subprocess.run(command, cwd=cwd, capture_output=True, text=True, timeout=300)
-    assert done.returncode == code, done.stderr
-    return done.stdout if code == 0 else done.stderr
+    completed = subprocess.run(command, cwd=cwd, capture_output=True, text=True, timeout=300)
+    assert completed.returncode == code, completed.stderr
+    return completed.stdout if code == 0 else completed.stderr
 
 
 @contextlib.contextmanager
-def started(*options, module=cifar100, past="epoch   1/"):
-    """Run a script in the background, in its own process group; yields after a line that starts with `past`."""
+def background_script(*options, module=cifar100, wait_for="epoch   1/"):
+    """Run a script in the background, in its own process group; yields after a line that starts with `wait_for`."""
     command = [str(word) for word in (sys.executable, module.__file__, *options)]
     handle_ctrl_c = partial(signal.signal, signal.SIGINT, signal.SIG_DFL)  # ignored if pytest runs in the background
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
     with subprocess.Popen(command, **pipes, preexec_fn=handle_ctrl_c, start_new_session=True) as process:
         try:
-            assert any(line.startswith(past) for line in process.stdout)
+            assert any(line.startswith(wait_for) for line in process.stdout)
             yield process
         finally:
             process.kill()
 
 
 def call(capsys, *args, code=0, module=cifar100):
-    """As `script`, but in this process, which is faster."""
+    """As `run_script`, but in this process, which is faster."""
     assert module.main([str(a) for a in args]) == code
     output = capsys.readouterr()
     return output.out if code == 0 else output.err
 
 
 @contextlib.contextmanager
-def torchrun_started(*words):
+def background_torchrun(*args):
     """Run a job of two ranks in the background, with one thread per rank."""
-    command = [*TORCHRUN, *map(str, words)]
+    command = [*TORCHRUN, *map(str, args)]
     environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONUNBUFFERED": "1"}
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
     with subprocess.Popen(command, env=environment, start_new_session=True, **pipes) as process:
@@ -65,16 +64,16 @@ def torchrun_started(*words):
                 os.killpg(process.pid, signal.SIGKILL)
 
 
-def torchrun(*words, code=0):
+def torchrun(*args, code=0):
     """Run a job of two ranks; returns its output."""
-    with torchrun_started(*words) as process:
+    with background_torchrun(*args) as process:
         output = process.communicate(timeout=240)[0]
     assert (process.returncode == 0) == (code == 0), output
     assert code == 0 or f"exitcode  : {code} " in output
     return output
 
 
-def kill_a_rank(process, name):
+def kill_one_rank(process, name):
     """Kill one of the two ranks of a job, whose command lines contain `name`; the job must end and report it."""
     children = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
     ranks = [int(child) for child in children if name in Path(f"/proc/{child}/cmdline").read_text()]
@@ -86,23 +85,23 @@ def kill_a_rank(process, name):
     assert not any(Path(f"/proc/{rank}").exists() for rank in ranks)
 
 
-def tensors(value, path=""):
+def flatten_tensors(value, path=""):
     """All tensors in a nested state, by path."""
     if torch.is_tensor(value):
         return {path: value}
     items = value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, list) else ()
-    return {k: v for key, child in items for k, v in tensors(child, f"{path}/{key}").items()}
+    return {k: v for key, child in items for k, v in flatten_tensors(child, f"{path}/{key}").items()}
 
 
-def assert_bit_for_bit(a, b):
-    a, b = (tensors(torch.load(Path(folder) / "last.pt", weights_only=True)) for folder in (a, b))
+def assert_bitwise_equal(a, b):
+    a, b = (flatten_tensors(torch.load(Path(folder) / "last.pt", weights_only=True)) for folder in (a, b))
     assert a.keys() == b.keys()
     assert len(a) > 100
     different = [key for key in a if not torch.equal(a[key], b[key])]
     assert not different
 
 
-def image_files(folder, sizes, classes=("n1", "n2", "n3"), image_size=(40, 36)):
+def write_images(folder, sizes, classes=("n1", "n2", "n3"), image_size=(40, 36)):
     """Write JPEGs of seeded noise; `sizes` maps each split to its number of images per class."""
     rng = np.random.default_rng(0)
     for split, n in sizes.items():

@@ -9,17 +9,17 @@ from running import PAIR, call
 from ablations import agreement
 
 
-def test_measure():
+def test_measure_matches_its_definition():
     teacher = torch.tensor([[2.0, 0.0], [2.0, 0.0], [0.0, 2.0], [0.0, 2.0]])
     student = torch.tensor([[1.0, 0.0], [0.0, 1.0], [0.0, 1.0], [1.0, 0.0]])
     labels = torch.tensor([0, 1, 1, 1])
     p, q = (logits.double().div(4).softmax(1) for logits in (teacher, student))
-    found = agreement.measure(student, teacher, labels)
-    assert (found["accuracy"], found["agreement"]) == (75, 50)
-    assert found["kl"] == pytest.approx(16 * (p * (p / q).log()).sum().item() / 4, rel=1e-4)
+    measured = agreement.measure(student, teacher, labels)
+    assert (measured["accuracy"], measured["agreement"]) == (75, 50)
+    assert measured["kl"] == pytest.approx(16 * (p * (p / q).log()).sum().item() / 4, rel=1e-4)
 
 
-def test_the_teacher_agrees_with_itself_and_accuracies_match_the_results(tmp_path, capsys, teacher):
+def test_teacher_agrees_with_itself_and_accuracies_match_the_results(tmp_path, capsys, teacher):
     for seed in (1, 2):
         options = ["--epochs", 1, "--teacher-ckpt", teacher / "student.pth", "--seed", seed]
         call(capsys, *PAIR, *options, "--out", tmp_path / f"kd-seed{seed}")
@@ -35,7 +35,7 @@ def test_the_teacher_agrees_with_itself_and_accuracies_match_the_results(tmp_pat
 
 
 @pytest.mark.parametrize("options", [["missing"], ["other"], []])
-def test_invalid_input_is_one_line_and_exit_code_2(tmp_path, capsys, monkeypatch, teacher, options):
+def test_invalid_input_exits_with_one_line_error(tmp_path, capsys, monkeypatch, teacher, options):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "other").mkdir()
     (tmp_path / "other" / "config.yaml").write_text("{student: resnet8, dataset: x, data_dir: x, fingerprint: x}")

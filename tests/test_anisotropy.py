@@ -25,7 +25,7 @@ def run(tmp_path_factory):
     return folder
 
 
-def lively_resnet8():
+def randomized_resnet8():
     """A resnet8 in evaluation mode with distinct outputs and a BatchNorm that is not the identity."""
     torch.manual_seed(0)
     net = build("resnet8", 5)
@@ -34,13 +34,13 @@ def lively_resnet8():
     return net.eval()
 
 
-def some_images(n):
-    draw = torch.Generator().manual_seed(1)
-    images = torch.randint(0, 256, (n, 32, 32, 3), dtype=torch.uint8, generator=draw)
+def random_images(n):
+    rng = torch.Generator().manual_seed(1)
+    images = torch.randint(0, 256, (n, 32, 32, 3), dtype=torch.uint8, generator=rng)
     return ImageSet(images, torch.arange(n) % 5)
 
 
-def test_directions_have_unit_length_and_their_own_seeds():
+def test_directions_are_unit_length_and_individually_seeded():
     directions = anisotropy.unit_directions(torch.Size([16, 8, 8]), 0, 6)
     assert directions.shape == (6, 16, 8, 8)
     assert directions.flatten(1).norm(dim=1).tolist() == pytest.approx([1] * 6, rel=1e-5)
@@ -50,7 +50,7 @@ def test_directions_have_unit_length_and_their_own_seeds():
     assert directions.mean().abs() < 0.1 / math.sqrt(16 * 8 * 8)
 
 
-def test_a_perturbation_is_as_long_as_told():
+def test_perturbations_have_the_requested_length():
     features = torch.randn(3, 4, 5, 5) * torch.tensor([0.1, 1, 10]).view(3, 1, 1, 1)
     directions = anisotropy.unit_directions(features.shape[1:], 0, 7)
     moved = anisotropy.perturbed(features, directions, 0.25)
@@ -63,10 +63,10 @@ def test_a_perturbation_is_as_long_as_told():
 
 
 @pytest.mark.parametrize("k", [2, 4])
-def test_against_a_loop_over_images_and_directions_in_float64(k):
-    net, test, count, length = lively_resnet8(), some_images(5), 6, 0.5
+def test_measure_matches_a_float64_loop_over_images_and_directions(k):
+    net, test, count, length = randomized_resnet8(), random_images(5), 6, 0.5
     c = Namespace(directions=count, length=length, batch_size=7)
-    found = anisotropy.measure_feature(net, k, test, c)
+    measured = anisotropy.measure_feature(net, k, test, c)
 
     net = net.double()
     directions = anisotropy.unit_directions(net.features(torch.zeros(1, 3, 32, 32).double())[k - 1].shape[1:], 0, count)
@@ -74,7 +74,7 @@ def test_against_a_loop_over_images_and_directions_in_float64(k):
     for i in range(len(test)):
         label = test.labels[i].item()
 
-        def answer(direction=None, i=i):
+        def probabilities(direction=None, i=i):
             x = normalize(test.images[i : i + 1]).double()
             with torch.no_grad():
                 for stage in range(1, net.num_stages + 1):
@@ -85,35 +85,35 @@ def test_against_a_loop_over_images_and_directions_in_float64(k):
             total = sum(math.exp(value - max(z)) for value in z)
             return [math.exp(value - max(z)) / total for value in z]
 
-        p, kl, right = answer(), [], []
+        p, kl, right = probabilities(), [], []
         for direction in directions:
-            q = answer(direction)
+            q = probabilities(direction)
             kl.append(sum(a * math.log(a / b) for a, b in zip(p, q, strict=True)))
             right.append(100.0 * (q.index(max(q)) == label))
-        assert found["smallest"][i] == pytest.approx(min(kl), rel=1e-3)
-        assert found["median"][i] == pytest.approx(statistics.median_low(kl), rel=1e-3)
-        assert found["largest"][i] == pytest.approx(max(kl), rel=1e-3)
-        assert found["clean"][i] == 100 * (p.index(max(p)) == label)
-        assert found["mean"][i] == pytest.approx(statistics.fmean(right), rel=1e-4)
-        assert found["mildest"][i] == right[kl.index(min(kl))]
-        assert found["worst"][i] == right[kl.index(max(kl))]
+        assert measured["smallest"][i] == pytest.approx(min(kl), rel=1e-3)
+        assert measured["median"][i] == pytest.approx(statistics.median_low(kl), rel=1e-3)
+        assert measured["largest"][i] == pytest.approx(max(kl), rel=1e-3)
+        assert measured["clean"][i] == 100 * (p.index(max(p)) == label)
+        assert measured["mean"][i] == pytest.approx(statistics.fmean(right), rel=1e-4)
+        assert measured["mildest"][i] == right[kl.index(min(kl))]
+        assert measured["worst"][i] == right[kl.index(max(kl))]
         for value in kl:
             decades = math.log10(value / statistics.median_low(kl)) + anisotropy.DECADES
             histogram[int(decades * anisotropy.BINS / (2 * anisotropy.DECADES) + 1e-6)] += 1
-    assert found["histogram"] == histogram
-    assert max(found["largest"]) > 1e-3  # far above rounding
+    assert measured["histogram"] == histogram
+    assert max(measured["largest"]) > 1e-3  # far above rounding
 
 
 def test_results_do_not_depend_on_the_batch_size():
-    net, test = lively_resnet8(), some_images(9)
-    of_size = {
+    net, test = randomized_resnet8(), random_images(9)
+    by_batch_size = {
         size: anisotropy.measure_feature(net, 3, test, Namespace(directions=5, length=0.5, batch_size=size))
         for size in (2, 9, 20, 500)
     }
-    for found in of_size.values():
+    for measured in by_batch_size.values():
         for key in ("smallest", "median", "largest", "clean", "mean", "mildest", "worst"):
-            assert found[key] == pytest.approx(of_size[500][key], rel=1e-3)
-        assert sum(found["histogram"]) == 9 * 5
+            assert measured[key] == pytest.approx(by_batch_size[500][key], rel=1e-3)
+        assert sum(measured["histogram"]) == 9 * 5
 
 
 def test_batches_have_at_most_batch_size_features():
@@ -130,15 +130,15 @@ def test_batches_have_at_most_batch_size_features():
 def test_mildest_and_worst_are_chosen_per_image():
     kl = torch.tensor([[0.1, 10.0, 1.0, 1.0, 0.9], [5.0, 0.5, 0.05, 0.4, 0.6]], dtype=torch.float64)
     hits = torch.tensor([[True, False, True, True, True], [False, True, False, True, True]])
-    found = anisotropy.per_image(kl, hits, torch.tensor([True, False]))
+    measured = anisotropy.per_image(kl, hits, torch.tensor([True, False]))
     expected = {"smallest": [0.1, 0.05], "median": [1, 0.5], "largest": [10, 5], "clean": [100, 0]}
     expected |= {"mean": [80, 60], "mildest": [100, 0], "worst": [0, 0]}
-    assert {key: found[key] for key in expected} == expected
-    means = anisotropy.summary(found)
+    assert {key: measured[key] for key in expected} == expected
+    means = anisotropy.summary(measured)
     assert (means["ratio"], means["mean"], means["mildest"]) == (pytest.approx(100), 70, 50)
 
 
-def test_an_isotropic_later_part_has_a_ratio_near_1():
+def test_isotropic_later_layers_have_a_ratio_near_1():
     """With p uniform over K classes, KL is |dz|^2 / 2K for a small change dz of logits that sum to 0.
 
     A later part that preserves lengths has the same KL in all directions; one that reads a single number does not.
@@ -147,7 +147,7 @@ def test_an_isotropic_later_part_has_a_ratio_near_1():
     onto = torch.linalg.qr(torch.cat([torch.ones(classes, 1), torch.eye(classes)[:, :-1]], 1)).Q[:, 1:]  # [K, K - 1]
     features = torch.randn(3, classes - 1, generator=torch.Generator().manual_seed(0)) + 1
 
-    def ratio_of(weights):
+    def kl_ratio(weights):
         def later(x):
             origin = features if len(x) == len(features) else features.repeat_interleave(len(x) // len(features), 0)
             return (weights * (x - origin)) @ onto.T
@@ -160,11 +160,11 @@ def test_an_isotropic_later_part_has_a_ratio_near_1():
 
     one = torch.zeros(classes - 1)
     one[0] = 1
-    assert 1 <= ratio_of(torch.ones(classes - 1)) < 1.2
-    assert ratio_of(one) > 100
+    assert 1 <= kl_ratio(torch.ones(classes - 1)) < 1.2
+    assert kl_ratio(one) > 100
 
 
-def rows_of(folder):
+def table_rows(folder):
     lines = (folder / "table.md").read_text().split("\n\n")[0].splitlines()[2:]
     return [[cell.strip() for cell in line.split("|")[1:-1]] for line in lines]
 
@@ -173,10 +173,10 @@ def test_smoke(tmp_path, capsys, monkeypatch):
     pytest.importorskip("matplotlib")
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("OMP_NUM_THREADS", "1")
-    words = ["--smoke", "--seeds", 1, 2, "--device", "cpu"]
-    printed, out = call(capsys, *words, module=anisotropy), tmp_path / "results" / "anisotropy" / "smoke"
+    argv = ["--smoke", "--seeds", 1, 2, "--device", "cpu"]
+    printed, out = call(capsys, *argv, module=anisotropy), tmp_path / "results" / "anisotropy" / "smoke"
     assert (out / "table.md").read_text() in printed
-    rows = rows_of(out)
+    rows = table_rows(out)
     names = ["resnet8, seed 1", "resnet8, seed 2", "mean of 2"]
     assert [row[:2] for row in rows] == [[name, f"F^{k}"] for name in names for k in (2, 3, 4)]
     for row in rows[:6]:
@@ -198,30 +198,30 @@ def test_smoke(tmp_path, capsys, monkeypatch):
         assert picture.width >= 800
         assert len(picture.convert("RGB").getcolors(10**6)) > 20
 
-    def never(*_):
+    def fail_if_called(*_):
         raise AssertionError("measured again")
 
     with monkeypatch.context() as patch:
-        patch.setattr(anisotropy, "measure_feature", never)
-        call(capsys, *words, module=anisotropy)
-        assert rows_of(out) == rows
+        patch.setattr(anisotropy, "measure_feature", fail_if_called)
+        call(capsys, *argv, module=anisotropy)
+        assert table_rows(out) == rows
         for other in (["--length", 0.25], ["--directions", 9], ["--images", 30]):
             with pytest.raises(AssertionError, match="again"):
-                anisotropy.main([*map(str, words), *map(str, other)])
-    call(capsys, *words, "--length", 0.25, "--positions", 3, module=anisotropy)
-    shorter = rows_of(out)
+                anisotropy.main([*map(str, argv), *map(str, other)])
+    call(capsys, *argv, "--length", 0.25, "--positions", 3, module=anisotropy)
+    shorter = table_rows(out)
     assert [row[1] for row in shorter] == ["F^3"] * 3
     assert float(shorter[0][4]) < float(rows[1][4])
 
 
-def test_a_run_and_its_checkpoint_have_the_same_results(tmp_path, capsys, monkeypatch, run):
+def test_run_and_its_checkpoint_have_the_same_results(tmp_path, capsys, monkeypatch, run):
     pytest.importorskip("matplotlib")
     monkeypatch.chdir(tmp_path)
-    few = ["--directions", 4, "--images", 20, "--positions", 3, "--device", "cpu"]
-    call(capsys, "--run", run, *few, module=anisotropy)
+    small = ["--directions", 4, "--images", 20, "--positions", 3, "--device", "cpu"]
+    call(capsys, "--run", run, *small, module=anisotropy)
     data = ["--dataset", "synthetic", "--subset", 120, "--test-subset", 60]
-    call(capsys, "--network", "resnet8", "--ckpt", run / "student.pth", *data, *few, module=anisotropy)
-    first, second = (rows_of(tmp_path / "results" / "anisotropy" / name) for name in (run.name, "resnet8-student"))
+    call(capsys, "--network", "resnet8", "--ckpt", run / "student.pth", *data, *small, module=anisotropy)
+    first, second = (table_rows(tmp_path / "results" / "anisotropy" / name) for name in (run.name, "resnet8-student"))
     assert [first[0][0], second[0][0]] == [run.name, "resnet8-student"]
     assert first[0][1:] == second[0][1:]
 
@@ -249,7 +249,7 @@ def test_a_run_and_its_checkpoint_have_the_same_results(tmp_path, capsys, monkey
         (["--bogus"], "--bogus"),
     ],
 )
-def test_invalid_input_is_one_line_and_exit_code_2(tmp_path, capsys, monkeypatch, run, options, expected):
+def test_invalid_input_exits_with_one_line_error(tmp_path, capsys, monkeypatch, run, options, expected):
     pytest.importorskip("matplotlib")
     monkeypatch.chdir(tmp_path)
     (tmp_path / "short.pth").write_bytes((run / "student.pth").read_bytes()[:999])
@@ -262,7 +262,7 @@ def test_invalid_input_is_one_line_and_exit_code_2(tmp_path, capsys, monkeypatch
     assert not list(tmp_path.rglob("table.md"))
 
 
-def test_damaged_numbers_and_other_images(tmp_path, capsys, monkeypatch, run):
+def test_damaged_numbers_and_other_images_are_rejected(tmp_path, capsys, monkeypatch, run):
     pytest.importorskip("matplotlib")
     monkeypatch.chdir(tmp_path)
     for text in ("{", "[]", '{"a": {}}'):
@@ -276,7 +276,7 @@ def test_damaged_numbers_and_other_images(tmp_path, capsys, monkeypatch, run):
     assert "other images" in call(capsys, "--run", run, code=2, module=anisotropy)
 
 
-def test_without_matplotlib(tmp_path, capsys, monkeypatch):
+def test_missing_matplotlib_is_reported(tmp_path, capsys, monkeypatch):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setitem(sys.modules, "matplotlib", None)
     assert "requirements-extra.txt" in call(capsys, "--smoke", code=2, module=anisotropy)

@@ -9,7 +9,7 @@ import running
 import torch
 import torch.nn.functional as F
 import yaml
-from running import PAIR, SMALL, assert_bit_for_bit, read_log
+from running import PAIR, SMALL, assert_bitwise_equal, read_log
 
 import cifar100
 from ablations import train_baseline
@@ -28,15 +28,15 @@ TINY = [*PAIR, "--subset", 40, "--test-subset", 40, "--batch-size", 20]
 
 def networks(method, teacher="resnet14", student="resnet8"):
     """(student, teacher, the method's module for 40 images of 20 classes); the teacher is in evaluation mode."""
-    words = ["--teacher", teacher, "--student", student, "--method", method, "--device", "cpu", "--seed", "5"]
-    student, teacher = train_baseline.build_networks(train_baseline.parse_args(words), 20)
+    argv = ["--teacher", teacher, "--student", student, "--method", method, "--device", "cpu", "--seed", "5"]
+    student, teacher = train_baseline.build_networks(train_baseline.parse_args(argv), 20)
     return student, teacher.eval(), train_baseline.build_method(method, teacher, student, torch.arange(40) % 20)
 
 
 # --------------------------------------------------------------------------------------------------- ReviewKD
 
 
-def nearest(x, size):
+def resize_nearest(x, size):
     """Resizes maps pixel by pixel."""
     (h, w), out = x.shape[2:], []
     for i in range(size[0]):
@@ -44,7 +44,7 @@ def nearest(x, size):
     return torch.stack(out, 2)
 
 
-def pooled(x, l):
+def average_pool(x, l):
     """Averages maps to l x l, cell by cell."""
     step = x.shape[2] // l
     cells = [x[:, :, i * step :, j * step :][:, :, :step, :step].mean((2, 3)) for i in range(l) for j in range(l)]
@@ -55,7 +55,7 @@ def naive_hcl(x, y):
     squared, weights = [((x - y) ** 2).mean()], [1]
     for l in (4, 2, 1):
         if l < x.shape[2]:
-            squared.append(((pooled(x, l) - pooled(y, l)) ** 2).mean())
+            squared.append(((average_pool(x, l) - average_pool(y, l)) ** 2).mean())
             weights.append(weights[-1] / 2)
     return sum(w * value for w, value in zip(weights, squared, strict=True)) / sum(weights)
 
@@ -78,11 +78,11 @@ def naive_reviewkd(p, features_s, features_t):
     for level in reversed(range(levels - 1)):
         feature, target = features_s[level + 1], features_t[level + 1]
         own = conv_bn(feature, f"fusions.{level}.conv1", 0)
-        deeper = nearest(x, own.shape[2:])
+        deeper = resize_nearest(x, own.shape[2:])
         z = F.conv2d(torch.cat([own, deeper], 1), *(p[f"fusions.{level}.attention.0.{k}"] for k in ("weight", "bias")))
         z = 1 / (1 + torch.exp(-z))
         x = z[:, 0, None] * own + z[:, 1, None] * deeper
-        loss = loss + naive_hcl(conv_bn(nearest(x, target.shape[2:]), f"fusions.{level}.conv2", 1), target)
+        loss = loss + naive_hcl(conv_bn(resize_nearest(x, target.shape[2:]), f"fusions.{level}.conv2", 1), target)
     return loss
 
 
@@ -95,7 +95,7 @@ def naive_reviewkd(p, features_s, features_t):
         ((16, 8, 4, 2, 2), (16, 8, 4, 2, 2)),  # five stages; HCL without its larger sizes
     ],
 )
-def test_reviewkd_against_a_naive_implementation(sizes_s, sizes_t):
+def test_reviewkd_matches_a_naive_implementation(sizes_s, sizes_t):
     torch.manual_seed(0)
     shapes_s, shapes_t = (
         {k: torch.Size((c * k, size, size)) for k, size in enumerate(sizes, 1)}
@@ -128,13 +128,13 @@ def test_reviewkd_against_a_naive_implementation(sizes_s, sizes_t):
     assert all(x.grad is None for x in features_t)
 
 
-def test_hcl_by_hand():
+def test_hcl_matches_hand_computed_values():
     x, y = torch.tensor([[[[3.0, 1.0], [1.0, 1.0]]]]), torch.tensor([[[[1.0, 1.0], [1.0, 1.0]]]])
     assert hcl(x, y).item() == pytest.approx((4 / 4 + 0.5 * 0.5**2) / 1.5)  # no 4x4, no 2x2
     assert hcl(x[..., :1, :1], y[..., :1, :1]).item() == 4
 
 
-def test_fusions_of_a_published_pair():
+def test_fusions_match_a_published_pair():
     *_, method = networks("reviewkd", "vgg13", "MobileNetV2")
     shapes = [[list(conv[0].weight.shape) for conv in (f.conv1, f.conv2)] for f in method.fusions]
     c_s, c_t = (12, 16, 48, 1280, 1280), (128, 256, 512, 512, 512)
@@ -168,7 +168,7 @@ def naive_direction(v, bank, z, index, negatives, temperature):
     return total / len(v), z
 
 
-def test_crd_against_a_naive_implementation_for_three_steps():
+def test_crd_matches_a_naive_implementation_for_three_steps():
     torch.manual_seed(0)
     method = CRD(3, 5, LABELS, negatives=7, dim=4, momentum=0.3)
     banks = {role: getattr(method, f"bank_{role}").double() for role in "st"}
@@ -187,10 +187,10 @@ def test_crd_against_a_naive_implementation_for_three_steps():
         for role, feature in (("s", exact_s), ("t", exact_t.detach())):
             embedded = feature.clamp(min=0).mean((2, 3)) @ exact[f"embed_{role}.weight"].T + exact[f"embed_{role}.bias"]
             v[role] = embedded / (embedded**2).sum(1, keepdim=True).sqrt()
-        of_s, z["t"] = naive_direction(v["s"], banks["t"], z["t"], index, negatives, 0.07)
-        of_t, z["s"] = naive_direction(v["t"], banks["s"], z["s"], index, negatives, 0.07)
-        (of_s + of_t).backward()
-        assert value.item() == pytest.approx((of_s + of_t).item(), rel=1e-5), step
+        loss_s, z["t"] = naive_direction(v["s"], banks["t"], z["t"], index, negatives, 0.07)
+        loss_t, z["s"] = naive_direction(v["t"], banks["s"], z["s"], index, negatives, 0.07)
+        (loss_s + loss_t).backward()
+        assert value.item() == pytest.approx((loss_s + loss_t).item(), rel=1e-5), step
         assert (method.z_s.item(), method.z_t.item()) == pytest.approx((z["s"], z["t"]), rel=1e-5), step
         for name, p in method.named_parameters():
             torch.testing.assert_close(p.grad.double(), exact[name].grad, rtol=1e-3, atol=1e-5)
@@ -206,7 +206,7 @@ def test_crd_against_a_naive_implementation_for_three_steps():
             assert not ours.requires_grad
 
 
-def test_crd_starts_as_published():
+def test_crd_has_the_published_initialization():
     method = CRD(64, 64, torch.arange(500) % 10)
     bound = (3 / 128) ** 0.5
     for bank in (method.bank_s, method.bank_t):
@@ -218,7 +218,7 @@ def test_crd_starts_as_published():
     assert (method.negatives, method.temperature, method.momentum) == (16384, 0.07, 0.5)
 
 
-def test_negatives_are_uniform_over_other_classes():
+def test_negatives_are_uniform_over_the_other_classes():
     method = CRD(3, 5, LABELS)
     index = torch.arange(12)
     sampled = method.draw(index, torch.Generator().manual_seed(1))
@@ -247,7 +247,7 @@ def test_crd_computes_in_float32_under_autocast():
     assert torch.equal(value, twin(feature_s, feature_t, index, negatives))
 
 
-def test_crd_refuses_a_single_class():
+def test_crd_rejects_a_single_class():
     with pytest.raises(ValueError, match="different classes"):
         CRD(3, 5, torch.full((6,), 4))
 
@@ -258,7 +258,7 @@ def test_crd_refuses_a_single_class():
 @pytest.mark.parametrize(
     ("teacher", "student"), [("resnet14", "resnet8"), ("vgg8", "MobileNetV2"), ("resnet8", "wrn_16_1")]
 )
-def test_simkd_against_a_naive_implementation(teacher, student):
+def test_simkd_matches_a_naive_implementation(teacher, student):
     student, teacher, method = networks("simkd", teacher, student)
     images = torch.randn(3, 3, 32, 32)
     losses, logits = train_baseline.terms(method, teacher, student, images, torch.arange(3), torch.arange(3), None)
@@ -275,7 +275,7 @@ def test_simkd_against_a_naive_implementation(teacher, student):
 
 @pytest.mark.parametrize("name", METHODS)
 @pytest.mark.parametrize("amp", [None, torch.bfloat16])
-def test_gradients_of_a_step(name, amp):
+def test_step_gradients_reach_only_trained_parameters(name, amp):
     student, teacher, method = networks(name)
     before = copy.deepcopy(teacher.state_dict())
     index = torch.tensor([3, 0, 21, 7])
@@ -298,7 +298,7 @@ def test_gradients_of_a_step(name, amp):
 
 
 @pytest.mark.parametrize("name", METHODS)
-def test_two_epochs_written_out(tmp_path, capsys, monkeypatch, teacher, name):
+def test_two_epochs_match_a_manual_loop(tmp_path, capsys, monkeypatch, teacher, name):
     """The script, stopped after each of two of 24 epochs, against a loop with manual SGD and schedules."""
     draw, negatives = CRD.draw, []
     monkeypatch.setattr(CRD, "draw", lambda *args: negatives.append(draw(*args)) or negatives[-1])
@@ -319,12 +319,12 @@ def test_two_epochs_written_out(tmp_path, capsys, monkeypatch, teacher, name):
     for epoch in range(2):
         warm = (epoch + 1) / 2 if name == "reviewkd" else 1  # over 1/12 of 24 epochs
         order = torch.randperm(40, generator=generator(5, epoch, "data"))
-        for_negatives = torch.Generator().manual_seed(seed_of(5, epoch, "negatives"))
+        negatives_rng = torch.Generator().manual_seed(seed_of(5, epoch, "negatives"))
         logged, hits = [], 0
         student.train()
         for step, (images, labels) in enumerate(train_batches(data.train, 32, 5, epoch, True)):
             index = order[32 * step : 32 * (step + 1)]
-            losses, logits = train_baseline.terms(method, net, student, images, labels, index, for_negatives)
+            losses, logits = train_baseline.terms(method, net, student, images, labels, index, negatives_rng)
             loss = losses.get("task", 0) + 0.7 * warm * losses["distill"]
             logged.append([loss.item(), losses["distill"].item()])
             hits += (logits.argmax(1) == labels).sum().item()
@@ -356,27 +356,27 @@ def test_two_epochs_written_out(tmp_path, capsys, monkeypatch, teacher, name):
 
 
 @pytest.mark.parametrize("name", METHODS)
-def test_resumed_run_is_bit_for_bit_the_uninterrupted_run(tmp_path, capsys, teacher, name):
+def test_resumed_run_is_bitwise_identical(tmp_path, capsys, teacher, name):
     options = [*TINY, "--method", name, "--epochs", 2, "--teacher-ckpt", teacher / "student.pth"]
-    call(capsys, *options, "--out", tmp_path / "whole")
-    stopped = call(capsys, *options, "--out", tmp_path / "parts", "--max-minutes", 1e-9)
+    call(capsys, *options, "--out", tmp_path / "uninterrupted")
+    stopped = call(capsys, *options, "--out", tmp_path / "resumed", "--max-minutes", 1e-9)
     assert "stopped after 1 of 2 epochs" in stopped
-    printed = call(capsys, *NETWORKS, "--method", name, "--resume", "--max-minutes", 9, "--out", tmp_path / "parts")
+    printed = call(capsys, *NETWORKS, "--method", name, "--resume", "--max-minutes", 9, "--out", tmp_path / "resumed")
     assert "epoch   1/2" not in printed
-    assert_bit_for_bit(tmp_path / "whole", tmp_path / "parts")
-    changing = {"seconds", "images_per_s"}
+    assert_bitwise_equal(tmp_path / "uninterrupted", tmp_path / "resumed")
+    timings = {"seconds", "images_per_s"}
     logs = [
-        [{k: v for k, v in row.items() if k not in changing} for row in read_log(tmp_path / f)]
-        for f in ("whole", "parts")
+        [{k: v for k, v in row.items() if k not in timings} for row in read_log(tmp_path / f)]
+        for f in ("uninterrupted", "resumed")
     ]
     assert logs[0] == logs[1]
     accuracies = [float(row["test_top1"]) for row in logs[1]]
-    result = json.loads((tmp_path / "parts" / "result.json").read_text())
+    result = json.loads((tmp_path / "resumed" / "result.json").read_text())
     assert (result["best"]["top1"], result["last"]["top1"]) == (max(accuracies), accuracies[-1])
     assert result["best"]["epoch"] == 1 + accuracies.index(max(accuracies))
 
 
-def test_smoke_and_its_files(tmp_path, capsys):
+def test_smoke_run_writes_its_files(tmp_path, capsys):
     printed = call(capsys, "--smoke", "--device", "cpu", "--out", tmp_path)
     assert printed.count("teacher: training resnet14") == 1
     assert printed.count("from an earlier run") == 2
@@ -405,7 +405,7 @@ def test_smoke_and_its_files(tmp_path, capsys):
     assert "train_baseline.py" in message
 
 
-def test_resume_continues_with_an_unfinished_teacher(tmp_path, capsys):
+def test_resume_first_finishes_the_teacher(tmp_path, capsys):
     options = [*TINY, "--method", "simkd", "--epochs", 1, "--teacher-epochs", 2, "--out", tmp_path / "run"]
     assert "stopped after 1 of 2" in call(capsys, *options, "--max-minutes", 1e-9)
     assert not (tmp_path / "run").exists()
@@ -428,14 +428,14 @@ def test_published_settings():
     for pair, row in cifar100.SETTINGS["pairs"].items():
         teacher, student = pair.split("-")
         for name, other in (("reviewkd", 5), ("crd", 0.8), ("simkd", 1)):
-            words = ["--teacher", teacher, "--student", student, "--method", name, "--device", "cuda"]
-            args = train_baseline.parse_args(words)
+            argv = ["--teacher", teacher, "--student", student, "--method", name, "--device", "cuda"]
+            args = train_baseline.parse_args(argv)
             assert (args.weight, args.lr) == (weights[name].get(pair, other), row["lr"])
             assert (args.epochs, args.batch_size, args.amp, args.teacher_epochs) == (240, 64, "fp16", 240)
             assert args.out == f"runs/cifar100-{pair}-{name}-240ep-seed1"
 
 
-def test_student_starts_as_in_cifar100():
+def test_student_initialization_matches_cifar100():
     torch.manual_seed(5)
     alone = build("resnet8", 20).state_dict()
     for name in METHODS:
@@ -468,7 +468,7 @@ def test_student_starts_as_in_cifar100():
         ([*NETWORKS, "--method", "crd", "--resume"], "nothing to resume"),
     ],
 )
-def test_wrong_input_is_one_line_and_exit_code_2(tmp_path, capsys, monkeypatch, options, expected):
+def test_invalid_input_exits_with_one_line_error(tmp_path, capsys, monkeypatch, options, expected):
     monkeypatch.chdir(tmp_path)
     message = call(capsys, *SMALL, *options, code=2)
     assert message.startswith("error: ")
@@ -477,8 +477,8 @@ def test_wrong_input_is_one_line_and_exit_code_2(tmp_path, capsys, monkeypatch, 
     assert not list(tmp_path.iterdir())  # no files are left behind
 
 
-def test_a_single_class_is_refused_before_a_teacher_is_trained(tmp_path, capsys):
-    running.image_files(tmp_path / "images", {"train": 4, "test": 2}, classes=["n1"])
+def test_single_class_is_rejected_before_training_a_teacher(tmp_path, capsys):
+    running.write_images(tmp_path / "images", {"train": 4, "test": 2}, classes=["n1"])
     options = [
         *NETWORKS,
         "--dataset",
@@ -497,6 +497,6 @@ def test_a_single_class_is_refused_before_a_teacher_is_trained(tmp_path, capsys)
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("name", METHODS)
-def test_on_a_gpu(tmp_path, capsys, name):
+def test_on_gpu(tmp_path, capsys, name):
     call(capsys, "--smoke", "--method", name, "--device", "cuda", "--epochs", 2, "--out", tmp_path)
     assert all(float(row["loss"]) > 0 and float(row["peak_memory_mb"]) > 0 for row in read_log(tmp_path / name))

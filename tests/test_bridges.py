@@ -7,7 +7,7 @@ from torch import nn
 from common.bridges import LEAKY_SLOPE, bridge, build_bridges, feature_shapes
 from common.models import build
 
-KIND = {
+LAYER_BY_SCALE = {
     1: (nn.Conv2d, (3, 3), (1, 1), False),
     0.5: (nn.Conv2d, (3, 3), (2, 2), True),
     2: (nn.ConvTranspose2d, (4, 4), (2, 2), True),
@@ -18,7 +18,7 @@ KIND = {
     ("teacher_name", "student_name"),
     [("resnet56", "resnet20"), ("wrn_40_2", "ShuffleV1"), ("vgg13", "MobileNetV2"), ("resnet32x4", "ShuffleV2")],
 )
-def test_bridges_map_to_the_shapes_of_the_other_network(teacher_name, student_name):
+def test_bridge_outputs_have_the_other_networks_shapes(teacher_name, student_name):
     teacher, student = build(teacher_name, 10).eval(), build(student_name, 10).eval()
     bridges, last = build_bridges(teacher, student, 32).eval(), student.num_stages
     images = torch.randn(2, 3, 32, 32)
@@ -30,7 +30,7 @@ def test_bridges_map_to_the_shapes_of_the_other_network(teacher_name, student_na
         for k, module in getattr(bridges, direction).items():
             source = features[direction][int(k) - 1]
             assert module(source).shape == target[int(k) - 1].shape
-            kind, kernel, stride, bias = KIND[target[int(k) - 1].shape[2] / source.shape[2]]
+            kind, kernel, stride, bias = LAYER_BY_SCALE[target[int(k) - 1].shape[2] / source.shape[2]]
             assert isinstance(module[0], kind)
             assert (module[0].kernel_size, module[0].stride, module[0].bias is not None) == (kernel, stride, bias)
             assert isinstance(module[1], nn.BatchNorm2d)
@@ -39,7 +39,7 @@ def test_bridges_map_to_the_shapes_of_the_other_network(teacher_name, student_na
                 assert module[2].negative_slope == LEAKY_SLOPE == 0.1
 
 
-def test_positions_select_only_the_t2s_bridges():
+def test_positions_limit_only_the_t2s_bridges():
     bridges = build_bridges(build("resnet14", 10), build("resnet8", 10), 32, [4])
     assert (list(bridges.s2t), list(bridges.t2s)) == (["2", "3", "4"], ["4"])
 
@@ -50,7 +50,7 @@ def test_convolutions_have_kaiming_fan_out_initialization():
     assert conv.weight.std().item() == pytest.approx((2 / (128 * 9)) ** 0.5, rel=0.03)
 
 
-def test_feature_shapes_do_not_change_the_network():
+def test_feature_shapes_leaves_the_network_unchanged():
     net = build("resnet8", 10).train()
     before = {key: value.clone() for key, value in net.state_dict().items()}
     assert feature_shapes(net, 32)[4] == (64, 8, 8)

@@ -20,7 +20,7 @@ def net():
     return build("resnet8", 10)
 
 
-def same(net, other):
+def same_weights(net, other):
     return all(torch.equal(a, b) for a, b in zip(net.state_dict().values(), other.state_dict().values(), strict=True))
 
 
@@ -43,16 +43,16 @@ def test_checkpoint_formats(tmp_path, net, form):
     }[form]
     torch.save(content, tmp_path / "ckpt_epoch_240.pth")
     other = build("resnet8", 10)
-    assert not same(net, other)
+    assert not same_weights(net, other)
     load_network(other, tmp_path / "ckpt_epoch_240.pth", "resnet8")
-    assert same(net, other)
+    assert same_weights(net, other)
 
 
-def test_the_file_format_before_zip(tmp_path, net):
+def test_legacy_non_zip_format_loads(tmp_path, net):
     torch.save({"model": net.state_dict()}, tmp_path / "old.pth", _use_new_zipfile_serialization=False)
     other = build("resnet8", 10)
     load_network(other, tmp_path / "old.pth", "resnet8")
-    assert same(net, other)
+    assert same_weights(net, other)
 
 
 class Malicious:
@@ -64,17 +64,17 @@ class Malicious:
 
 
 @pytest.mark.parametrize("write", [torch.save, lambda obj, path: path.write_bytes(pickle.dumps(obj, protocol=2))])
-def test_no_code_in_a_file_is_executed(tmp_path, net, write):
+def test_pickled_code_is_not_executed(tmp_path, net, write):
     write({"model": net.state_dict(), "opt": Malicious(tmp_path / "harm")}, tmp_path / "evil.pth")
     with pytest.raises(UserError, match=r"evil\.pth .*nothing was run"):
         load_network(net, tmp_path / "evil.pth", "resnet8")
     assert not (tmp_path / "harm").exists()
 
 
-def damaged(tmp_path, net):
-    whole = tmp_path / "whole.pth"
-    torch.save({"model": net.state_dict()}, whole)
-    content = whole.read_bytes()
+def damaged_files(tmp_path, net):
+    intact = tmp_path / "intact.pth"
+    torch.save({"model": net.state_dict()}, intact)
+    content = intact.read_bytes()
     for name, part in {
         "cut": content[: len(content) // 2],
         "start": content[:10],
@@ -88,8 +88,8 @@ def damaged(tmp_path, net):
     yield tmp_path / "missing.pth"
 
 
-def test_unreadable_files_end_in_one_line(tmp_path, net):
-    for path in damaged(tmp_path, net):
+def test_unreadable_files_raise_a_one_line_error(tmp_path, net):
+    for path in damaged_files(tmp_path, net):
         with pytest.raises(UserError) as error:
             load(path)
         assert str(path) in str(error.value)
@@ -112,27 +112,27 @@ def test_nested_state_dicts_are_checked_strictly(tmp_path, net, key):
             load_network(build("resnet8", 10), path, "resnet8")
 
 
-def test_mismatched_content_is_named(tmp_path, net):
-    def message_of(content):
+def test_error_names_the_mismatch(tmp_path, net):
+    def error_message(content):
         torch.save(content, tmp_path / "x.pth")
         with pytest.raises(UserError) as error:
             load_network(net, tmp_path / "x.pth", "resnet8")
         assert "\n" not in str(error.value)
         return str(error.value)
 
-    assert "torch.Size([10, 64])" in message_of({"model": build("resnet8", 100).state_dict()})
-    assert "Missing key" in message_of({"model": build("vgg8", 10).state_dict()})
-    assert "layer1.1.conv1.weight" in message_of({"model": build("resnet14", 10).state_dict()})
-    assert "no state dict" in message_of({"epoch": 3})
-    assert "no state dict" in message_of([1, 2])
-    assert "student.pth" in message_of({"student": net.state_dict(), "epoch": 3})
+    assert "torch.Size([10, 64])" in error_message({"model": build("resnet8", 100).state_dict()})
+    assert "Missing key" in error_message({"model": build("vgg8", 10).state_dict()})
+    assert "layer1.1.conv1.weight" in error_message({"model": build("resnet14", 10).state_dict()})
+    assert "no state dict" in error_message({"epoch": 3})
+    assert "no state dict" in error_message([1, 2])
+    assert "student.pth" in error_message({"student": net.state_dict(), "epoch": 3})
     weights = net.state_dict()
-    assert "no state dict" in message_of({**weights, "bn1.bias": weights["bn1.bias"].to(torch.int8)})
+    assert "no state dict" in error_message({**weights, "bn1.bias": weights["bn1.bias"].to(torch.int8)})
     weights["bn1.bias"] = torch.full_like(weights["bn1.bias"], float("nan"))
-    assert "bn1.bias" in message_of(weights)
+    assert "bn1.bias" in error_message(weights)
 
 
-def test_a_failed_write_keeps_the_old_file(tmp_path, monkeypatch):
+def test_failed_write_keeps_the_old_file(tmp_path, monkeypatch):
     save({"a": 1}, tmp_path / "f.pt")
 
     def full_disk(_):

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 import yaml
-from running import FEW, PAIR, SMALL, assert_bit_for_bit, call, image_files, read_log, script
+from running import FEW_IMAGES, PAIR, SMALL, assert_bitwise_equal, call, read_log, run_script, write_images
 
 import cifar100
 from common.bridges import build_bridges
@@ -28,14 +28,14 @@ METHODS = {
 
 
 @pytest.fixture(scope="module")
-def main_job(tmp_path_factory):
+def main_run(tmp_path_factory):
     """A small version of the README's first command: its working directory and output."""
     folder = tmp_path_factory.mktemp("main")
-    return folder, script(folder, *PAIR, "--epochs", 2)
+    return folder, run_script(folder, *PAIR, "--epochs", 2)
 
 
-def test_main_job_trains_the_teacher_and_distills(main_job):
-    folder, printed = main_job
+def test_main_run_trains_the_teacher_and_distills(main_run):
+    folder, printed = main_run
     runs = folder / "runs"
     alone, distilled = (
         runs / "synthetic-subset120-resnet14-alone-2ep-seed1",
@@ -55,8 +55,8 @@ def test_main_job_trains_the_teacher_and_distills(main_job):
     }
 
 
-def test_main_job_writes_its_files(main_job):
-    folder = main_job[0] / "runs" / "synthetic-subset120-resnet14-resnet8-fcfd-2ep-seed1"
+def test_main_run_writes_its_files(main_run):
+    folder = main_run[0] / "runs" / "synthetic-subset120-resnet14-resnet8-fcfd-2ep-seed1"
     names = ["best.pt", "config.yaml", "last.pt", "log.csv", "result.json", "student.pth", "student_best.pth"]
     assert sorted(path.name for path in folder.iterdir()) == names
     rows = read_log(folder)
@@ -82,19 +82,19 @@ def test_main_job_writes_its_files(main_job):
     assert torch.load(folder / "best.pt", weights_only=True)["epoch"] == result["best"]["epoch"]
 
 
-def test_an_earlier_teacher_is_used_or_the_reason_is_printed(main_job, capsys, monkeypatch):
-    monkeypatch.chdir(main_job[0])
+def test_earlier_teacher_is_reused_or_the_reason_is_printed(main_run, capsys, monkeypatch):
+    monkeypatch.chdir(main_run[0])
     printed = call(capsys, *PAIR, "--epochs", 1, "--teacher-epochs", 2, "--method", "kd")
     assert "teacher: runs/synthetic-subset120-resnet14-alone-2ep-seed1/student.pth, from an earlier run" in printed
     printed = call(capsys, *PAIR, "--epochs", 1, "--seed", 2, "--method", "kd")
     assert "trained for 2 epochs, not 1" in printed
     assert "teacher: training resnet14 for 1 epochs" in printed
-    printed = call(capsys, *PAIR, *FEW, "--epochs", 2, "--method", "kd")
+    printed = call(capsys, *PAIR, *FEW_IMAGES, "--epochs", 2, "--method", "kd")
     assert "it was trained on other data" in printed
 
 
-def test_evaluate_reproduces_the_accuracy_of_a_run(main_job, capsys):
-    run = main_job[0] / "runs" / "synthetic-subset120-resnet14-resnet8-fcfd-2ep-seed1"
+def test_evaluate_reproduces_the_accuracy_of_a_run(main_run, capsys):
+    run = main_run[0] / "runs" / "synthetic-subset120-resnet14-resnet8-fcfd-2ep-seed1"
     last = json.loads((run / "result.json").read_text())["last"]
     printed = call(capsys, "--evaluate", run / "student.pth", "--student", "resnet8", *SMALL)
     assert f"resnet8 {last['top1']:.2f} % top-1, {last['top5']:.2f} % top-5 on 60 test images" in printed
@@ -103,7 +103,7 @@ def test_evaluate_reproduces_the_accuracy_of_a_run(main_job, capsys):
 @pytest.mark.parametrize("method", ["kd", "app"])
 def test_methods_compute_only_their_terms(tmp_path, capsys, teacher, method):
     options = ["--epochs", 1, "--teacher-ckpt", teacher / "student.pth", "--out", tmp_path]
-    call(capsys, *PAIR, *FEW, "--method", method, *options)
+    call(capsys, *PAIR, *FEW_IMAGES, "--method", method, *options)
     row = read_log(tmp_path)[0]
     assert {term for term in METHODS["fcfd"] if row[term]} == METHODS[method]
     state = torch.load(tmp_path / "last.pt", weights_only=True)
@@ -127,7 +127,7 @@ def test_methods_compute_only_their_terms(tmp_path, capsys, teacher, method):
 )
 def test_settings_select_terms_and_bridges(tmp_path, capsys, teacher, options, terms, t2s):
     files = ["--teacher-ckpt", teacher / "student.pth", "--out", tmp_path]
-    call(capsys, *PAIR, *FEW, *options, "--epochs", 1, *files)
+    call(capsys, *PAIR, *FEW_IMAGES, *options, "--epochs", 1, *files)
     row = read_log(tmp_path)[0]
     assert {term for term in TERMS if row.get(term)} == terms
     assert all(np.isfinite(float(row[term])) for term in terms)
@@ -136,7 +136,7 @@ def test_settings_select_terms_and_bridges(tmp_path, capsys, teacher, options, t
 
 
 @pytest.mark.parametrize("teacher_bn", ["batch", "running"])
-def test_two_epochs_match_a_loop_by_hand(tmp_path, capsys, teacher, teacher_bn):
+def test_two_epochs_match_a_manual_loop(tmp_path, capsys, teacher, teacher_bn):
     """The script against a loop with SGD by hand; no setting has its default."""
     weights = {"task": 0.9, "kd": 0.8, "app": 2.0, "func_l2": 3.0, "func_kl": 0.7, "func_prime": 0.6}
     weights |= {"func_partial": 1.5, "func_prime_l2": 2.5}
@@ -178,8 +178,8 @@ def test_two_epochs_match_a_loop_by_hand(tmp_path, capsys, teacher, teacher_bn):
         paths = sample_paths(candidate_paths(4), 3, 2, 5, epoch)
         for step, (images, labels) in enumerate(train_batches(data.train, 32, 5, epoch, True)):
             terms = fcfd_terms(forward_paths(net_t, student, bridges, images, paths[step]), labels, 3.0, weights)
-            of_l2 = ("app", "func_l2", "func_partial", "func_prime_l2")
-            factors = {name: w * (warm if name in of_l2 else 1) for name, w in weights.items()}
+            l2_terms = ("app", "func_l2", "func_partial", "func_prime_l2")
+            factors = {name: w * (warm if name in l2_terms else 1) for name, w in weights.items()}
             loss = sum(factors[name] * value for name, value in terms.items())
             losses.append(loss.item())
             trained = {p: p.grad for net in (student, bridges) for p in net.parameters()}
@@ -217,25 +217,25 @@ def test_files_are_restored_from_last_pt(tmp_path, capsys):
 
 
 def test_max_minutes_stops_teacher_and_student(tmp_path, capsys):
-    whole = [*PAIR, *FEW, "--epochs", 2, "--out"]
-    call(capsys, *whole, tmp_path / "one" / "whole")
-    options = [*whole, tmp_path / "two" / "part", "--max-minutes", 1e-9]
+    base = [*PAIR, *FEW_IMAGES, "--epochs", 2, "--out"]
+    call(capsys, *base, tmp_path / "one" / "uninterrupted")
+    options = [*base, tmp_path / "two" / "resumed", "--max-minutes", 1e-9]
     assert "stopped after 1 of 2 epochs" in call(capsys, *options)
     other_seed = [*options, "--resume", "--out", tmp_path / "two" / "seed", "--seed", 10]
     assert "nothing to resume" in call(capsys, *other_seed, code=2)  # the interrupted teacher has seed 1
     (tmp_path / "two" / "synthetic-subset40-resnet14-alone-2ep-seed1" / "result.json").unlink()  # as after a kill
     assert "teacher: training" in call(capsys, *options, "--resume")  # the teacher's last epoch and the student's first
-    typo = [*PAIR, *FEW, "--epochs", 2, "--resume", "--out", tmp_path / "two" / "typo"]
+    typo = [*PAIR, *FEW_IMAGES, "--epochs", 2, "--resume", "--out", tmp_path / "two" / "typo"]
     assert "nothing to resume" in call(capsys, *typo, code=2)  # the teacher has finished
     assert "--resume" in call(capsys, *options, code=2)  # the folder holds a run
     printed = call(capsys, *options, "--resume")
     assert "epoch   2/2" in printed
     assert "resnet8 saved to" in printed
-    assert_bit_for_bit(tmp_path / "one" / "whole", tmp_path / "two" / "part")
+    assert_bitwise_equal(tmp_path / "one" / "uninterrupted", tmp_path / "two" / "resumed")
 
 
 def test_folder_dataset(tmp_path, capsys):
-    images = image_files(tmp_path / "images", {"train": 12, "val": 4}, ["a", "b", "c"])
+    images = write_images(tmp_path / "images", {"train": 12, "val": 4}, ["a", "b", "c"])
     data = ["--dataset", "folder", "--data-dir", images, "--device", "cpu"]
     options = [*data, "--epochs", 1, "--batch-size", 16, "--out", tmp_path / "runs" / "x"]
     printed = call(capsys, "--teacher", "vgg8", "--student", "MobileNetV2", *options)
@@ -247,7 +247,7 @@ def test_folder_dataset(tmp_path, capsys):
     assert printed == f"MobileNetV2 {top1:.2f} % top-1, 100.00 % top-5 on 12 test images\n"
 
 
-def test_a_diverging_run_keeps_the_last_good_epoch(tmp_path, capsys, monkeypatch):
+def test_diverging_run_keeps_the_last_good_epoch(tmp_path, capsys, monkeypatch):
     options = ["--student", "resnet8", *SMALL, "--epochs", 3, "--out", tmp_path]
     call(capsys, *options, "--max-minutes", 1e-9)
     before = (tmp_path / "last.pt").read_bytes()
@@ -293,7 +293,7 @@ def test_a_diverging_run_keeps_the_last_good_epoch(tmp_path, capsys, monkeypatch
         (["--student", "resnet8", "--evaluate", "missing.pth"], "missing.pth"),
     ],
 )
-def test_invalid_input_ends_in_one_line_and_exit_code_2(tmp_path, capsys, monkeypatch, options, expected):
+def test_invalid_input_exits_with_one_line_error(tmp_path, capsys, monkeypatch, options, expected):
     monkeypatch.chdir(tmp_path)
     defaults = [word for pair in zip(SMALL[::2], SMALL[1::2], strict=True) if pair[0] not in options for word in pair]
     message = call(capsys, *defaults, *options, code=2)
@@ -303,8 +303,8 @@ def test_invalid_input_ends_in_one_line_and_exit_code_2(tmp_path, capsys, monkey
     assert not list(tmp_path.iterdir())  # nothing was trained or written
 
 
-def test_resuming_with_other_settings_is_rejected_by_name(tmp_path, capsys, main_job):
-    run = main_job[0] / "runs" / "synthetic-subset120-resnet14-resnet8-fcfd-2ep-seed1"
+def test_resume_rejects_changed_settings_by_name(tmp_path, capsys, main_run):
+    run = main_run[0] / "runs" / "synthetic-subset120-resnet14-resnet8-fcfd-2ep-seed1"
     before = (run / "last.pt").read_bytes()
     for option, name in (
         (["--w-func-kl", 0.2], "--w-func-kl"),
@@ -316,7 +316,7 @@ def test_resuming_with_other_settings_is_rejected_by_name(tmp_path, capsys, main
     assert (run / "last.pt").read_bytes() == before
 
 
-def test_stored_settings_are_compared_first(tmp_path, capsys):
+def test_stored_settings_are_checked_first(tmp_path, capsys):
     call(capsys, "--student", "resnet8", *SMALL, "--epochs", 1, "--out", tmp_path)
     for options, name in (
         (["--student", "resnet8", "--teacher", "resnet14"], "--teacher"),
@@ -326,15 +326,15 @@ def test_stored_settings_are_compared_first(tmp_path, capsys):
         assert f"{name} is" in call(capsys, *options, "--resume", "--out", tmp_path, code=2)
 
 
-def test_a_file_that_is_not_a_run_is_not_resumed(tmp_path, capsys):
+def test_resume_rejects_a_file_not_written_by_a_run(tmp_path, capsys):
     torch.save({"model": {}}, tmp_path / "last.pt")
     assert "was not written by a run" in call(
         capsys, "--student", "resnet8", *SMALL, "--resume", "--out", tmp_path, code=2
     )
 
 
-def test_the_process_prints_no_traceback(tmp_path):
-    message = script(tmp_path, "--student", "resnet9", code=2)
+def test_script_prints_no_traceback(tmp_path):
+    message = run_script(tmp_path, "--student", "resnet9", code=2)
     assert message.startswith("error: --student: unknown network")
     assert message.count("\n") == 1
 
@@ -382,7 +382,7 @@ def test_published_settings(teacher_name, student_name, row):
 
 
 @pytest.mark.slow
-def test_on_synthetic_resnet14_beats_resnet8_by_five_points(tmp_path, capsys):
+def test_resnet14_beats_resnet8_by_five_points_on_synthetic(tmp_path, capsys):
     def accuracy(name):
         means = []
         for seed in (1, 2, 3):
@@ -396,7 +396,7 @@ def test_on_synthetic_resnet14_beats_resnet8_by_five_points(tmp_path, capsys):
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("options", [[], ["--amp", "bf16"], ["--amp", "off"]])
-def test_main_job_on_a_gpu(tmp_path, capsys, options):
+def test_main_run_on_gpu(tmp_path, capsys, options):
     small = [word if word != "cpu" else "cuda" for word in PAIR]
     call(capsys, *small, *options, "--epochs", 2, "--out", tmp_path / "x")
     rows = read_log(tmp_path / "x")

@@ -4,7 +4,7 @@ import json
 
 import numpy as np
 import pytest
-from tiny_detectors import coco_set
+from tiny_detectors import write_coco
 
 from common.detection.coco import load_coco
 from common.run.errors import UserError
@@ -14,8 +14,8 @@ CATEGORIES = ((7, "dog"), (3, "cat"))  # labels 2 and 1
 
 
 def write(folder, images, annotations, **more):
-    coco_set(folder, images, annotations, CATEGORIES, pixels=False, **more)
-    coco_set(folder, VAL["images"], VAL["annotations"], CATEGORIES, "val", pixels=False)
+    write_coco(folder, images, annotations, CATEGORIES, pixels=False, **more)
+    write_coco(folder, VAL["images"], VAL["annotations"], CATEGORIES, "val", pixels=False)
     return folder
 
 
@@ -37,8 +37,8 @@ def names(split):
 
 
 def boxes(split, i):
-    mine = slice(split.first[i], split.first[i + 1])
-    return split.labels[mine].tolist(), split.boxes[mine].tolist()
+    rows = slice(split.first[i], split.first[i + 1])
+    return split.labels[rows].tolist(), split.boxes[rows].tolist()
 
 
 def test_training_split(folder):
@@ -53,10 +53,10 @@ def test_training_split(folder):
     assert data.notes == []
 
 
-def test_the_ground_truth_keeps_crowds_and_empty_images(tmp_path):
-    coco_set(tmp_path, [(1, "a.jpg", 9, 9)], [(1, 3, [0, 0, 9, 9]), (1, 7, [0, 0, 9, 9])], CATEGORIES, pixels=False)
+def test_ground_truth_keeps_crowds_and_empty_images(tmp_path):
+    write_coco(tmp_path, [(1, "a.jpg", 9, 9)], [(1, 3, [0, 0, 9, 9]), (1, 7, [0, 0, 9, 9])], CATEGORIES, pixels=False)
     images = [(8, "x.jpg", 50, 40), (5, "y.jpg", 50, 40)]
-    file = coco_set(
+    file = write_coco(
         tmp_path, images, [(5, 7, [1, 2, 3, 4], 1), (5, 3, [45, 2, 10, 4])], CATEGORIES, "val", pixels=False
     )
     content = json.loads(file.read_text())
@@ -103,24 +103,24 @@ def test_unusable_boxes_are_dropped_or_clipped_and_counted(tmp_path):
 def test_coco_2017_is_preferred_and_ambiguous_names_are_rejected(tmp_path):
     row = [(1, "a.jpg", 9, 9)], [(1, 3, [0, 0, 9, 9]), (1, 7, [0, 0, 9, 9])]
     for split in ("train2014", "train2017", "val2014", "val2017"):
-        coco_set(tmp_path, *row, CATEGORIES, split, pixels=False)
+        write_coco(tmp_path, *row, CATEGORIES, split, pixels=False)
     assert load_coco(tmp_path).train.files[0].decode().endswith("/train2017/a.jpg")
-    coco_set(tmp_path / "other", *row, CATEGORIES, "train_a", pixels=False)
-    coco_set(tmp_path / "other", *row, CATEGORIES, "train_b", pixels=False)
+    write_coco(tmp_path / "other", *row, CATEGORIES, "train_a", pixels=False)
+    write_coco(tmp_path / "other", *row, CATEGORIES, "train_b", pixels=False)
     with pytest.raises(UserError, match=r"instances_train_a.json and .*instances_train_b.json: keep only one"):
         load_coco(tmp_path / "other")
 
 
 def test_images_may_be_in_subfolders(tmp_path):
     write(tmp_path, [(1, "a.jpg", 9, 9)], [(1, 3, [0, 0, 9, 9]), (1, 7, [0, 0, 9, 9])])
-    (tmp_path / "train" / "below").mkdir()
-    (tmp_path / "train" / "a.jpg").rename(tmp_path / "train" / "below" / "a.jpg")
+    (tmp_path / "train" / "nested").mkdir()
+    (tmp_path / "train" / "a.jpg").rename(tmp_path / "train" / "nested" / "a.jpg")
     file = tmp_path / "annotations" / "instances_train.json"
-    file.write_text(file.read_text().replace("a.jpg", "below/a.jpg"))
-    assert load_coco(tmp_path).train.files[0].decode().endswith("/train/below/a.jpg")
+    file.write_text(file.read_text().replace("a.jpg", "nested/a.jpg"))
+    assert load_coco(tmp_path).train.files[0].decode().endswith("/train/nested/a.jpg")
 
 
-def test_a_subset_is_evenly_spaced(tmp_path):
+def test_subset_is_evenly_spaced(tmp_path):
     images = [(i, f"{i}.jpg", 40, 40) for i in range(10)]
     annotations = [(i, 3 + 4 * (i % 2), [i, 0, 20, 20]) for i in range(10)]
     data = load_coco(write(tmp_path, images, annotations), subset=4, test_subset=1)
@@ -132,7 +132,7 @@ def test_a_subset_is_evenly_spaced(tmp_path):
             load_coco(tmp_path, **{option: count})
 
 
-def test_the_fingerprint_depends_on_the_training_data(folder):
+def test_fingerprint_depends_on_the_training_data(folder):
     before = load_coco(folder).fingerprint
     assert load_coco(folder).fingerprint == before
     file = folder / "annotations" / "instances_train.json"
@@ -156,7 +156,7 @@ def test_the_fingerprint_depends_on_the_training_data(folder):
     assert load_coco(folder.parent / "moved").fingerprint == before
 
 
-BROKEN = {
+FAULTS = {
     "not JSON": (lambda content: "{", "is not JSON, or is truncated"),
     "a list": (lambda content: [], "'categories' is missing, or not a list of objects"),
     "no images": (lambda content: content | {"images": []}, "'images' is empty"),
@@ -187,21 +187,27 @@ BROKEN = {
     ),
     "a repeated category": (lambda content: content | {"categories": 2 * content["categories"]}, r"'categories' \[2\]"),
     "a nameless category": (lambda content: content | {"categories": [{"id": 1}]}, r"'categories' \[0\]"),
-    "an unknown image": (lambda content: changed(content, image_id=99), r"'annotations' \[0\] lacks a known image_id"),
-    "an unknown category": (lambda content: changed(content, category_id=99), r"'annotations' \[0\]"),
-    "three numbers": (lambda content: changed(content, bbox=[1, 2, 3]), r"'annotations' \[0\]"),
-    "a word in a box": (lambda content: changed(content, bbox=[1, 2, 3, "x"]), r"'annotations' \[0\]"),
-    "NaN": (lambda content: changed(content, bbox=[1, 2, 3, float("nan")]), r"'annotations' \[0\]"),
-    "text as a box": (lambda content: changed(content, bbox="1234"), r"'annotations' \[0\]"),
-    "a number as text": (lambda content: changed(content, bbox=[1, 2, 3, "4"]), r"'annotations' \[0\]"),
-    "booleans in a box": (lambda content: changed(content, bbox=[True] * 4), r"'annotations' \[0\]"),
-    "text as iscrowd": (lambda content: changed(content, iscrowd="1"), r"'annotations' \[0\] lacks .* an iscrowd"),
+    "an unknown image": (
+        lambda content: edit_annotation(content, image_id=99),
+        r"'annotations' \[0\] lacks a known image_id",
+    ),
+    "an unknown category": (lambda content: edit_annotation(content, category_id=99), r"'annotations' \[0\]"),
+    "three numbers": (lambda content: edit_annotation(content, bbox=[1, 2, 3]), r"'annotations' \[0\]"),
+    "a word in a box": (lambda content: edit_annotation(content, bbox=[1, 2, 3, "x"]), r"'annotations' \[0\]"),
+    "NaN": (lambda content: edit_annotation(content, bbox=[1, 2, 3, float("nan")]), r"'annotations' \[0\]"),
+    "text as a box": (lambda content: edit_annotation(content, bbox="1234"), r"'annotations' \[0\]"),
+    "a number as text": (lambda content: edit_annotation(content, bbox=[1, 2, 3, "4"]), r"'annotations' \[0\]"),
+    "booleans in a box": (lambda content: edit_annotation(content, bbox=[True] * 4), r"'annotations' \[0\]"),
+    "text as iscrowd": (
+        lambda content: edit_annotation(content, iscrowd="1"),
+        r"'annotations' \[0\] lacks .* an iscrowd",
+    ),
     "a fractional width": (
         lambda content: content | {"images": [{"id": 1, "file_name": "a.jpg", "width": 1.5, "height": 4}]},
         r"'images' \[0\]",
     ),
-    "no box": (lambda content: changed(content, bbox=None), r"'annotations' \[0\]"),
-    "a list as an id": (lambda content: changed(content, image_id=[1]), r"'annotations' \[0\]"),
+    "no box": (lambda content: edit_annotation(content, bbox=None), r"'annotations' \[0\]"),
+    "a list as an id": (lambda content: edit_annotation(content, image_id=[1]), r"'annotations' \[0\]"),
     "a missing image": (
         lambda content: (
             content | {"images": content["images"] + [{"id": 1, "file_name": "e.jpg", "width": 9, "height": 9}]}
@@ -233,13 +239,13 @@ BROKEN = {
 }
 
 
-def changed(content, **values):
+def edit_annotation(content, **values):
     return content | {"annotations": [content["annotations"][0] | values, *content["annotations"][1:]]}
 
 
-@pytest.mark.parametrize("fault", BROKEN)
+@pytest.mark.parametrize("fault", FAULTS)
 def test_faults_are_reported_in_one_line(folder, fault):
-    change, expected = BROKEN[fault]
+    change, expected = FAULTS[fault]
     file = folder / "annotations" / "instances_train.json"
     content = change(json.loads(file.read_text()))
     file.write_text(content if isinstance(content, str) else json.dumps(content))
@@ -264,7 +270,7 @@ def test_missing_files_and_folders_are_reported(folder):
         load_coco(folder)
 
 
-def test_a_test_split_without_boxes_is_rejected(tmp_path):
+def test_rejects_a_test_split_without_boxes(tmp_path):
     write(tmp_path, [(1, "a.jpg", 9, 9)], [(1, 3, [0, 0, 9, 9]), (1, 7, [0, 0, 9, 9])])
     file = tmp_path / "annotations" / "instances_val.json"
     file.write_text(json.dumps(json.loads(file.read_text()) | {"annotations": []}))

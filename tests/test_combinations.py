@@ -6,14 +6,14 @@ import re
 import pytest
 import torch
 import yaml
-from running import FEW, PAIR, SMALL, assert_bit_for_bit, call, read_log
+from running import FEW_IMAGES, PAIR, SMALL, assert_bitwise_equal, call, read_log
 
 import cifar100
 from ablations import agreement
 from ablations.cells import Cell
 from common.fcfd import EQ_9
 
-RESNETS = ["--teacher", "resnet14", "--student", "resnet8"]
+NETWORKS = ["--teacher", "resnet14", "--student", "resnet8"]
 
 
 def run(capsys, teacher, out, *options, epochs=1):
@@ -49,13 +49,13 @@ def test_evaluate_reproduces_the_accuracy_of_a_simkd_run(capsys, simkd):
     assert re.search(r"^SimKD: projector and teacher's classifier add 13.6k parameters \(\+17", printed, re.M)
 
 
-def test_a_simkd_run_resumes_bit_for_bit(tmp_path, capsys, teacher, simkd):
+def test_resumed_simkd_run_is_bitwise_identical(tmp_path, capsys, teacher, simkd):
     options = ["--simkd", "--kd-loss", "dkd", "--max-minutes", 1e-9]
     printed = run(capsys, teacher, tmp_path, *options, epochs=2)
     assert "resnet14-resnet8-fcfd-dkd-simkd" in printed
     assert "SimKD: projector and teacher's classifier add" in printed
     call(capsys, *PAIR, "--resume", "--out", tmp_path, "--epochs", 2)  # the other options are stored
-    assert_bit_for_bit(simkd, tmp_path)
+    assert_bitwise_equal(simkd, tmp_path)
 
 
 @pytest.mark.parametrize(
@@ -71,7 +71,7 @@ def test_a_simkd_run_resumes_bit_for_bit(tmp_path, capsys, teacher, simkd):
 def test_methods_combine(tmp_path, capsys, monkeypatch, teacher, options, name):
     monkeypatch.chdir(tmp_path)
     files = ["--teacher-ckpt", teacher / "student.pth"]
-    call(capsys, *PAIR, *options, "--epochs", 1, *files, *FEW)
+    call(capsys, *PAIR, *options, "--epochs", 1, *files, *FEW_IMAGES)
     (row,) = read_log(f"runs/synthetic-subset40-resnet14-resnet8-{name}-1ep-seed1")
     assert [term for term in EQ_9 if row[term]] == list(cifar100.METHODS[name.split("-")[0]])
 
@@ -82,7 +82,7 @@ def test_kd_loss_and_its_weights_reach_the_terms(tmp_path, capsys, teacher):
     kinds["n"] = ["--kd-loss", "dkd", "--tckd", 0, "--nckd", 5]
     log = {}
     for kind, options in kinds.items():
-        run(capsys, teacher, tmp_path / kind, *options, *FEW, "--batch-size", 40)
+        run(capsys, teacher, tmp_path / kind, *options, *FEW_IMAGES, "--batch-size", 40)
         (log[kind],) = read_log(tmp_path / kind)
     for term in EQ_9:
         kl, both, label, others = (float(log[kind][term]) for kind in kinds)
@@ -93,10 +93,10 @@ def test_kd_loss_and_its_weights_reach_the_terms(tmp_path, capsys, teacher):
             assert both == label == others == kl
 
 
-def test_a_run_from_before_the_options_resumes(tmp_path, capsys, teacher):
-    whole, old = tmp_path / "whole", tmp_path / "old"
-    run(capsys, teacher, whole, *FEW, epochs=2)
-    run(capsys, teacher, old, *FEW, "--max-minutes", 1e-9, epochs=2)
+def test_run_that_predates_the_options_resumes(tmp_path, capsys, teacher):
+    uninterrupted, old = tmp_path / "uninterrupted", tmp_path / "old"
+    run(capsys, teacher, uninterrupted, *FEW_IMAGES, epochs=2)
+    run(capsys, teacher, old, *FEW_IMAGES, "--max-minutes", 1e-9, epochs=2)
     state = torch.load(old / "last.pt", weights_only=True)
     for key in ("simkd", "kd_loss", "tckd", "nckd", "w_func_partial", "w_func_prime_l2"):
         del state["config"][key]
@@ -106,17 +106,17 @@ def test_a_run_from_before_the_options_resumes(tmp_path, capsys, teacher):
         (["--simkd"], "--simkd is True and was False"),
         (["--kd-loss", "dkd"], "--kd-loss is dkd and was kl"),
     ):
-        assert message in call(capsys, *PAIR, *FEW, *options, "--epochs", 2, "--resume", "--out", old, code=2)
-    call(capsys, *PAIR, *FEW, "--epochs", 2, "--resume", "--out", old)
-    assert_bit_for_bit(whole, old)
+        assert message in call(capsys, *PAIR, *FEW_IMAGES, *options, "--epochs", 2, "--resume", "--out", old, code=2)
+    call(capsys, *PAIR, *FEW_IMAGES, "--epochs", 2, "--resume", "--out", old)
+    assert_bitwise_equal(uninterrupted, old)
 
 
-def test_weights_of_dkd_are_compared_when_resuming(capsys, simkd):
+def test_resume_rejects_changed_dkd_weights(capsys, simkd):
     message = call(capsys, *PAIR, "--nckd", 3, "--epochs", 2, "--resume", "--out", simkd, code=2)
     assert "--nckd is 3.0 and was 2" in message
 
 
-def test_a_simkd_student_is_not_a_plain_network(tmp_path, capsys, simkd, teacher):
+def test_simkd_student_does_not_load_as_a_plain_network(tmp_path, capsys, simkd, teacher):
     file = simkd / "student.pth"
     for options in (
         ["--student", "resnet8", "--evaluate", file],
@@ -147,17 +147,17 @@ def test_a_simkd_student_is_not_a_plain_network(tmp_path, capsys, simkd, teacher
         (["--student", "resnet8", "--simkd"], "--simkd is about distillation: also give --teacher"),
         (["--student", "resnet8", "--simkd", "--evaluate", "x.pth"], "also give --teacher"),
         (["--student", "resnet8", "--kd-loss", "dkd"], "--kd-loss is about distillation"),
-        ([*RESNETS, "--tckd", 1], "--tckd and --nckd are weights inside DKD: also give --kd-loss dkd"),
-        ([*RESNETS, "--kd-loss", "kl", "--nckd", 1], "--tckd and --nckd are weights inside DKD"),
-        ([*RESNETS, "--kd-loss", "dkd", "--nckd", -1], "--nckd: -1"),
-        ([*RESNETS, "--kd-loss", "dkd", "--tckd", "nan"], "--tckd: nan"),
-        ([*RESNETS, "--kd-loss", "crd"], "crd"),
-        ([*RESNETS, "--simkd", "--positions", 2, 4], "--positions 4: with --simkd"),
-        ([*RESNETS, "--simkd", "--method", "kd", "--positions", 4], "--positions 4: with --simkd"),
+        ([*NETWORKS, "--tckd", 1], "--tckd and --nckd are weights inside DKD: also give --kd-loss dkd"),
+        ([*NETWORKS, "--kd-loss", "kl", "--nckd", 1], "--tckd and --nckd are weights inside DKD"),
+        ([*NETWORKS, "--kd-loss", "dkd", "--nckd", -1], "--nckd: -1"),
+        ([*NETWORKS, "--kd-loss", "dkd", "--tckd", "nan"], "--tckd: nan"),
+        ([*NETWORKS, "--kd-loss", "crd"], "crd"),
+        ([*NETWORKS, "--simkd", "--positions", 2, 4], "--positions 4: with --simkd"),
+        ([*NETWORKS, "--simkd", "--method", "kd", "--positions", 4], "--positions 4: with --simkd"),
         (["--teacher", "vgg8", "--student", "resnet8", "--simkd"], "5 stages and the student 4"),
     ],
 )
-def test_invalid_input_ends_in_one_line_and_exit_code_2(tmp_path, capsys, monkeypatch, options, expected):
+def test_invalid_input_exits_with_one_line_error(tmp_path, capsys, monkeypatch, options, expected):
     monkeypatch.chdir(tmp_path)
     message = call(capsys, *SMALL, *options, code=2)
     assert message.startswith("error: ")
@@ -166,12 +166,12 @@ def test_invalid_input_ends_in_one_line_and_exit_code_2(tmp_path, capsys, monkey
     assert not list(tmp_path.iterdir())
 
 
-def test_a_grid_passes_simkd_to_its_runs(tmp_path):
+def test_grid_passes_simkd_to_its_runs(tmp_path):
     command = Cell(tmp_path, {"teacher": "resnet14", "student": "resnet8", "simkd": True, "seed": 1}).command(None)
     assert command[2:] == ["--teacher=resnet14", "--student=resnet8", "--simkd", "--seed=1", f"--out={tmp_path}"]
 
 
-def test_agreement_of_a_simkd_student(tmp_path, capsys, monkeypatch, simkd, teacher):
+def test_agreement_evaluates_a_simkd_student(tmp_path, capsys, monkeypatch, simkd, teacher):
     monkeypatch.chdir(tmp_path)
     accuracy = json.loads((simkd / "result.json").read_text())["last"]["top1"]
     assert agreement.main(["--teacher", str(teacher), str(simkd)]) == 0

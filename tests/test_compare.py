@@ -19,31 +19,31 @@ from common.run.folder import locked
 FAKE = """
 import json, os, sys, time
 from pathlib import Path
-given = dict(word.lstrip("-").split("=", 1) for word in sys.argv[1:] if "=" in word)
-out, desk, width = Path(given["out"]), Path(__file__).parent / "desk", int(os.environ.get("WIDTH", 0))
-(desk / f"{out.name}.began").write_text(str(os.getpid()))
+options = dict(word.lstrip("-").split("=", 1) for word in sys.argv[1:] if "=" in word)
+out, status, width = Path(options["out"]), Path(__file__).parent / "status", int(os.environ.get("WIDTH", 0))
+(status / f"{out.name}.started").write_text(str(os.getpid()))
 end = time.time() + 30
-while (busy := len([*desk.glob("*.began")]) - len([*desk.glob("*.ended")])) < width and time.time() < end:
+while (busy := len([*status.glob("*.started")]) - len([*status.glob("*.finished")])) < width and time.time() < end:
     time.sleep(0.01)
-while given["student"] == "resnet110" and time.time() < end:
+while options["student"] == "resnet110" and time.time() < end:
     time.sleep(0.01)
-if (width and busy != width) or given["student"] == "resnet32":
+if (width and busy != width) or options["student"] == "resnet32":
     sys.exit(f"error: it fails, {busy} running")
 time.sleep(0.2)  # so that one too many is noticed
 (out / "student.pth").touch()
-notes = {"words": sys.argv[1:], "device": given.get("device"), "threads": os.environ.get("OMP_NUM_THREADS")}
-notes["before"] = sorted(path.stem for path in desk.glob("*.ended"))
+notes = {"argv": sys.argv[1:], "device": options.get("device"), "threads": os.environ.get("OMP_NUM_THREADS")}
+notes["before"] = sorted(path.stem for path in status.glob("*.finished"))
 (out / "notes.json").write_text(json.dumps(notes))
 score = {"epoch": 1, "top1": 50.0}
 (out / "config.yaml").write_text("{}")
 (out / "result.json").write_text(json.dumps(dict(epoch=1, epochs=1, last=score, best=score, teacher=None, seconds=1)))
-(desk / f"{out.name}.ended").touch()
+(status / f"{out.name}.finished").touch()
 """
 
 
 @pytest.fixture
 def fake(tmp_path, monkeypatch):
-    (tmp_path / "desk").mkdir()
+    (tmp_path / "status").mkdir()
     (tmp_path / "fake.py").write_text(FAKE)
     monkeypatch.setattr(cifar100, "__file__", str(tmp_path / "fake.py"))
     monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
@@ -57,7 +57,7 @@ def notes(cell):
 
 
 @pytest.mark.parametrize(("jobs", "devices"), [(1, []), (2, []), (1, ["cpu", "cuda:1"])])
-def test_runs_at_once(fake, monkeypatch, jobs, devices):
+def test_jobs_run_in_parallel_on_each_device(fake, monkeypatch, jobs, devices):
     width = jobs * max(1, len(devices))
     monkeypatch.setenv("WIDTH", str(width))
     monkeypatch.setattr(cells.os, "cpu_count", lambda: 6)
@@ -67,7 +67,7 @@ def test_runs_at_once(fake, monkeypatch, jobs, devices):
     assert {notes(run)["threads"] for run in runs} == {"3" if width == 2 else None}
 
 
-def test_a_run_starts_after_its_teacher_has_finished(fake):
+def test_run_starts_after_its_teacher_has_finished(fake):
     teacher = fake("teacher")
     students = [fake("a", after=teacher), fake("b", after=teacher)]
     run_cells([*students, teacher], jobs=3)
@@ -77,16 +77,16 @@ def test_a_run_starts_after_its_teacher_has_finished(fake):
 def test_finished_runs_are_kept_and_interrupted_ones_resumed(fake, tmp_path):
     kept, interrupted, teacher = fake("kept"), fake("interrupted"), fake("teacher")
     run_cells([kept, interrupted, teacher])
-    for file in (tmp_path / "desk").iterdir():
+    for file in (tmp_path / "status").iterdir():
         file.unlink()
     (interrupted.folder / "last.pt").touch()
     result = json.loads((interrupted.folder / "result.json").read_text())
     (interrupted.folder / "result.json").write_text(json.dumps(result | {"epochs": 2}))
     teacher.network.unlink()  # as in a clone, which has results but no weights
     run_cells([kept, interrupted, teacher, fake("student", after=teacher)])
-    assert not (tmp_path / "desk" / "kept.began").exists()
-    assert "--resume" in notes(interrupted)["words"]
-    assert "--resume" not in notes(teacher)["words"]
+    assert not (tmp_path / "status" / "kept.started").exists()
+    assert "--resume" in notes(interrupted)["argv"]
+    assert "--resume" not in notes(teacher)["argv"]
     assert teacher.network.exists()
     teacher.network.unlink()
     run_cells([kept, teacher])
@@ -95,16 +95,16 @@ def test_finished_runs_are_kept_and_interrupted_ones_resumed(fake, tmp_path):
     assert teacher.network.exists()
 
 
-def test_a_failed_run_only_skips_those_that_need_it(fake, tmp_path, capsys):
+def test_failed_run_skips_only_its_dependents(fake, tmp_path, capsys):
     bad = Cell(tmp_path / "bad", {"student": "resnet32", "epochs": 1})
     with pytest.raises(UserError, match="2 of the runs"):
-        run_cells([bad, fake("needs", after=bad), fake("good")])
+        run_cells([bad, fake("student", after=bad), fake("good")])
     assert "bad: error: it fails" in capsys.readouterr().out
     assert fake("good").result()
-    assert not (tmp_path / "needs").exists()
+    assert not (tmp_path / "student").exists()
 
 
-def test_an_old_result_does_not_hide_a_failure(fake, tmp_path):
+def test_old_result_does_not_hide_a_failure(fake, tmp_path):
     teacher = fake("teacher")
     run_cells([teacher])
     teacher.network.unlink()
@@ -113,8 +113,8 @@ def test_an_old_result_does_not_hide_a_failure(fake, tmp_path):
         run_cells([teacher, fake("student", after=teacher)])
 
 
-def test_an_interrupt_terminates_the_runs(fake, tmp_path, monkeypatch):
-    started = tmp_path / "desk" / "endless.began"
+def test_interrupt_terminates_the_runs(fake, tmp_path, monkeypatch):
+    started = tmp_path / "status" / "endless.started"
 
     def interrupted_sleep(seconds):
         sleep(seconds)
@@ -127,10 +127,10 @@ def test_an_interrupt_terminates_the_runs(fake, tmp_path, monkeypatch):
         run_cells([Cell(tmp_path / "endless", {"student": "resnet110"})])
     with pytest.raises(ProcessLookupError):
         os.kill(int(started.read_text()), 0)
-    assert not started.with_suffix(".ended").exists()  # it was killed
+    assert not started.with_suffix(".finished").exists()  # it was killed
 
 
-def test_the_table_shows_the_finished_runs(fake, tmp_path, capsys):
+def test_table_shows_the_finished_runs(fake, tmp_path, capsys):
     options = [
         "--pairs",
         "resnet32-resnet8",
@@ -160,7 +160,7 @@ def test_everything_is_checked_before_anything_runs(fake, tmp_path):
             with_needed([fake("good"), cell])
 
 
-def test_runs_on_other_images_are_refused(fake, tmp_path):
+def test_runs_on_other_images_are_rejected(fake, tmp_path):
     fingerprint = load_data("synthetic", "data").fingerprint
     (tmp_path / "there").mkdir()
     config = {"student": "resnet8", "epochs": 1, "dataset": "synthetic", "data_dir": "elsewhere"}
@@ -171,7 +171,7 @@ def test_runs_on_other_images_are_refused(fake, tmp_path):
         with_needed([fake("there")])
 
 
-def test_students_of_another_teacher_are_refused(fake, tmp_path):
+def test_students_of_another_teacher_are_rejected(fake, tmp_path):
     cell = fake("student", after=fake("teacher-seed1"))
     cell.given |= {"teacher": "resnet14", "teacher_ckpt": str(cell.after.network)}
     cell.folder.mkdir()
@@ -185,14 +185,14 @@ def test_students_of_another_teacher_are_refused(fake, tmp_path):
                 cell.settings()
 
 
-def test_mean_and_sample_deviation():
+def test_mean_and_standard_deviation():
     assert mean_and_deviation([70.0, 72.0]) == "71.00 ± 1.41"
     assert mean_and_deviation([70.0]) == "70.00"
 
 
 def row(method, seed, last, best, teacher=75.0):
-    own = {"pair": "a-b", "method": method, "seed": seed, "last": last, "best": best, "teacher": teacher}
-    return own | {"teacher_last": "", "teacher_best": ""}
+    columns = {"pair": "a-b", "method": method, "seed": seed, "last": last, "best": best, "teacher": teacher}
+    return columns | {"teacher_last": "", "teacher_best": ""}
 
 
 def test_table():
@@ -225,16 +225,16 @@ def test_published_figures_are_shown_only_for_published_settings(tmp_path):
     others = compare.published_figures(others)["vgg13-vgg8"]
     assert others == {"teacher": "74.64 *", "crd": "73.94 *", "reviewkd": "74.84 *"}
     assert set(published(tmp_path, "--teacher-epochs", "30")["vgg13-vgg8"]) == {"alone"}
-    (tmp_path / "some.pth").touch()
-    assert "teacher" not in published(tmp_path, "--teacher-ckpt", f"vgg13={tmp_path / 'some.pth'}")["vgg13-vgg8"]
+    (tmp_path / "teacher.pth").touch()
+    assert "teacher" not in published(tmp_path, "--teacher-ckpt", f"vgg13={tmp_path / 'teacher.pth'}")["vgg13-vgg8"]
     assert set(published(tmp_path, "--w-app", "2")["vgg13-vgg8"]) == {"teacher", "alone", "kd"}
 
 
 def test_grid(tmp_path):
-    some = tmp_path / "some.pth"
-    some.touch()
+    checkpoint = tmp_path / "teacher.pth"
+    checkpoint.touch()
     options = ["--pairs", "resnet20-resnet8", "resnet32-resnet20", "--seeds", "3", "4"]
-    options += ["--epochs", "2", "--temperature", "2", "--teacher-ckpt", f"resnet32={some}", "--out", tmp_path]
+    options += ["--epochs", "2", "--temperature", "2", "--teacher-ckpt", f"resnet32={checkpoint}", "--out", tmp_path]
     runs = grid(*options, methods=["alone", "kd"])
     assert len(runs) == 8
     kd = runs["resnet20-resnet8", "kd", 4]
@@ -243,7 +243,7 @@ def test_grid(tmp_path):
     assert kd.given["teacher_ckpt"] == str(kd.after.folder / "student.pth")
     assert (kd.given["temperature"], kd.given["seed"], kd.given["epochs"]) == (2.0, 4, 2)
     assert "temperature" not in kd.after.given
-    assert runs["resnet32-resnet20", "kd", 3].given["teacher_ckpt"] == str(some)
+    assert runs["resnet32-resnet20", "kd", 3].given["teacher_ckpt"] == str(checkpoint)
     assert runs["resnet32-resnet20", "kd", 3].after is None
     assert {f"--teacher-ckpt={kd.given['teacher_ckpt']}", "--device=cuda:1", "--seed=4"} <= set(kd.command("cuda:1"))
     longer = grid(*options, "--teacher-epochs", "5")["resnet20-resnet8", "kd", 4].after
@@ -272,7 +272,7 @@ def test_grid(tmp_path):
         (["--epochs", "0"], "--epochs: 0 must"),
     ],
 )
-def test_invalid_input_is_one_line_and_exit_code_2(tmp_path, capsys, options, expected):
+def test_invalid_input_exits_with_one_line_error(tmp_path, capsys, options, expected):
     assert compare.main([*options, "--out", str(tmp_path / "out")]) == 2
     message = capsys.readouterr().err
     assert message.startswith("error: ")

@@ -22,19 +22,19 @@ def test_smoke(tmp_path, capsys):
     assert list(rows) == [*once, ("fcfd", 0), ("fcfd", 2), ("plain", 2)]
     assert all(row["seconds"] > 0 for row in rows.values())
     memory = {key: row["megabytes"] for key, row in rows.items()}
-    weights, of_teacher = (
+    weights, teacher_weights = (
         sum(4 * p.numel() for p in build(n, 100).parameters()) / 2**20 for n in ("resnet8", "resnet14")
     )
     assert 2 * weights < memory["alone", None]  # at least weights and gradients
-    assert memory["alone", None] + of_teacher < memory["kd", None] < memory["app", None] < memory["fcfd", 0]
+    assert memory["alone", None] + teacher_weights < memory["kd", None] < memory["app", None] < memory["fcfd", 0]
     assert memory["fcfd", 0] < memory["fcfd", 2] < 40
     assert memory["crd", None] > 2 * 50_000 * 128 * 4 / 2**20  # its two banks
-    counted = {key: row["flops"] for key, row in rows.items()}
-    assert counted["alone", None] < counted["kd", None] == counted["dkd", None] < counted["app", None]
-    assert counted["app", None] == counted["fcfd", 0] < counted["fcfd", 2] == counted["plain", 2]
+    flops = {key: row["flops"] for key, row in rows.items()}
+    assert flops["alone", None] < flops["kd", None] == flops["dkd", None] < flops["app", None]
+    assert flops["app", None] == flops["fcfd", 0] < flops["fcfd", 2] == flops["plain", 2]
     # CRD runs the teacher without its classifier, trains two embeddings, and multiplies with two banks.
     embedding, bank = 2 * 64 * 128, 2 * 128 * 50_000
-    assert counted["crd", None] == counted["kd", None] + 4 * (5 * embedding + 4 * bank - 2 * 64 * 100)
+    assert flops["crd", None] == flops["kd", None] + 4 * (5 * embedding + 4 * bank - 2 * 64 * 100)
     text = (tmp_path / "table.md").read_text()
     assert text in capsys.readouterr().out
     unit, row = rows["alone", None], rows["fcfd", 2]
@@ -56,12 +56,12 @@ def kinds(*options, pair="resnet32x4-resnet8x4"):
     return [(row.kind, row.num_paths) for row in complexity.rows_of(pair, args)], args.out
 
 
-def test_rows():
-    every = [("alone", None), *(("fcfd", n) for n in range(5)), ("plain", 2)]
-    assert kinds() == (every, "results/complexity")
+def test_options_select_rows():
+    all_rows = [("alone", None), *(("fcfd", n) for n in range(5)), ("plain", 2)]
+    assert kinds() == (all_rows, "results/complexity")
     methods = ["kd", "dkd", "reviewkd", "crd"]
-    beside = [("alone", None), *((kind, None) for kind in methods), ("fcfd", 2)]
-    assert kinds("--methods", *methods, "fcfd") == (beside, "results/complexity/methods")
+    compared = [("alone", None), *((kind, None) for kind in methods), ("fcfd", 2)]
+    assert kinds("--methods", *methods, "fcfd") == (compared, "results/complexity/methods")
     assert kinds("--methods", "fcfd", "--num-paths", "0", "4")[0] == [("alone", None), ("fcfd", 0), ("fcfd", 4)]
     assert complexity.parse_args(["--pairs", "all"]).pairs == list(cifar100.SETTINGS["pairs"])
     assert kinds("--num-paths", "1", pair="resnet32x4-ShuffleV1")[0] == [
@@ -83,17 +83,17 @@ def test_time_is_the_median_without_the_first_round(monkeypatch):
     """The steps move the clock: 1, 2 and 9 s count as 2; the first step, of 100 s, does not count."""
     now = [0.0]
     monkeypatch.setattr(measure.time, "perf_counter", lambda: now[0])
-    lasting = {"a": [100, 1, 2, 9], "b": [0, 4, 4, 4]}
+    durations = {"a": [100, 1, 2, 9], "b": [0, 4, 4, 4]}
     order = []
 
     def step_of(name):
         def step(i):
             order.append(name)
-            now[0] += lasting[name][i]
+            now[0] += durations[name][i]
 
         return step
 
-    rows = [complexity.Row("x-y", name) for name in lasting]
+    rows = [complexity.Row("x-y", name) for name in durations]
     monkeypatch.setattr(complexity, "build_step", lambda pair, kind, num_paths, args: step_of(kind))
     complexity.measure_time(rows, complexity.parse_args(["--repeats", "3", "--device", "cpu"]))
     assert [row.seconds for row in rows] == [2, 4]
@@ -101,7 +101,7 @@ def test_time_is_the_median_without_the_first_round(monkeypatch):
 
 
 @pytest.mark.parametrize("kind", ["kd", "dkd", "app", "reviewkd", "crd", "fcfd", "plain"])
-def test_a_step_trains_only_the_student(monkeypatch, kind):
+def test_step_trains_only_the_student(monkeypatch, kind):
     built = {}
     for module in (cifar100, train_baseline):
         monkeypatch.setattr(module, "build", lambda name, n: built.setdefault(name, build(name, n)))
@@ -119,30 +119,32 @@ def test_a_step_trains_only_the_student(monkeypatch, kind):
     assert all(same[0])
     assert all(p.grad is None for p in teacher.parameters())
     assert not any(same[1])
-    form = student.conv1.weight.is_contiguous(memory_format=torch.channels_last)
-    assert form == (kind != "plain")
+    channels_last = student.conv1.weight.is_contiguous(memory_format=torch.channels_last)
+    assert channels_last == (kind != "plain")
 
 
 @pytest.mark.parametrize(("kind", "num_paths"), [("kd", None), ("dkd", None), ("app", None), ("fcfd", 2)])
-def test_a_step_matches_cifar100(monkeypatch, kind, num_paths):
+def test_step_matches_cifar100(monkeypatch, kind, num_paths):
     """Its terms, bridges and paths are those that cifar100.py uses for the method."""
-    asked = {}
+    requested = {}
 
     def terms(flow, labels, temperature, terms, kd_loss):
-        asked.update(terms=tuple(terms), dkd=kd_loss is not steps.kl, paths=list(flow.mixed), bridged=list(flow.s2t))
+        requested.update(
+            terms=tuple(terms), dkd=kd_loss is not steps.kl, paths=list(flow.mixed), bridged=list(flow.s2t)
+        )
         return {"task": flow.student_logits.sum()}
 
     monkeypatch.setattr(steps, "fcfd_terms", terms)
     step = steps.build_step("resnet14-resnet8", kind, num_paths, smoke_settings())
-    drawn = set()
+    sampled = set()
     for i in range(3):
         step(i)
-        assert len(asked["paths"]) == (num_paths or 0)
-        drawn |= {tuple(asked["paths"])}
-    assert len(drawn) == (3 if num_paths else 1)  # with this seed all three draws differ
-    assert asked["terms"] == cifar100.METHODS["kd" if kind == "dkd" else kind]
-    assert asked["dkd"] == (kind == "dkd")
-    assert asked["bridged"] == ([] if kind in ("kd", "dkd") else [2, 3, 4])
+        assert len(requested["paths"]) == (num_paths or 0)
+        sampled |= {tuple(requested["paths"])}
+    assert len(sampled) == (3 if num_paths else 1)  # with this seed all three samples differ
+    assert requested["terms"] == cifar100.METHODS["kd" if kind == "dkd" else kind]
+    assert requested["dkd"] == (kind == "dkd")
+    assert requested["bridged"] == ([] if kind in ("kd", "dkd") else [2, 3, 4])
 
 
 @pytest.mark.parametrize(("kind", "expected"), [("fcfd", torch.bfloat16), ("plain", torch.float32)])
@@ -171,7 +173,7 @@ def test_mixed_precision_is_used(monkeypatch, kind, expected):
         (["--device", "cuda:99"], "cuda:99"),
     ],
 )
-def test_wrong_input_is_one_line_and_exit_code_2(tmp_path, capsys, options, expected):
+def test_invalid_input_exits_with_one_line_error(tmp_path, capsys, options, expected):
     assert complexity.main([*options, "--out", str(tmp_path / "out")]) == 2
     message = capsys.readouterr().err
     assert expected in message

@@ -36,7 +36,7 @@ def test_equal_names_in_different_folders_are_not_grouped(tmp_path, runs):
     assert groups == {f"{tmp_path.name}/a": [[1, 2]], "other/a": [[8]]}
 
 
-def test_figure(tmp_path, runs):
+def test_figure_has_a_panel_per_column(tmp_path, runs):
     pytest.importorskip("matplotlib")
     out = tmp_path / "new" / "curves.png"
     assert curves.main([*map(str, runs), "--columns", "test_top1", "epoch", "--out", str(out)]) == 0
@@ -59,7 +59,7 @@ def test_figure(tmp_path, runs):
         ([], "RUN"),
     ],
 )
-def test_invalid_input_is_one_line_and_exit_code_2(tmp_path, runs, capsys, monkeypatch, options, expected):
+def test_invalid_input_exits_with_one_line_error(tmp_path, runs, capsys, monkeypatch, options, expected):
     pytest.importorskip("matplotlib")
     monkeypatch.chdir(tmp_path)
     write_run(tmp_path / "empty", [])
@@ -70,7 +70,7 @@ def test_invalid_input_is_one_line_and_exit_code_2(tmp_path, runs, capsys, monke
     assert message.count("\n") == 1
 
 
-def test_without_matplotlib(runs, capsys, monkeypatch):
+def test_missing_matplotlib_is_reported(runs, capsys, monkeypatch):
     monkeypatch.setitem(sys.modules, "matplotlib", None)
     assert curves.main([str(runs[0])]) == 2
     assert "requirements-extra.txt" in capsys.readouterr().err

@@ -20,7 +20,7 @@ from common.data.synthetic import CLASSES, synthetic_images
 from common.run.errors import UserError
 
 
-def raw(images):
+def denormalize(images):
     """Undo `normalize`: float [B, 3, 32, 32] -> uint8 [B, 3, 32, 32]."""
     mean, std = (torch.tensor(v)[:, None, None] for v in (MEAN, STD))
     return ((images * std + mean) * 255).round().to(torch.uint8)
@@ -33,7 +33,7 @@ def position_images(n):
     return image.expand(n, -1, -1, -1)
 
 
-def crop_of(image):
+def crop_parameters(image):
     """(top, left, flipped) of a crop of a position image: uint8 [3, 32, 32]."""
     red, green = image[0].int(), image[1].int()
     y, x = red.argmax() // 32, green.argmax() % 32  # positions of the largest row and column
@@ -46,12 +46,14 @@ def test_crops_and_flips_match_torchvision():
     """Each image is an exact crop and flip; all 81 * 2 are as frequent as with torchvision's transforms."""
     n = 16_200
     images = position_images(n)
-    ours = torch.cat([raw(x) for x, _ in train_batches(ImageSet(images, torch.zeros(n, dtype=torch.long)), 512, 1, 0)])
+    ours = torch.cat(
+        [denormalize(x) for x, _ in train_batches(ImageSet(images, torch.zeros(n, dtype=torch.long)), 512, 1, 0)]
+    )
     transform = transforms.Compose([transforms.RandomCrop(32, padding=PAD), transforms.RandomHorizontalFlip()])
     torch.manual_seed(0)
     one = images[0].permute(2, 0, 1)
     theirs = [transform(one) for _ in range(n)]
-    counts = [Counter(map(crop_of, batch)) for batch in (ours, theirs)]
+    counts = [Counter(map(crop_parameters, batch)) for batch in (ours, theirs)]
     every = {(top, left, flip) for top in range(9) for left in range(9) for flip in (False, True)}
     for count in counts:
         assert set(count) == every
@@ -59,7 +61,7 @@ def test_crops_and_flips_match_torchvision():
         assert 100 < chi_square < 240  # 161 degrees of freedom: mean 161, standard deviation 18
     padded = functional.pad(one, [PAD])
     for image in ours[:200]:
-        top, left, flipped = crop_of(image)
+        top, left, flipped = crop_parameters(image)
         expected = functional.crop(padded, top, left, 32, 32)
         assert torch.equal(image, functional.hflip(expected) if flipped else expected)
 
@@ -70,12 +72,12 @@ def numbered(n):
     return ImageSet(labels.to(torch.uint8)[:, None, None, None].expand(n, 32, 32, 3).contiguous(), labels)
 
 
-def test_an_epoch_has_every_image_once_with_its_label():
+def test_epoch_yields_each_image_once_with_its_label():
     batches = list(train_batches(numbered(50), 16, seed=0, epoch=0))
     assert [len(labels) for _, labels in batches] == [16, 16, 16, 2]
     assert sorted(torch.cat([labels for _, labels in batches]).tolist()) == list(range(50))
     for images, labels in batches:
-        assert torch.equal(raw(images)[:, 0, 16, 16].long(), labels)
+        assert torch.equal(denormalize(images)[:, 0, 16, 16].long(), labels)
 
 
 def test_order_and_augmentation_depend_only_on_seed_and_epoch():
@@ -104,7 +106,7 @@ def test_normalize_matches_torchvision():
 # ------------------------------------------------------------------------------------------------- synthetic
 
 
-def test_synthetic_is_fixed_and_a_smaller_dataset_is_a_prefix():
+def test_synthetic_is_deterministic_and_smaller_datasets_are_prefixes():
     images, labels = synthetic_images(250, "train")
     assert images.shape == (250, 32, 32, 3)
     assert labels.tolist() == [i % 20 for i in range(250)]
@@ -116,14 +118,14 @@ def test_synthetic_is_fixed_and_a_smaller_dataset_is_a_prefix():
 
 def test_synthetic_subsets_match_the_whole_dataset(monkeypatch):
     monkeypatch.setattr(sources, "SYNTHETIC_SIZES", {"train": 200, "test": 100})
-    whole, part = load_data("synthetic", ""), load_data("synthetic", "", subset=50, test_subset=30)
-    assert whole.classes == CLASSES
-    assert (len(whole.train), len(whole.test), len(part.train), len(part.test)) == (200, 100, 50, 30)
-    assert torch.equal(part.train.images, whole.train.images[:50])
+    full, part = load_data("synthetic", ""), load_data("synthetic", "", subset=50, test_subset=30)
+    assert full.classes == CLASSES
+    assert (len(full.train), len(full.test), len(part.train), len(part.test)) == (200, 100, 50, 30)
+    assert torch.equal(part.train.images, full.train.images[:50])
     counts = part.train.labels.bincount()
     assert counts.max() - counts.min() <= 1
-    assert whole.fingerprint != part.fingerprint
-    assert whole.fingerprint == load_data("synthetic", "").fingerprint
+    assert full.fingerprint != part.fingerprint
+    assert full.fingerprint == load_data("synthetic", "").fingerprint
 
 
 @pytest.mark.parametrize("subset", [19, 201, 0, -5])
@@ -168,7 +170,7 @@ def write_folder(root, splits=("train", "test"), classes=("cat", "dog"), per_cla
 
 
 @pytest.mark.parametrize("test_split", ["test", "val"])
-def test_folder(tmp_path, test_split):
+def test_folder_reads_either_test_split(tmp_path, test_split):
     write_folder(tmp_path, ("train", test_split))
     data = load_data("folder", tmp_path)
     assert data.classes == ["cat", "dog"]
@@ -214,7 +216,7 @@ def test_folder_subset_is_balanced_over_unequal_classes(tmp_path):
 
 @pytest.mark.parametrize("test_split", ["test", "val"])
 @pytest.mark.parametrize("count", [None, 4])
-def test_folder_without_train(tmp_path, test_split, count):
+def test_folder_test_split_loads_without_train(tmp_path, test_split, count):
     write_folder(tmp_path, ("train", test_split), size=(40, 36))
     data = load_data("folder", tmp_path, test_subset=count)
     shutil.rmtree(tmp_path / "train")
@@ -268,7 +270,7 @@ def write_cifar100(root, monkeypatch):
     return pixels, folder
 
 
-def test_cifar100_files(tmp_path, monkeypatch):
+def test_cifar100_reads_the_pickled_files(tmp_path, monkeypatch):
     pixels, _ = write_cifar100(tmp_path, monkeypatch)
     data = load_data("cifar100", tmp_path)
     assert len(data.classes) == 100
@@ -279,7 +281,7 @@ def test_cifar100_files(tmp_path, monkeypatch):
     assert_test_split(load_test("cifar100", tmp_path), data)
 
 
-def test_damaged_or_missing_cifar_without_a_network(tmp_path, monkeypatch):
+def test_damaged_or_missing_cifar_is_reported_offline(tmp_path, monkeypatch):
     def no_network(*_, **__):
         raise urllib.error.URLError("no route")
 

@@ -13,8 +13,8 @@ import pytest
 import torch
 import yaml
 from PIL import Image
-from running import assert_bit_for_bit, call, read_log, script, started
-from tiny_detectors import coco_set, shrink
+from running import assert_bitwise_equal, background_script, call, read_log, run_script
+from tiny_detectors import shrink, write_coco
 from torch import nn
 from torchvision import models
 
@@ -74,8 +74,8 @@ def after_one_iteration(pair, tmp_path_factory):
     out = tmp_path_factory.mktemp("stopped") / "run"
     with pytest.MonkeyPatch.context() as patch:
         shrink(patch)
-        words = [*pair, "--iterations", 2, "--out", out, "--max-minutes", 1e-9]
-        assert detection.main([str(word) for word in words]) == 0
+        argv = [*pair, "--iterations", 2, "--out", out, "--max-minutes", 1e-9]
+        assert detection.main([str(arg) for arg in argv]) == 0
     return out
 
 
@@ -84,7 +84,7 @@ def stopped(after_one_iteration, tmp_path):
     return shutil.copytree(after_one_iteration, tmp_path / "run")
 
 
-def test_train_and_distill_a_detector(tmp_path, capsys, monkeypatch, folder):
+def test_trains_and_distills_a_detector(tmp_path, capsys, monkeypatch, folder):
     """The README's commands; distillation finds the teacher that the first one trained."""
     monkeypatch.chdir(tmp_path)
     options = ["--data-dir", folder, "--scratch", *SMALL, "--iterations", 6, "--save-every", 2, "--eval-every", 4]
@@ -131,73 +131,75 @@ def test_train_and_distill_a_detector(tmp_path, capsys, monkeypatch, folder):
         out / "student.pth",
     ]
     printed = run(capsys, *evaluate)
-    figures = ", ".join(f"{name} {f'{float(rows[2][name]):.2f}' if rows[2][name] else '-'}" for name in METRICS)
-    assert printed == f"mobilenet_v2: {figures} on 3 test images of 96 pixels\n"
+    metrics = ", ".join(f"{name} {f'{float(rows[2][name]):.2f}' if rows[2][name] else '-'}" for name in METRICS)
+    assert printed == f"mobilenet_v2: {metrics} on 3 test images of 96 pixels\n"
 
 
-def test_the_script_in_a_subprocess(tmp_path, folder):
+def test_script_runs_in_a_subprocess(tmp_path, folder):
     """With full-size ROI heads and a worker process, in another working directory."""
     options = ["--data-dir", folder, *ALONE[:3], "--min-size", 96, "--rois", 8, "--batch-size", 1, "--workers", 1]
     options += ["--test-subset", 2, "--iterations", 1, "--device", "cpu", "--out", "run"]
-    assert "student.pth (last)" in script(tmp_path, *options, module=detection)
+    assert "student.pth (last)" in run_script(tmp_path, *options, module=detection)
     shutil.rmtree(tmp_path / "run")
 
 
-def test_resumed_within_an_epoch_matches_an_uninterrupted_run_bit_for_bit(tmp_path, capsys, pair):
+def test_run_resumed_mid_epoch_is_bitwise_identical(tmp_path, capsys, pair):
     options = [*pair, "--iterations", 6, "--save-every", 2, "--eval-every", 4]
-    run(capsys, *options, "--out", tmp_path / "whole")
-    out = tmp_path / "part"
+    run(capsys, *options, "--out", tmp_path / "uninterrupted")
+    out = tmp_path / "resumed"
     assert "stopped after 1 of 6" in run(capsys, *options, "--out", out, "--max-minutes", 1e-9)
     assert read_log(out) == []
     resume = ["--student", "mobilenet_v2", "--resume", "--out", out, "--device", "cpu"]
     assert "stopped after 2 of 6" in run(capsys, *resume, "--max-minutes", 1e-9)
     run(capsys, *resume, "--workers", 2)
-    assert_bit_for_bit(tmp_path / "whole", out)
+    assert_bitwise_equal(tmp_path / "uninterrupted", out)
     columns = ("iteration", "lr", "loss", *TERMS, *TASK_LOSSES, *METRICS)
-    whole, part = ([[row[c] for c in columns] for row in read_log(run)] for run in (tmp_path / "whole", out))
-    assert part == whole
-    results = [json.loads((run / "result.json").read_text()) for run in (tmp_path / "whole", out)]
+    expected, actual = (
+        [[row[c] for c in columns] for row in read_log(run)] for run in (tmp_path / "uninterrupted", out)
+    )
+    assert actual == expected
+    results = [json.loads((run / "result.json").read_text()) for run in (tmp_path / "uninterrupted", out)]
     assert [results[0][key] for key in ("best", "last", "teacher")] == [
         results[1][key] for key in ("best", "last", "teacher")
     ]
 
 
-def test_a_run_without_a_teacher_is_not_resumed_with_one(tmp_path, capsys, folder):
+def test_resume_cannot_add_a_teacher(tmp_path, capsys, folder):
     options = ["--data-dir", folder, *ALONE, "--iterations", 2, "--out", tmp_path]
     run(capsys, *options, "--max-minutes", 1e-9)
     assert "--teacher is resnet18 and was None" in run(capsys, *options, "--resume", "--teacher", "resnet18", code=2)
 
 
-def test_an_error_during_testing_loses_no_training(tmp_path, capsys, folder):
+def test_error_during_evaluation_loses_no_training(tmp_path, capsys, folder):
     images = tmp_path / "data"
     shutil.copytree(folder, images)
     bad = images / "val" / f"{1:012}.jpg"
-    whole = bad.read_bytes()
-    bad.write_bytes(whole[:100])
+    intact = bad.read_bytes()
+    bad.write_bytes(intact[:100])
     options = ["--data-dir", images, *ALONE, "--iterations", 3, "--eval-every", 2, "--out"]
-    assert "cannot read the image" in run(capsys, *options, tmp_path / "part", code=2)
-    assert torch.load(tmp_path / "part" / "last.pt", weights_only=True)["iteration"] == 2
-    assert "cannot read the image" in run(capsys, *options, tmp_path / "part", "--resume", code=2)
-    bad.write_bytes(whole)
-    run(capsys, *options, tmp_path / "part", "--resume")
-    run(capsys, *options, tmp_path / "whole")
+    assert "cannot read the image" in run(capsys, *options, tmp_path / "resumed", code=2)
+    assert torch.load(tmp_path / "resumed" / "last.pt", weights_only=True)["iteration"] == 2
+    assert "cannot read the image" in run(capsys, *options, tmp_path / "resumed", "--resume", code=2)
+    bad.write_bytes(intact)
+    run(capsys, *options, tmp_path / "resumed", "--resume")
+    run(capsys, *options, tmp_path / "uninterrupted")
     columns = ("iteration", "lr", "loss", *METRICS)
-    logs = [[[row[c] for c in columns] for row in read_log(tmp_path / name)] for name in ("part", "whole")]
+    logs = [[[row[c] for c in columns] for row in read_log(tmp_path / name)] for name in ("resumed", "uninterrupted")]
     assert logs[0] == logs[1]
     assert [row[0] for row in logs[0]] == ["2", "3"]
-    assert_bit_for_bit(tmp_path / "part", tmp_path / "whole")
+    assert_bitwise_equal(tmp_path / "resumed", tmp_path / "uninterrupted")
 
 
-def test_the_suggested_command_trains_the_missing_teacher(tmp_path, capsys, monkeypatch, folder):
+def test_suggested_command_trains_the_missing_teacher(tmp_path, capsys, monkeypatch, folder):
     monkeypatch.chdir(tmp_path)
-    options = ["--data-dir", folder, *PAIR, "--iterations", 1, "--subset", 5, "--out", "mine/run"]
+    options = ["--data-dir", folder, *PAIR, "--iterations", 1, "--subset", 5, "--out", "my/run"]
     message = run(capsys, *options, code=2)
     command = message.rstrip("\n").partition("python detection.py ")[2].split()
     run(capsys, *command, *SMALL)
-    assert "teacher: mine/resnet18/student.pth" in run(capsys, *options)
+    assert "teacher: my/resnet18/student.pth" in run(capsys, *options)
 
 
-def test_resuming_uses_the_stored_settings(capsys, pair, stopped):
+def test_resume_uses_the_stored_settings(capsys, pair, stopped):
     resume = ["--student", "mobilenet_v2", "--out", stopped, "--resume", "--device", "cpu"]
     assert "--rois is 17 and was 16" in run(capsys, *resume, "--rois", 17, code=2)
     assert "--min-size is [128] and was [96]" in run(capsys, *resume, "--min-size", 128, code=2)
@@ -216,7 +218,7 @@ def test_resuming_uses_the_stored_settings(capsys, pair, stopped):
         ("log", [{"iteration": 1}]),
     ],
 )
-def test_a_damaged_last_pt_is_rejected_in_one_line_and_kept(capsys, stopped, key, value):
+def test_damaged_last_pt_is_rejected_and_kept(capsys, stopped, key, value):
     state = torch.load(stopped / "last.pt", weights_only=True)
     state[key] = value
     if value is None:
@@ -253,7 +255,7 @@ def test_settings_select_terms_and_bridges(tmp_path, capsys, pair, teacher, opti
         assert torch.equal(value, before[key]), key
 
 
-def test_inherit_from_the_teacher(tmp_path, capsys, folder, teacher):
+def test_inherit_starts_from_the_teachers_fpn_and_heads(tmp_path, capsys, folder, teacher):
     options = ["--data-dir", folder, "--teacher", "resnet18", "--student", "resnet18", "--scratch", *SMALL]
     options += [
         "--teacher-ckpt",
@@ -290,7 +292,7 @@ def test_students_start_from_imagenet_weights(tmp_path, capsys, folder):
             assert torch.equal(after[f"backbone.body.{name}"], value) == fixed, name
 
 
-def test_two_steps_match_a_loop_by_hand(tmp_path, capsys, folder, teacher, pair):
+def test_two_steps_match_a_manual_loop(tmp_path, capsys, folder, teacher, pair):
     """The script against a loop with SGD by hand; no setting has its default."""
     weights = {"task": 0.9, "kd": 0.8, "app": 0.2, "func": 0.7, "func_prime": 0.6}
     options = [word for term, w in weights.items() for word in (f"--w-{term.replace('_', '-')}", w)]
@@ -346,7 +348,7 @@ def test_batchnorm_parameters_have_no_weight_decay(tmp_path, capsys, folder, mon
             assert same == (isinstance(layer, nn.BatchNorm2d) or not value.any()), (name, key)
 
 
-def test_the_teacher_is_never_in_training_mode():
+def test_teacher_stays_in_evaluation_mode():
     args = detection.parse_args(["--teacher", "resnet18", "--student", "mobilenet_v2", "--device", "cpu"])
     detectors = [build_detector(name, 2, [96], scratch=True) for name in (args.student, args.teacher)]
     step = detection.Step(args, list(TERMS), *detectors).train()
@@ -363,11 +365,11 @@ def test_log_rows_cover_the_iterations_since_the_last_row():
     assert (state["best"]["iteration"], state["best"]["AP"]) == (20, 30.0)
     assert [(row["iteration"], row["task"], row["AP"]) for row in state["log"][1:3]] == [(20, 10, 30.0), (30, 15, None)]
     row = {key: value for key, value in state["log"][0].items() if key not in (*METRICS, *TASK_LOSSES, *TERMS)}
-    figures = {"seconds": 8.0, "images_per_s": 1.6, "waiting_percent": 20.0, "peak_memory_mb": ""}
-    assert row == {"iteration": 10, "lr": 0.1, "loss": 3.0, **figures}
+    times = {"seconds": 8.0, "images_per_s": 1.6, "waiting_percent": 20.0, "peak_memory_mb": ""}
+    assert row == {"iteration": 10, "lr": 0.1, "loss": 3.0, **times}
 
 
-def test_the_1x_schedule():
+def test_1x_schedule():
     args = Namespace(lr=0.01, iterations=180_000)
     rate = [detection.learning_rate(args, i) for i in (0, 500, 999, 1000, 119_999, 120_000, 159_999, 160_000, 179_999)]
     assert rate == pytest.approx([1e-5, 0.005005, 0.00999001, 0.01, 0.01, 1e-3, 1e-3, 1e-4, 1e-4])
@@ -399,8 +401,8 @@ def test_pictures_show_boxes(tmp_path, capsys, folder, teacher):
         scale = 320 / max(size)
         width, height = np.floor(size * scale + 1e-9).astype(int)
         assert picture.shape[:2] == (20 + height, 3 * width)
-        mine = slice(data.test.first[i], data.test.first[i + 1])
-        for box, label in zip(data.test.boxes[mine] * scale, data.test.labels[mine], strict=True):
+        rows = slice(data.test.first[i], data.test.first[i + 1])
+        for box, label in zip(data.test.boxes[rows] * scale, data.test.labels[rows], strict=True):
             color = [int(COLORS[label][k : k + 2], 16) for k in (1, 3, 5)]
             edge = picture[20 + int(box[1] + box[3]) // 2, max(0, int(box[0]) - 2) : int(box[0]) + 3]
             edges += (edge == color).all(1).any()
@@ -441,10 +443,12 @@ def test_pictures_show_boxes(tmp_path, capsys, folder, teacher):
         (["--teacher", "resnet18", "--student", "resnet18", "--scratch", "--device", "cuda:99"], "cuda:99"),
     ],
 )
-def test_invalid_input_ends_in_one_line_and_exit_code_2(tmp_path, capsys, monkeypatch, folder, options, expected):
+def test_invalid_input_exits_with_one_line_error(tmp_path, capsys, monkeypatch, folder, options, expected):
     monkeypatch.chdir(tmp_path)
-    standard = [*SMALL, "--data-dir", folder]
-    defaults = [w for pair in zip(standard[::2], standard[1::2], strict=True) if pair[0] not in options for w in pair]
+    base_options = [*SMALL, "--data-dir", folder]
+    defaults = [
+        w for pair in zip(base_options[::2], base_options[1::2], strict=True) if pair[0] not in options for w in pair
+    ]
     message = run(capsys, *defaults, *options, code=2)
     assert message.startswith("error: ")
     assert expected in message
@@ -452,11 +456,11 @@ def test_invalid_input_ends_in_one_line_and_exit_code_2(tmp_path, capsys, monkey
     assert not os.listdir(tmp_path)
 
 
-def test_the_error_for_a_teacher_of_other_classes_says_how_to_train_one(tmp_path, capsys, folder, teacher):
-    other = coco_set(
+def test_error_for_a_teacher_with_other_classes_says_how_to_train_one(tmp_path, capsys, folder, teacher):
+    other = write_coco(
         tmp_path / "other", [(1, "a.png", 96, 96)] * 1, [(1, 1, [9, 9, 40, 40]), (1, 2, [9, 9, 20, 20])]
     ).parents[1]
-    coco_set(other, [(1, "a.png", 96, 96)], [(1, 1, [9, 9, 40, 40])], split="val")
+    write_coco(other, [(1, "a.png", 96, 96)], [(1, 1, [9, 9, 40, 40])], split="val")
     options = ["--data-dir", other, *PAIR[:4], "--scratch", *SMALL, "--teacher-ckpt", teacher, "--batch-size", 1]
     message = run(capsys, *options, "--out", tmp_path / "run", code=2)
     assert message == (
@@ -468,7 +472,7 @@ def test_the_error_for_a_teacher_of_other_classes_says_how_to_train_one(tmp_path
     assert not (tmp_path / "run").exists()
 
 
-def test_missing_and_damaged_images_are_named(tmp_path, capsys, folder):
+def test_missing_and_damaged_images_are_reported(tmp_path, capsys, folder):
     images = tmp_path / "data"
     shutil.copytree(folder, images)
     bad = images / "val" / f"{1:012}.jpg"
@@ -493,7 +497,7 @@ def test_dropped_boxes_are_reported_once(tmp_path, capsys, folder):
     assert printed.count("instances_train.json: boxes dropped (no area, or outside their image): 1\n") == 1
 
 
-def test_a_diverging_run_ends_with_code_1_and_keeps_what_was_saved(tmp_path, capsys, monkeypatch, folder):
+def test_diverging_run_exits_with_1_and_keeps_its_checkpoint(tmp_path, capsys, monkeypatch, folder):
     options = ["--data-dir", folder, *ALONE, "--iterations", 3, "--out", tmp_path / "run"]
     run(capsys, *options, "--max-minutes", 1e-9)
     monkeypatch.setattr(detection, "learning_rate", lambda args, iteration: 1e30)
@@ -502,11 +506,13 @@ def test_a_diverging_run_ends_with_code_1_and_keeps_what_was_saved(tmp_path, cap
     assert torch.load(tmp_path / "run" / "last.pt", weights_only=True)["iteration"] == 1
 
 
-@pytest.mark.parametrize(("sent", "code"), [(signal.SIGKILL, -9), (signal.SIGTERM, 143)])
-def test_a_killed_run_keeps_what_was_saved(tmp_path, folder, sent, code):
-    words = [tmp_path, "train", "--data-dir", folder, *ALONE, "--iterations", 10**6, "--save-every", 1]
-    with started(*words, "--out", tmp_path / "run", module=detection_ranks, past="iteration      1/") as process:
-        os.killpg(process.pid, sent)
+@pytest.mark.parametrize(("signum", "code"), [(signal.SIGKILL, -9), (signal.SIGTERM, 143)])
+def test_killed_run_keeps_its_checkpoint(tmp_path, folder, signum, code):
+    argv = [tmp_path, "train", "--data-dir", folder, *ALONE, "--iterations", 10**6, "--save-every", 1]
+    with background_script(
+        *argv, "--out", tmp_path / "run", module=detection_ranks, wait_for="iteration      1/"
+    ) as process:
+        os.killpg(process.pid, signum)
         message = process.communicate(timeout=60)[1]
         assert process.returncode == code
     expected = "interrupted: saved iterations are kept; continue with --resume (without it if none were saved)\n"
@@ -514,7 +520,7 @@ def test_a_killed_run_keeps_what_was_saved(tmp_path, folder, sent, code):
     assert torch.load(tmp_path / "run" / "last.pt", weights_only=True)["iteration"] >= 1
 
 
-def test_a_run_of_another_script_is_not_resumed(tmp_path, capsys, folder):
+def test_resume_rejects_a_run_of_another_script(tmp_path, capsys, folder):
     torch.save({"config": {"script": "imagenet"}, "epoch": 1}, tmp_path / "last.pt")
     message = run(capsys, "--data-dir", folder, *ALONE, "--resume", "--out", tmp_path, code=2)
     assert "holds a run of imagenet.py: resume it with that script" in message
@@ -522,7 +528,7 @@ def test_a_run_of_another_script_is_not_resumed(tmp_path, capsys, folder):
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("options", [[], ["--amp", "bf16"], ["--amp", "off"]])
-def test_on_a_gpu(tmp_path, capsys, pair, options):
+def test_on_gpu(tmp_path, capsys, pair, options):
     on_gpu = [word if word != "cpu" else "cuda" for word in pair]
     run(capsys, *on_gpu, *options, "--iterations", 4, "--save-every", 2, "--out", tmp_path)
     assert all(float(row["peak_memory_mb"]) > 0 for row in read_log(tmp_path))

@@ -6,7 +6,7 @@ from importlib.util import find_spec
 import numpy as np
 import pytest
 import torch
-from tiny_detectors import coco_set, shrink
+from tiny_detectors import shrink, write_coco
 
 from common.detection.coco import load_coco
 from common.detection.detectors import build_detector
@@ -18,7 +18,7 @@ needs_pycocotools = pytest.mark.skipif(not find_spec("pycocotools"), reason="nee
 THRESHOLDS = [0.5 + 0.05 * i for i in range(10)]
 
 
-def truth_of(boxes, images, classes=2):
+def ground_truth(boxes, images, classes=2):
     """The ground truth of `boxes`, tuples (image, label, x, y, w, h) or (..., iscrowd)."""
     keys = ("id", "image_id", "category_id", "bbox", "area", "iscrowd")
     rows = [(i, row[0], row[1], list(row[2:6]), row[4] * row[5], int(len(row) > 6)) for i, row in enumerate(boxes, 1)]
@@ -29,7 +29,7 @@ def truth_of(boxes, images, classes=2):
     }
 
 
-def found_of(rows):
+def detections_tensor(rows):
     return torch.tensor(rows, dtype=torch.float64).reshape(-1, 7)
 
 
@@ -40,22 +40,24 @@ def iou(a, b):
     return both / (a[2] * a[3] + b[2] * b[3] - both)
 
 
-def naive_ap(truth, found, threshold):
-    """AP without crowds: detections in descending order of score take the best free box; 101 points of recall."""
-    figures = []
+def naive_ap(truth, detections, threshold):
+    """AP without crowds: detections in descending order of score take the best unmatched box; 101 points of recall."""
+    precisions = []
     for label in {row["category_id"] for row in truth["annotations"]}:
         boxes = [row for row in truth["annotations"] if row["category_id"] == label]
-        taken, hits = set(), []
-        for image, *box, _, _ in sorted((row for row in found.tolist() if row[6] == label), key=lambda row: -row[5]):
-            free = [(iou(box, row["bbox"]), row["id"]) for row in boxes if row["image_id"] == image]
-            free = [pair for pair in free if pair[1] not in taken and pair[0] >= threshold]
-            hits.append(bool(free))
-            taken |= {max(free)[1]} if free else set()
+        matched, hits = set(), []
+        for image, *box, _, _ in sorted(
+            (row for row in detections.tolist() if row[6] == label), key=lambda row: -row[5]
+        ):
+            unmatched = [(iou(box, row["bbox"]), row["id"]) for row in boxes if row["image_id"] == image]
+            unmatched = [pair for pair in unmatched if pair[1] not in matched and pair[0] >= threshold]
+            hits.append(bool(unmatched))
+            matched |= {max(unmatched)[1]} if unmatched else set()
         precision = np.cumsum(hits) / np.arange(1, len(hits) + 1)
         recall = np.cumsum(hits) / len(boxes)
         points = [max((p for p, r in zip(precision, recall, strict=True) if r >= at), default=0) for at in RECALLS]
-        figures.append(np.mean(points))
-    return 100 * np.mean(figures)
+        precisions.append(np.mean(points))
+    return 100 * np.mean(precisions)
 
 
 RECALLS = np.linspace(0, 1, 101)
@@ -72,48 +74,50 @@ def test_average_precision_matches_its_definition():
             for _ in range(rng.integers(0, 3)):
                 rows.append([image, *(np.array(box) + rng.normal(0, 5, 4)), rng.random(), label])
         rows.append([image, *rng.uniform(0, 60, 2), *rng.uniform(15, 60, 2), rng.random(), rng.integers(1, 3)])
-    truth, found = truth_of(boxes, 12), found_of(rows)
-    ours = average_precision(found, truth)
-    by_threshold = [naive_ap(truth, found, threshold) for threshold in THRESHOLDS]
+    truth, detections = ground_truth(boxes, 12), detections_tensor(rows)
+    ours = average_precision(detections, truth)
+    by_threshold = [naive_ap(truth, detections, threshold) for threshold in THRESHOLDS]
     assert ours["AP"] == pytest.approx(np.mean(by_threshold), abs=1e-6)
     assert ours["AP50"] == pytest.approx(by_threshold[0], abs=1e-6)
     assert ours["AP75"] == pytest.approx(by_threshold[5], abs=1e-6)
     assert 5 < ours["AP"] < ours["AP50"] < 95
-    assert average_precision(found[torch.randperm(len(found))], truth) == pytest.approx(ours)
+    assert average_precision(detections[torch.randperm(len(detections))], truth) == pytest.approx(ours)
 
 
 @needs_pycocotools
-def test_sizes_crowds_and_missing_sizes():
+def test_ap_by_size_and_with_crowds():
     """A small box that is missed, a medium box that is found, and a detection inside a crowd."""
-    truth = truth_of([(0, 1, 0, 0, 20, 20), (1, 1, 0, 0, 50, 50), (1, 1, 100, 100, 80, 80, 1)], 3)
-    found = found_of([[1, 0, 0, 50, 50, 0.8, 1], [1, 110, 110, 20, 20, 0.9, 1]])
-    ours = average_precision(found, truth)
+    truth = ground_truth([(0, 1, 0, 0, 20, 20), (1, 1, 0, 0, 50, 50), (1, 1, 100, 100, 80, 80, 1)], 3)
+    detections = detections_tensor([[1, 0, 0, 50, 50, 0.8, 1], [1, 110, 110, 20, 20, 0.9, 1]])
+    ours = average_precision(detections, truth)
     half = 100 * 51 / 101  # recall 0.5 at 101 points
     expected = {"AP": half, "AP50": half, "AP75": half, "APs": 0, "APm": 100, "APl": None}
     assert ours == pytest.approx(expected)
     assert list(ours) == list(METRICS)
-    alone = truth_of([(0, 1, 0, 0, 20, 20), (1, 1, 0, 0, 50, 50)], 3)
-    assert average_precision(found, alone)["AP"] < half  # without the crowd, the detection in it is an error
+    without_crowd = ground_truth([(0, 1, 0, 0, 20, 20), (1, 1, 0, 0, 50, 50)], 3)
+    assert (
+        average_precision(detections, without_crowd)["AP"] < half
+    )  # without the crowd, the detection in it is an error
 
 
 @needs_pycocotools
 def test_a_false_positive_only_counts_at_its_own_size():
-    truth = truth_of([(0, 1, 0, 0, 20, 20), (1, 1, 0, 0, 50, 50)], 2)
-    found = found_of([[0, 100, 0, 50, 50, 0.9, 1], [0, 0, 0, 20, 20, 0.8, 1], [1, 0, 0, 50, 50, 0.7, 1]])
-    ours = average_precision(found, truth)
+    truth = ground_truth([(0, 1, 0, 0, 20, 20), (1, 1, 0, 0, 50, 50)], 2)
+    detections = detections_tensor([[0, 100, 0, 50, 50, 0.9, 1], [0, 0, 0, 20, 20, 0.8, 1], [1, 0, 0, 50, 50, 0.7, 1]])
+    ours = average_precision(detections, truth)
     assert (ours["APs"], ours["APm"]) == pytest.approx((100, 50))
 
 
 @needs_pycocotools
 def test_ap_without_detections_is_zero():
-    assert average_precision(found_of([]), truth_of([(0, 2, 0, 0, 20, 20)], 1))["AP"] == 0
+    assert average_precision(detections_tensor([]), ground_truth([(0, 2, 0, 0, 20, 20)], 1))["AP"] == 0
 
 
 @needs_pycocotools
 def test_classes_without_boxes_do_not_count():
-    truth = truth_of([(0, 1, 0, 0, 20, 20)], 1)
-    found = found_of([[0, 0, 0, 20, 20, 0.9, 1], [0, 0, 0, 20, 20, 0.9, 2]])
-    assert average_precision(found, truth)["AP"] == pytest.approx(100)
+    truth = ground_truth([(0, 1, 0, 0, 20, 20)], 1)
+    detections = detections_tensor([[0, 0, 0, 20, 20, 0.9, 1], [0, 0, 0, 20, 20, 0.9, 2]])
+    assert average_precision(detections, truth)["AP"] == pytest.approx(100)
 
 
 def test_detections_are_in_pixels_of_the_original_image(tmp_path, monkeypatch):
@@ -121,16 +125,16 @@ def test_detections_are_in_pixels_of_the_original_image(tmp_path, monkeypatch):
     torch.manual_seed(0)
     images = [(1, "a.png", 60, 40), (2, "b.png", 200, 150)]
     for split in ("train", "val"):
-        coco_set(tmp_path, images, [(1, 1, [2, 3, 15, 14]), (2, 2, [0, 0, 60, 20])], split=split)
+        write_coco(tmp_path, images, [(1, 1, [2, 3, 15, 14]), (2, 2, [0, 0, 60, 20])], split=split)
     data = load_coco(tmp_path)
     net = build_detector("mobilenet_v2", 2, [96], scratch=True)
     torch.nn.init.normal_(net.roi_heads.box_predictor.cls_score.weight, 0, 1)
     batches = [[(0, 0, 1)], [(0, 0, 0)]]
-    found = detect(net, load(BoxedImages(data.test), batches, 0, torch.device("cpu")), [1, 0])
+    detections = detect(net, load(BoxedImages(data.test), batches, 0, torch.device("cpu")), [1, 0])
     assert not net.training
-    assert found.dtype == torch.float64
+    assert detections.dtype == torch.float64
     for i, (_, _, width, height) in enumerate(images):
-        rows = found[found[:, 0] == i]
+        rows = detections[detections[:, 0] == i]
         assert len(rows) > 0
         _, x, y, w, h, score, label = rows.T
         assert x.min() >= 0

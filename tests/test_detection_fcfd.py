@@ -59,7 +59,7 @@ def pair(monkeypatch):
     return teacher.eval(), student.train(), bridges.train(), images, targets
 
 
-def flow_of(pair, terms=TERMS):
+def run_flow(pair, terms=TERMS):
     teacher, student, bridges, images, targets = pair
     torch.manual_seed(1)  # the student samples its proposals
     return forward_detectors(teacher, student, bridges, images, targets, terms)
@@ -132,35 +132,35 @@ def gradients(student, bridges):
 @pytest.mark.parametrize("term", ["kd", "app", "func", "func_prime"])
 def test_terms_and_gradients_match_the_naive_implementation(pair, term):
     value, expected = Naive(*pair).term(term)
-    ours = detection_terms(flow_of(pair), terms=(term,))[term]
+    ours = detection_terms(run_flow(pair), terms=(term,))[term]
     ours.backward()
     assert ours.item() == pytest.approx(value, rel=1e-4)
-    found = gradients(pair[1], pair[2])
-    assert found.keys() == expected.keys()
+    actual = gradients(pair[1], pair[2])
+    assert actual.keys() == expected.keys()
     largest = max(gradient.abs().max() for gradient in expected.values())
     for key, gradient in expected.items():
-        difference = (found[key] - gradient).abs().max()
+        difference = (actual[key] - gradient).abs().max()
         assert difference <= 1e-3 * gradient.abs().max() + 1e-5 * largest, key
 
 
-STUDENTS = {"student.backbone.body", "student.backbone.fpn"}
+BACKBONE = {"student.backbone.body", "student.backbone.fpn"}
 HEAD = {"student.roi_heads.box_head", "student.roi_heads.box_predictor"}
 ROI_S2T = {f"bridges.s2t.{level}" for level in ROI_LEVELS}
-REACH = {
-    "task": STUDENTS | HEAD | {"student.rpn.head"},
-    "kd": STUDENTS | HEAD,
-    "app": STUDENTS | ROI_S2T | {"bridges.s2t.pool"},
-    "func": STUDENTS | ROI_S2T,
+TRAINED_MODULES = {
+    "task": BACKBONE | HEAD | {"student.rpn.head"},
+    "kd": BACKBONE | HEAD,
+    "app": BACKBONE | ROI_S2T | {"bridges.s2t.pool"},
+    "func": BACKBONE | ROI_S2T,
     "func_prime": HEAD | {f"bridges.t2s.{level}" for level in ROI_LEVELS},
 }
 
 
 @pytest.mark.parametrize("term", TERMS)
 def test_each_term_trains_exactly_its_modules(pair, term):
-    detection_terms(flow_of(pair), terms=(term,))[term].backward()
+    detection_terms(run_flow(pair), terms=(term,))[term].backward()
     for role, net in (("student", pair[1]), ("bridges", pair[2]), ("teacher", pair[0])):
         for name, parameter in net.named_parameters():
-            reached = any(f"{role}.{name}".startswith(f"{module}.") for module in REACH[term])
+            reached = any(f"{role}.{name}".startswith(f"{module}.") for module in TRAINED_MODULES[term])
             has_gradient = parameter.grad is not None and bool(parameter.grad.any())
             assert has_gradient == reached, (role, name)
 
@@ -177,7 +177,7 @@ def test_the_task_loss_matches_torchvision(pair):
     assert detection_terms(flow, terms=("task",))["task"].item() == pytest.approx(sum(theirs.values()).item())
 
 
-def test_only_bridges_that_the_terms_need_are_built():
+def test_only_needed_bridges_are_built():
     bridges = level_bridges()
     assert list(bridges.s2t) == ["0", "1", "2", "3", "pool"]
     assert list(bridges.t2s) == ["0", "1", "2", "3"]
@@ -193,7 +193,7 @@ def test_only_bridges_that_the_terms_need_are_built():
         assert (len(bridges.s2t), len(bridges.t2s)) == (s2t, t2s), terms
 
 
-def test_distance_matches_a_calculation_by_hand():
+def test_distance_matches_a_hand_computed_value():
     """Two proposals and two classes; the offsets of the background are ignored."""
     p, q = torch.tensor([[0.5, 0.25, 0.25], [0.2, 0.2, 0.6]]), torch.tensor([[0.125, 0.375, 0.5], [0.2, 0.2, 0.6]])
     target, answer = (Answer(x.log() + 3, torch.zeros(2, 12)) for x in (p, q))
@@ -201,15 +201,15 @@ def test_distance_matches_a_calculation_by_hand():
     answer.offsets[1, 11] = 2.0
     kl = (0.5 * math.log(4) + 0.25 * math.log(2 / 3) + 0.25 * math.log(1 / 2)) / 2
     assert distance(answer, target).item() == pytest.approx(kl + 2.0**2 / 16)
-    twice_as_soft = [x.sqrt() / x.sqrt().sum(1, keepdim=True) for x in (p, q)]  # T = 2
-    kl = (twice_as_soft[0] * (twice_as_soft[0] / twice_as_soft[1]).log()).sum().item() / 2
+    softened = [x.sqrt() / x.sqrt().sum(1, keepdim=True) for x in (p, q)]  # T = 2
+    kl = (softened[0] * (softened[0] / softened[1]).log()).sum().item() / 2
     assert distance(answer, target, temperature=2).item() == pytest.approx(4 * kl + 2.0**2 / 16)
 
 
 def test_images_without_boxes_can_be_trained_on(pair):
     teacher, student, bridges, images, targets = pair
     targets = [{"boxes": torch.zeros(0, 4), "labels": torch.zeros(0, dtype=torch.int64)}, targets[1]]
-    terms = detection_terms(flow_of((teacher, student, bridges, images, targets)))
+    terms = detection_terms(run_flow((teacher, student, bridges, images, targets)))
     sum(terms.values()).backward()
     assert all(value.isfinite() for value in terms.values())
     assert all(p.grad is not None for net in (student, bridges) for p in net.parameters())

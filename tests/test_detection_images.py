@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from tiny_detectors import coco_set
+from tiny_detectors import write_coco
 
 from common.detection.coco import Split, load_coco
 from common.detection.images import BoxedImages, batches, load
@@ -17,9 +17,9 @@ from common.run.errors import UserError
 CPU = torch.device("cpu")
 
 
-def split_of(wide, high):
-    """`wide` landscape and `high` portrait images in random order, without files."""
-    sizes = [(20, 10)] * wide + [(10, 20)] * high
+def make_split(landscape, portrait):
+    """`landscape` wide and `portrait` tall images in random order, without files."""
+    sizes = [(20, 10)] * landscape + [(10, 20)] * portrait
     order = np.random.default_rng(0).permutation(len(sizes))
     n = len(sizes)
     return Split(np.array([b""] * n), np.array(sizes)[order], np.zeros(n + 1, int), np.zeros((0, 4)), np.zeros(0, int))
@@ -30,14 +30,14 @@ def indices(batches):
 
 
 def test_each_image_is_used_once_per_epoch_in_batches_of_one_orientation():
-    split = split_of(13, 6)
+    split = make_split(13, 6)
     stream = indices(batches(split, 4, seed=3, first=0, last=190))  # 40 epochs
-    high = split.sizes[:, 1] > split.sizes[:, 0]
-    assert all(len(batch) == 4 and len(set(high[batch].tolist())) == 1 for batch in stream)
+    portrait = split.sizes[:, 1] > split.sizes[:, 0]
+    assert all(len(batch) == 4 and len(set(portrait[batch].tolist())) == 1 for batch in stream)
     # Images wait until their batch is full, so landscape and portrait images are checked separately.
     for kind, n in ((False, 13), (True, 6)):
-        of_kind = [i for i in chain(*stream) if high[i] == kind]
-        epochs = [of_kind[i : i + n] for i in range(0, len(of_kind) - n + 1, n)]
+        same_kind = [i for i in chain(*stream) if portrait[i] == kind]
+        epochs = [same_kind[i : i + n] for i in range(0, len(same_kind) - n + 1, n)]
         assert len(epochs) >= 38
         assert all(len(set(epoch)) == n for epoch in epochs)
         assert all(a != b for a, b in pairwise(epochs))  # each epoch has its own order
@@ -47,21 +47,21 @@ def test_each_image_is_used_once_per_epoch_in_batches_of_one_orientation():
 
 
 def test_square_images_are_batched_with_landscape_ones():
-    split = split_of(2, 2)
+    split = make_split(2, 2)
     split.sizes[:] = [(10, 10), (10, 20), (20, 10), (10, 11)]
     assert {frozenset(batch) for batch in indices(batches(split, 2, 1, 0, 6))} == {frozenset({0, 2}), frozenset({1, 3})}
 
 
 @pytest.mark.parametrize("first", [1, 5, 7])
-def test_resuming_within_an_epoch_repeats_and_skips_nothing(first):
-    split = split_of(13, 6)
+def test_resuming_mid_epoch_repeats_and_skips_nothing(first):
+    split = make_split(13, 6)
     whole = list(batches(split, 4, seed=3, first=0, last=30))
     assert list(batches(split, 4, seed=3, first=first, last=30)) == whole[first:]
     assert [batch[0][0] for batch in whole] == list(range(30))
 
 
 def test_ranks_partition_each_batch():
-    split = split_of(13, 6)
+    split = make_split(13, 6)
     whole = list(batches(split, 6, 3, 0, 20))
     parts = [list(batches(split, 6, 3, 0, 20, rank, 3)) for rank in range(3)]
     for batch, *shares in zip(whole, *parts, strict=True):
@@ -73,8 +73,8 @@ def test_ranks_partition_each_batch():
 @pytest.fixture
 def data(tmp_path):
     images = [(1, "a.png", 20, 12), (2, "b.png", 12, 20)]
-    coco_set(tmp_path, images, [(1, 1, [2, 3, 5, 4]), (1, 2, [10, 0, 10, 12]), (2, 1, [0, 0, 6, 20])])
-    coco_set(tmp_path, images[:1], [(1, 1, [2, 3, 5, 4])], split="val")
+    write_coco(tmp_path, images, [(1, 1, [2, 3, 5, 4]), (1, 2, [10, 0, 10, 12]), (2, 1, [0, 0, 6, 20])])
+    write_coco(tmp_path, images[:1], [(1, 1, [2, 3, 5, 4])], split="val")
     return load_coco(tmp_path)
 
 
@@ -87,24 +87,24 @@ def test_flips_mirror_the_boxes(data):
     assert target["labels"].tolist() == [1, 2]
     flips = 0
     for place in range(40):
-        seen, found = flipping[5, place, 0]
+        seen, seen_target = flipping[5, place, 0]
         if np.array_equal(seen, image[:, ::-1]):
             flips += 1
-            assert found["boxes"].tolist() == [[13, 3, 18, 7], [0, 0, 10, 12]]
-            for a, b in zip(found["boxes"].astype(int), target["boxes"].astype(int), strict=True):
+            assert seen_target["boxes"].tolist() == [[13, 3, 18, 7], [0, 0, 10, 12]]
+            for a, b in zip(seen_target["boxes"].astype(int), target["boxes"].astype(int), strict=True):
                 inside = seen[a[1] : a[3], a[0] : a[2]]
                 assert np.array_equal(inside, image[b[1] : b[3], b[0] : b[2]][:, ::-1])
         else:
             assert np.array_equal(seen, image)
-            assert found["boxes"].tolist() == target["boxes"].tolist()
-        assert found["labels"].tolist() == [1, 2]
+            assert seen_target["boxes"].tolist() == target["boxes"].tolist()
+        assert seen_target["labels"].tolist() == [1, 2]
     assert 8 < flips < 32
 
 
 def test_flips_depend_on_iteration_and_seed(data):
     def flips(seed, iteration):
-        pictures = [BoxedImages(data.train, seed)[iteration, place, 0][0] for place in range(30)]
-        return [np.array_equal(picture, pictures[0]) for picture in pictures]
+        images = [BoxedImages(data.train, seed)[iteration, place, 0][0] for place in range(30)]
+        return [np.array_equal(image, images[0]) for image in images]
 
     assert flips(1, 5) == flips(1, 5)
     assert flips(1, 5) != flips(1, 6)
@@ -125,7 +125,7 @@ def test_batches_are_floats_and_do_not_depend_on_workers(data, workers):
 
 
 @pytest.mark.parametrize("workers", [0, 1])
-def test_an_image_of_another_size_or_damaged_is_named(data, workers):
+def test_errors_name_damaged_and_mismatched_images(data, workers):
     path = data.train.files[0].decode()
     Image.new("RGB", (12, 20)).save(path)  # rotated, as by some tools
     with pytest.raises(UserError) as error:

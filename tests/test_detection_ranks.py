@@ -8,7 +8,7 @@ import time
 import detection_ranks
 import pytest
 import torch
-from running import call, kill_a_rank, read_log, torchrun, torchrun_started
+from running import background_torchrun, call, kill_one_rank, read_log, torchrun
 from tiny_detectors import shrink
 
 import detection
@@ -42,18 +42,18 @@ def gradients(tmp_path_factory):
 @pytest.mark.parametrize(("i", "terms"), list(enumerate(TERM_LISTS)))
 def test_gradients_are_averaged_over_ranks(gradients, i, terms):
     one, two = (torch.load(gradients / f"gradients{r}-{i}.pt", weights_only=True) for r in (0, 1))
-    assert len(one["alone"]) > 150
-    used = {name: gradient for name, gradient in one["alone"].items() if gradient is not None}
+    assert len(one["local"]) > 150
+    used = {name: gradient for name, gradient in one["local"].items() if gradient is not None}
     assert any("rpn" in name for name in used) == ("task" in terms)
     largest = max(gradient.abs().max() for gradient in used.values())
     for name, gradient in one["distributed"].items():
-        if one["alone"][name] is None:  # the RPN's, without the task
+        if one["local"][name] is None:  # the RPN's, without the task
             assert gradient is None, name
             continue
         assert torch.equal(gradient, two["distributed"][name]), name
-        mean = (one["alone"][name] + two["alone"][name]) / 2
+        mean = (one["local"][name] + two["local"][name]) / 2
         assert (gradient - mean).abs().max() <= 1e-4 * mean.abs().max() + 1e-6 * largest, name
-    assert any(not torch.allclose(gradient, two["alone"][name]) for name, gradient in used.items())
+    assert any(not torch.allclose(gradient, two["local"][name]) for name, gradient in used.items())
 
 
 @pytest.fixture(scope="module")
@@ -65,13 +65,13 @@ def trained(tmp_path_factory, options):
         shrink(patch)
         assert detection.main(list(map(str, teacher))) == 0
     more = ["--teacher", "resnet18", "--teacher-ckpt", folder / "teacher" / "student.pth", "--iterations", 4]
-    words = [*options, *more, "--save-every", 2, "--max-minutes", 1e-9, "--out", folder / "run"]
-    output = torchrun(detection_ranks.__file__, folder, "train", *words)
-    output += torchrun(detection_ranks.__file__, folder, "train", *words[:-4], "--resume", "--out", folder / "run")
+    argv = [*options, *more, "--save-every", 2, "--max-minutes", 1e-9, "--out", folder / "run"]
+    output = torchrun(detection_ranks.__file__, folder, "train", *argv)
+    output += torchrun(detection_ranks.__file__, folder, "train", *argv[:-4], "--resume", "--out", folder / "run")
     return folder / "run", output, [torch.load(folder / f"trained{r}.pt", weights_only=True) for r in (0, 1)]
 
 
-def test_ranks_are_equal_at_the_end(trained):
+def test_ranks_end_with_equal_states(trained):
     out, output, ((one, seed_of_one, rows), (two, seed_of_two, rows_of_two)) = trained
     assert seed_of_one != seed_of_two  # each rank samples its own proposals
     assert rows == rows_of_two  # the log is over all ranks
@@ -97,7 +97,7 @@ def test_evaluation_matches_a_single_process(trained, options, capsys, monkeypat
 
 
 @pytest.mark.parametrize("rank", [0, 1])
-def test_an_error_is_printed_once(tmp_path, capsys, monkeypatch, options, rank):
+def test_error_is_printed_once(tmp_path, capsys, monkeypatch, options, rank):
     """Other ranks wait before they print, until torchrun ends them (test_distributed.py runs torchrun)."""
     for name, value in {"TORCHELASTIC_RUN_ID": "none", "RANK": rank, "WORLD_SIZE": 2}.items():
         monkeypatch.setenv(name, str(value))
@@ -115,9 +115,9 @@ def test_an_error_is_printed_once(tmp_path, capsys, monkeypatch, options, rank):
     assert not (tmp_path / "run").exists()
 
 
-def test_a_killed_rank_ends_the_job(tmp_path, options):
-    words = [*options, "--iterations", 10**6, "--save-every", 1, "--out", tmp_path / "run"]
-    with torchrun_started(detection_ranks.__file__, tmp_path, "train", *words) as process:
+def test_killed_rank_ends_the_job(tmp_path, options):
+    argv = [*options, "--iterations", 10**6, "--save-every", 1, "--out", tmp_path / "run"]
+    with background_torchrun(detection_ranks.__file__, tmp_path, "train", *argv) as process:
         assert any(line.startswith("iteration      1/") for line in process.stdout)
-        kill_a_rank(process, "detection")
+        kill_one_rank(process, "detection")
     assert torch.load(tmp_path / "run" / "last.pt", weights_only=True)["iteration"] >= 1

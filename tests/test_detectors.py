@@ -24,7 +24,7 @@ def small(monkeypatch, request):
         shrink(monkeypatch)
 
 
-def differ(a, b):
+def relative_difference(a, b):
     """The relative difference of whole tensors: random weights amplify rounding errors."""
     return ((a - b).norm() / b.norm()).item()
 
@@ -80,7 +80,7 @@ def test_detectors_match_torchvision():
 
 
 @pytest.mark.parametrize("name", ["resnet18", "mobilenet_v2"])
-def test_a_classification_network_initializes_the_backbone(tmp_path, name):
+def test_backbone_loads_classification_weights(tmp_path, name):
     published = models.get_model(name, num_classes=7).eval()
     for layer in published.modules():
         if isinstance(layer, nn.BatchNorm2d):
@@ -100,20 +100,20 @@ def test_a_classification_network_initializes_the_backbone(tmp_path, name):
         else:
             expected = [published.features[:end](images) for end in (4, 7, 14, 18)]
         for ours, theirs in zip(net.backbone.body(images).values(), expected, strict=True):
-            assert differ(ours, theirs) < 1e-4
+            assert relative_difference(ours, theirs) < 1e-4
 
 
-def test_a_mismatched_backbone_is_rejected(tmp_path):
+def test_mismatched_backbone_is_rejected(tmp_path):
     torch.save(models.resnet18().state_dict(), tmp_path / "net.pth")
     with pytest.raises(OtherNetworkError, match=r"net.pth does not match mobilenet_v2"):
         load_backbone(build_detector("mobilenet_v2", 3, [128]), "mobilenet_v2", tmp_path / "net.pth")
 
 
 def test_torchvision_weights_are_downloaded_by_default(tmp_path, monkeypatch):
-    asked = []
+    urls = []
 
     def download(url, path, digest):
-        asked.append(url)
+        urls.append(url)
         raise OSError("no network")
 
     monkeypatch.setattr(torch.hub, "get_dir", lambda: str(tmp_path))
@@ -122,7 +122,7 @@ def test_torchvision_weights_are_downloaded_by_default(tmp_path, monkeypatch):
         load_backbone(build_detector("resnet50", 3, [128]), "resnet50", None)
     with pytest.raises(UserError, match=r"torchvision's fasterrcnn_resnet50_fpn .*--teacher-ckpt"):
         load_coco_v1(build_detector("resnet50", 80, [128]), CATEGORIES)
-    assert asked == [models.ResNet50_Weights.IMAGENET1K_V1.url, FasterRCNN_ResNet50_FPN_Weights.COCO_V1.url]
+    assert urls == [models.ResNet50_Weights.IMAGENET1K_V1.url, FasterRCNN_ResNet50_FPN_Weights.COCO_V1.url]
 
 
 @pytest.fixture
@@ -142,7 +142,7 @@ def published(tmp_path, monkeypatch):
     return net, file
 
 
-def rows_of(net, images):
+def box_outputs(net, images):
     """Class logits [.., K + 1] and offsets [.., K + 1, 4] of a fixed proposal."""
     with torch.no_grad():
         levels = net.backbone(images)
@@ -152,36 +152,36 @@ def rows_of(net, images):
     return logits, offsets.unflatten(1, (-1, 4))
 
 
-def test_coco_weights_have_the_same_outputs_as_in_torchvision(published):
+def test_coco_weights_have_torchvisions_outputs(published):
     net = build_detector("resnet50", 80, [128]).eval()
     assert load_coco_v1(net, CATEGORIES) == published[1]
-    given = build_detector("resnet50", 80, [128])
-    load_detector(given, published[1], "resnet50", CATEGORIES)
-    assert all(torch.equal(value, net.state_dict()[key]) for key, value in given.state_dict().items())
+    from_file = build_detector("resnet50", 80, [128])
+    load_detector(from_file, published[1], "resnet50", CATEGORIES)
+    assert all(torch.equal(value, net.state_dict()[key]) for key, value in from_file.state_dict().items())
     images = torch.rand(1, 3, 64, 64)
     with torch.no_grad():
         for level in LEVELS:
-            assert differ(*(each.backbone(images)[level] for each in (net, published[0]))) < 1e-2
+            assert relative_difference(*(each.backbone(images)[level] for each in (net, published[0]))) < 1e-2
     ids = [0, *CATEGORIES]
-    for ours, theirs in zip(rows_of(net, images), rows_of(published[0], images), strict=True):
-        assert differ(ours, theirs[:, ids]) < 1e-2
-        assert differ(ours, theirs[:, :81]) > 0.1  # labels 1..80
+    for ours, theirs in zip(box_outputs(net, images), box_outputs(published[0], images), strict=True):
+        assert relative_difference(ours, theirs[:, ids]) < 1e-2
+        assert relative_difference(ours, theirs[:, :81]) > 0.1  # labels 1..80
     # A dataset may have some of COCO's categories, with their ids.
-    few = build_detector("resnet50", 2, [128]).eval()
-    load_coco_v1(few, {17: "cat", 18: "dog"})
-    torch.testing.assert_close(rows_of(few, images)[0], rows_of(net, images)[0][:, [0, 16, 17]])
+    subset = build_detector("resnet50", 2, [128]).eval()
+    load_coco_v1(subset, {17: "cat", 18: "dog"})
+    torch.testing.assert_close(box_outputs(subset, images)[0], box_outputs(net, images)[0][:, [0, 16, 17]])
     with pytest.raises(UserError, match="lack 'horse'"):
         load_coco_v1(build_detector("resnet50", 2, [128]), {17: "cat", 18: "horse"})
 
 
-@pytest.mark.parametrize(("outputs", "fits"), [(4, True), (10, True), (5, False), (91, False)])
-def test_a_detector_for_other_classes_is_rejected_unless_its_outputs_are_category_ids(tmp_path, outputs, fits):
+@pytest.mark.parametrize(("outputs", "accepted"), [(4, True), (10, True), (5, False), (91, False)])
+def test_detector_for_other_classes_loads_only_if_outputs_are_category_ids(tmp_path, outputs, accepted):
     """The data has three categories with ids 2, 5 and 9."""
     torch.manual_seed(0)
     theirs, ours = build_detector("resnet18", outputs - 1, [128]).eval(), build_detector("resnet18", 3, [128]).eval()
     file = tmp_path / "teacher.pth"
     torch.save({"model": theirs.state_dict()}, file)
-    if not fits:
+    if not accepted:
         with pytest.raises(
             OtherNetworkError, match=f"teacher.pth is a detector for {outputs - 1} classes, but the data has 3"
         ):
@@ -190,7 +190,7 @@ def test_a_detector_for_other_classes_is_rejected_unless_its_outputs_are_categor
     load_detector(ours, file, "resnet18", {2: "a", 5: "b", 9: "c"})
     rows = [0, 1, 2, 3] if outputs == 4 else [0, 2, 5, 9]
     images = torch.rand(1, 3, 64, 64)
-    for a, b in zip(rows_of(ours, images), rows_of(theirs, images), strict=True):
+    for a, b in zip(box_outputs(ours, images), box_outputs(theirs, images), strict=True):
         torch.testing.assert_close(a, b[:, rows])
 
 
@@ -205,7 +205,7 @@ def test_classes_are_matched_by_the_names_in_the_file(tmp_path, wanted, rows):
     ours = build_detector("resnet18", len(wanted), [128]).eval()
     load_detector(ours, tmp_path / "net.pth", "resnet18", wanted)
     images = torch.rand(1, 3, 64, 64)
-    for a, b in zip(rows_of(ours, images), rows_of(theirs, images), strict=True):
+    for a, b in zip(box_outputs(ours, images), box_outputs(theirs, images), strict=True):
         torch.testing.assert_close(a, b[:, rows])
     with pytest.raises(OtherNetworkError, match=r"net.pth is a detector for other classes: it lacks 'd'"):
         load_detector(build_detector("resnet18", 3, [128]), tmp_path / "net.pth", "resnet18", {1: "a", 2: "b", 3: "d"})
@@ -214,12 +214,12 @@ def test_classes_are_matched_by_the_names_in_the_file(tmp_path, wanted, rows):
 @pytest.mark.parametrize(
     ("saved", "size"), [({"min_size": [96, 128]}, [96, 128]), ({}, None), ({"min_size": "x"}, None), ([1], None)]
 )
-def test_trained_size(tmp_path, saved, size):
+def test_trained_size_is_read_from_the_checkpoint(tmp_path, saved, size):
     torch.save(saved, tmp_path / "net.pth")
     assert trained_size(tmp_path / "net.pth") == size
 
 
-def test_other_files_are_rejected(tmp_path):
+def test_weights_of_other_networks_are_rejected(tmp_path):
     net = build_detector("resnet18", 3, [128])
     torch.save(models.resnet18().state_dict(), tmp_path / "classifier.pth")
     with pytest.raises(OtherNetworkError, match=r"classifier.pth is not a resnet18 detector: it lacks roi_heads"):
@@ -240,13 +240,13 @@ def test_other_files_are_rejected(tmp_path):
         load_backbone(net, "resnet18", tmp_path / "odd.pth")
 
 
-def test_a_detector_trained_from_scratch_loads_into_a_frozen_one(tmp_path):
+def test_detector_trained_from_scratch_loads_into_a_frozen_one(tmp_path):
     scratch, frozen = build_detector("resnet18", 3, [128], scratch=True).eval(), build_detector("resnet18", 3, [128])
     nn.init.normal_(scratch.backbone.body.bn1.running_mean)
     torch.save(scratch.state_dict(), tmp_path / "net.pth")
     load_detector(frozen.eval(), tmp_path / "net.pth", "resnet18", {1: "a", 2: "b", 3: "c"})
     images = torch.rand(1, 3, 64, 64)
-    torch.testing.assert_close(rows_of(frozen, images)[0], rows_of(scratch, images)[0])
+    torch.testing.assert_close(box_outputs(frozen, images)[0], box_outputs(scratch, images)[0])
 
 
 def test_inherit_copies_all_but_the_backbone_body():
@@ -265,7 +265,7 @@ def test_inherit_copies_all_but_the_backbone_body():
     ]
 
 
-def test_a_student_that_cannot_inherit_is_rejected():
+def test_inherit_rejects_mismatched_shapes():
     with pytest.raises(UserError, match=r"backbone.fpn.inner_blocks.0.0.weight is \[256, 256, 1, 1\] in the teacher"):
         inherit(build_detector("resnet18", 3, [128]), build_detector("resnet50", 3, [128]))
 

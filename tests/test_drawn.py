@@ -17,7 +17,7 @@ def folder(tmp_path_factory):
     return folder
 
 
-def test_it_is_in_coco_format(folder):
+def test_dataset_is_in_coco_format(folder):
     data = load_coco(folder)
     assert list(data.categories.values()) == list(drawn.CLASSES)
     assert len(data.test) == 5
@@ -27,12 +27,12 @@ def test_it_is_in_coco_format(folder):
         assert 96 <= min(size) <= max(size) <= 256
 
 
-def test_it_has_crowds_empty_images_and_overlapping_objects(folder):
+def test_dataset_has_crowds_empty_images_and_overlapping_objects(folder):
     content = json.loads((folder / "annotations" / "instances_train.json").read_text())
-    of_image = {image["id"]: [] for image in content["images"]}
+    by_image = {image["id"]: [] for image in content["images"]}
     for row in content["annotations"]:
-        of_image[row["image_id"]].append(row)
-    assert 1 <= sum(not rows for rows in of_image.values()) <= 15
+        by_image[row["image_id"]].append(row)
+    assert 1 <= sum(not rows for rows in by_image.values()) <= 15
     crowds = [row for row in content["annotations"] if row["iscrowd"]]
     assert 1 <= len(crowds) <= 15
     assert {row["category_id"] for row in content["annotations"]} == {1, 2, 3, 4}
@@ -42,7 +42,7 @@ def test_it_has_crowds_empty_images_and_overlapping_objects(folder):
     def overlap(a, b):
         return all(a[i] < b[i] + b[i + 2] and b[i] < a[i] + a[i + 2] for i in (0, 1))
 
-    pairs = [(a, b) for rows in of_image.values() for a in rows for b in rows if a["id"] < b["id"]]
+    pairs = [(a, b) for rows in by_image.values() for a in rows for b in rows if a["id"] < b["id"]]
     assert sum(overlap(a["bbox"], b["bbox"]) for a, b in pairs) > 20
 
 
@@ -72,7 +72,7 @@ def test_boxes_match_the_pixels_of_their_objects(monkeypatch):
     assert checked >= 10
 
 
-def test_a_smaller_dataset_is_a_prefix_of_a_larger_one(folder, tmp_path):
+def test_smaller_datasets_are_prefixes_of_larger_ones(folder, tmp_path):
     drawn.main([str(tmp_path / "small"), "--train", "4", "--val", "2"])
     for split in ("train", "val"):
         small, large = (
@@ -89,7 +89,7 @@ def test_a_smaller_dataset_is_a_prefix_of_a_larger_one(folder, tmp_path):
     assert train != val
 
 
-def test_an_existing_folder_is_not_changed(folder, capsys):
+def test_existing_folder_is_not_changed(folder, capsys):
     before = sorted(folder.rglob("*"))
     assert drawn.main([str(folder)]) == 2
     assert capsys.readouterr().err == f"error: {folder} already exists: choose a new folder, or remove it\n"
@@ -99,7 +99,7 @@ def test_an_existing_folder_is_not_changed(folder, capsys):
 @pytest.mark.parametrize(
     ("options", "expected"), [([], "DIR"), (["data", "--val", "0"], "must be between 1"), (["data", "-x"], "-x")]
 )
-def test_invalid_options_end_in_one_line(tmp_path, capsys, monkeypatch, options, expected):
+def test_invalid_input_exits_with_one_line_error(tmp_path, capsys, monkeypatch, options, expected):
     monkeypatch.chdir(tmp_path)
     assert drawn.main(options) == 2
     message = capsys.readouterr().err

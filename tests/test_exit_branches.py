@@ -10,7 +10,7 @@ from functools import partial
 import pytest
 import torch
 import torch.nn.functional as F
-from running import tensors
+from running import flatten_tensors
 from torch import nn
 
 from ablations import branches, exit_branches
@@ -49,48 +49,48 @@ def trained(net, data, tmp_path_factory):
     return before, *branches.train_branches(settings(), folder, net, data), folder
 
 
-def cell_of(runs, method="fcfd"):
+def smoke_cell(runs, method="fcfd"):
     args, given, _ = exit_branches.parse_args([*SMOKE, "--out", str(runs)], "", "exit_branches")
     return grid(args, given, exit_branches.ROWS)["resnet14-resnet8", method, 1]
 
 
-def equal(a, b):
-    a, b = tensors(a), tensors(b)
+def equal_tensors(a, b):
+    a, b = flatten_tensors(a), flatten_tensors(b)
     return a.keys() == b.keys() and len(a) > 10 and all(torch.equal(a[key], b[key]) for key in a)
 
 
 # --------------------------------------------------------------------------------------------------- networks
 
 
-def test_branches_have_the_shape_of_resnet50x4s_later_part():
+def test_branches_match_resnet50x4s_later_layers():
     whole = ResNet(50, (32, 64, 128, 256), 100)
-    found = branches.build_branches(build("resnet32x4", 100), settings(**exit_branches.SHAPE), 100)
+    built = branches.build_branches(build("resnet32x4", 100), settings(**exit_branches.SHAPE), 100)
     count = {name: sum(p.numel() for p in getattr(whole, name).parameters()) for name in ("layer2", "layer3", "fc")}
-    sizes = {k: sum(p.numel() for p in branch.parameters()) for k, branch in found.items()}
+    sizes = {k: sum(p.numel() for p in branch.parameters()) for k, branch in built.items()}
     assert sizes == {"2": sum(count.values()), "3": count["layer3"] + count["fc"]}
-    assert [len(part) for part in found["2"].groups] == [8, 8]
+    assert [len(part) for part in built["2"].groups] == [8, 8]
     shapes = {
-        k: found[k].groups(torch.zeros(2, *shape)).shape for k, shape in {"2": (64, 32, 32), "3": (128, 16, 16)}.items()
+        k: built[k].groups(torch.zeros(2, *shape)).shape for k, shape in {"2": (64, 32, 32), "3": (128, 16, 16)}.items()
     }
     assert shapes == {"2": (2, 256, 8, 8), "3": (2, 256, 8, 8)}
 
 
-def test_a_teacher_of_five_stages_with_features_before_their_relu():
+def test_branches_of_a_five_stage_pre_relu_teacher():
     teacher = build("vgg8", 7)
-    found = branches.build_branches(teacher, settings(), 7)
+    built = branches.build_branches(teacher, settings(), 7)
     features = branches.teacher_features(teacher, torch.randn(2, 3, 32, 32))
     assert {k: tuple(feature.shape[1:]) for k, feature in features.items()} == {
         "2": (128, 16, 16),
         "3": (256, 8, 8),
         "4": (512, 4, 4),
     }
-    assert {k: tuple(found[k].groups(feature).shape) for k, feature in features.items()} == {
+    assert {k: tuple(built[k].groups(feature).shape) for k, feature in features.items()} == {
         "2": (2, 10, 4, 4),  # the first of the three groups keeps the resolution
         "3": (2, 10, 2, 2),
         "4": (2, 10, 2, 2),
     }
     assert any((feature < 0).any() for feature in features.values())
-    for k, branch in found.eval().items():
+    for k, branch in built.eval().items():
         assert torch.equal(branch(features[k]), branch(features[k].relu()))
         assert not torch.equal(branch.groups(features[k]), branch.groups(features[k].relu()))
 
@@ -119,12 +119,12 @@ def test_branches_are_trained_independently(net, data, trained):
         assert not any(torch.equal(before[key], value) for key, value in together[k].state_dict().items())
 
 
-def test_the_teacher_does_not_change(net, trained):
+def test_teacher_does_not_change(net, trained):
     before, *_ = trained
-    assert equal(before, net.state_dict())
+    assert equal_tensors(before, net.state_dict())
 
 
-def test_resumed_training_is_bit_for_bit_that_of_an_uninterrupted_run(net, data, trained, tmp_path, monkeypatch):
+def test_resumed_training_is_bitwise_identical(net, data, trained, tmp_path, monkeypatch):
     def interrupted(images, batch_size, seed, epoch, *more):
         if epoch == 1:
             raise KeyboardInterrupt
@@ -137,7 +137,7 @@ def test_resumed_training_is_bit_for_bit_that_of_an_uninterrupted_run(net, data,
     assert torch.load(tmp_path / "branches.pt")["epoch"] == 1
     branches.train_branches(settings(), tmp_path, net, data)
     resumed, uninterrupted = (torch.load(folder / "branches.pt") for folder in (tmp_path, trained[-1]))
-    assert equal(resumed, uninterrupted)
+    assert equal_tensors(resumed, uninterrupted)
     for row in (*resumed["log"], *uninterrupted["log"]):
         del row["seconds"]
     assert [resumed[key] for key in ("log", "top1", "epoch")] == [
@@ -145,7 +145,7 @@ def test_resumed_training_is_bit_for_bit_that_of_an_uninterrupted_run(net, data,
     ]
 
 
-def test_branches_that_do_not_fit_are_refused(net, data, trained, tmp_path, monkeypatch):
+def test_mismatched_branches_are_rejected(net, data, trained, tmp_path, monkeypatch):
     folder = trained[-1]
     for other, message in (
         ({"branch_depth": 14}, "--branch-depth is 14 and was 8"),
@@ -176,9 +176,9 @@ def test_recalibrated_statistics_are_averages_over_a_full_pass(net, data, traine
     def shifted(images):
         return {k: 2 * feature - 0.3 for k, feature in branches.teacher_features(net, images).items()}
 
-    found = branches.recalibrated(own, shifted, data.train)
-    assert equal(before, own.state_dict())
-    assert not any(module.training for module in found.modules())
+    recalibrated = branches.recalibrated(own, shifted, data.train)
+    assert equal_tensors(before, own.state_dict())
+    assert not any(module.training for module in recalibrated.modules())
     order = torch.randperm(60, generator=generator(0, 0, "recalibration")).tolist()
     for k, branch in own.items():
         naive, seen = copy.deepcopy(branch).train(), {}
@@ -190,13 +190,13 @@ def test_recalibrated_statistics_are_averages_over_a_full_pass(net, data, traine
             naive(shifted(normalize(data.train.images[part]))[k])
         assert len(seen) >= 3
         for name, inputs in seen.items():
-            layer = found[k].get_submodule(name)
+            layer = recalibrated[k].get_submodule(name)
             mean = sum(x.mean((0, 2, 3)) for x in inputs) / 3
             var = sum(x.transpose(0, 1).flatten(1).var(1) for x in inputs) / 3
             torch.testing.assert_close(layer.running_mean, mean, rtol=1e-4, atol=1e-5)
             torch.testing.assert_close(layer.running_var, var, rtol=1e-4, atol=1e-5)
             assert layer.momentum == 0.1
-        assert equal(list(branch.parameters()), list(found[k].parameters()))
+        assert equal_tensors(list(branch.parameters()), list(recalibrated[k].parameters()))
 
 
 def naive_features(run, images):
@@ -204,7 +204,7 @@ def naive_features(run, images):
     state = torch.load(run / "last.pt")
     student = build("resnet8", 20).eval()
     student.load_state_dict({key: value for key, value in state["student"].items() if ".path" not in key})
-    x, found = images, {}
+    x, features = images, {}
     for k in (1, 2, 3):
         x = student.stage(k, x)
         if k > 1:
@@ -213,8 +213,8 @@ def naive_features(run, images):
             shape = (1, -1, 1, 1)
             mean, var = weights["1.running_mean"].view(shape), weights["1.running_var"].view(shape)
             y = (y - mean) / (var + 1e-5).sqrt() * weights["1.weight"].view(shape) + weights["1.bias"].view(shape)
-            found[str(k)] = torch.where(y > 0, y, 0.1 * y).detach()
-    return found
+            features[str(k)] = torch.where(y > 0, y, 0.1 * y).detach()
+    return features
 
 
 def loaded_teacher(runs):
@@ -223,13 +223,13 @@ def loaded_teacher(runs):
     return teacher
 
 
-def test_student_features_are_those_of_the_pure_path_after_the_bridges(branch_runs):
-    data, cell = load_data("synthetic", "data", 40, 40), cell_of(branch_runs)
+def test_student_features_are_bridged_pure_path_features(branch_runs):
+    data, cell = load_data("synthetic", "data", 40, 40), smoke_cell(branch_runs)
     images, _ = next(eval_batches(data.test))
     assert any(".path2." in key for key in torch.load(cell.folder / "last.pt")["student"])
     features = branches.student_features(cell, data, loaded_teacher(branch_runs), torch.device("cpu"))
-    for found in (features(images), features(images)):  # no running statistics change
-        torch.testing.assert_close(found, naive_features(cell.folder, images), rtol=1e-4, atol=1e-5)
+    for actual in (features(images), features(images)):  # no running statistics change
+        torch.testing.assert_close(actual, naive_features(cell.folder, images), rtol=1e-4, atol=1e-5)
     with pytest.raises(UserError, match="another resnet14"):
         branches.student_features(cell, data, build("resnet14", 20), torch.device("cpu"))
 
@@ -238,7 +238,7 @@ def top1(branch, features, labels):
     return 100 * (branch(features).argmax(1) == labels).float().mean().item()
 
 
-def test_the_smoke_table_matches_the_files(branch_runs):
+def test_smoke_table_matches_the_files(branch_runs):
     data, teacher = load_data("synthetic", "data", 40, 40), loaded_teacher(branch_runs)
     rows = list(csv.DictReader((branch_runs / "cells.csv").open()))
     assert [(row["features"], row["after"]) for row in rows] == [
@@ -262,12 +262,12 @@ def test_the_smoke_table_matches_the_files(branch_runs):
     assert "depth 8 and widths 8, 16, 32, 64" in text
 
 
-def test_results_are_kept_and_missing_files_are_named(branch_runs, tmp_path, capsys, monkeypatch):
+def test_results_are_kept_and_missing_files_are_reported(branch_runs, tmp_path, capsys, monkeypatch):
     runs = shutil.copytree(branch_runs, tmp_path / "runs")
     command = [*SMOKE, "--out", str(runs)]
     text, folder = (runs / "table.md").read_text(), runs / "resnet14-branches-seed1"
 
-    def again(*options, code=0):
+    def rerun(*options, code=0):
         assert exit_branches.main([*command, *options]) == code
         output = capsys.readouterr()
         return output.out if code == 0 else output.err
@@ -275,12 +275,12 @@ def test_results_are_kept_and_missing_files_are_named(branch_runs, tmp_path, cap
     (runs / "table.md").unlink()
     with monkeypatch.context() as patch:
         patch.setattr(exit_branches, "load_data", None)  # nothing is left to do
-        assert text in again()
-        assert "--branch-depth is 14 and was 8" in again("--branch-depth", "14", code=2)
+        assert text in rerun()
+        assert "--branch-depth is 14 and was 8" in rerun("--branch-depth", "14", code=2)
     row = folder / "resnet14-resnet8-app-seed1.json"
     kept = row.read_text()
     row.write_text(kept.replace('"of": [\n  "', '"of": [\n  "0'))  # as if of other branches
-    output = again()
+    output = rerun()
     assert "app-seed1: " in output
     assert "fcfd-seed1: " not in output
     assert "epoch   1" not in output
@@ -288,35 +288,35 @@ def test_results_are_kept_and_missing_files_are_named(branch_runs, tmp_path, cap
 
     for file in runs.rglob("*.pt*"):  # as in a clone, which has results but no weights
         file.unlink()
-    assert text in again()
+    assert text in rerun()
     row.unlink()
-    message = again(code=2)
+    message = rerun(code=2)
     assert f"{runs}/resnet14-alone-seed1/student.pth is missing" in message
-    lost = (
+    missing = (
         "resnet14-alone-seed1",
         "resnet14-resnet8-app-seed1",
         "resnet14-resnet8-fcfd-seed1",
     )  # the branches are missing as well
-    assert message.endswith(f"train again: rm {' '.join(f'{runs}/{name}/result.json' for name in lost)}\n")
+    assert message.endswith(f"train again: rm {' '.join(f'{runs}/{name}/result.json' for name in missing)}\n")
     assert message.count("\n") == 1
     with (
         locked(folder),
         pytest.raises(UserError, match="another process"),
         exit_branches.open_branches(
-            settings(dataset="synthetic", data_dir="data", subset=40, test_subset=40), folder, [cell_of(branch_runs)]
+            settings(dataset="synthetic", data_dir="data", subset=40, test_subset=40), folder, [smoke_cell(branch_runs)]
         ),
     ):
         pass
 
 
-def test_numbers_of_students_of_one_teacher():
-    def found(value):
+def test_numbers_repeat_the_teacher_for_each_pair():
+    def result(value):
         return {"top1": {"2": value}, "made_with": {"commit": "x"}}
 
     keys = {("a-b", "app", 1): 1.0, ("a-b", "app", 2): 2.0, ("a-c", "app", 1): 3.0}
     runs = {key: {"last": 10 * value, "teacher": 70.0} for key, value in keys.items()}
-    of_teacher = {name: found(50.0 + i) for i, name in enumerate(exit_branches.TEACHER)}
-    rows = exit_branches.numbers(of_teacher | {key: found(value) for key, value in keys.items()}, runs, seed=5)
+    teacher_results = {name: result(50.0 + i) for i, name in enumerate(exit_branches.TEACHER)}
+    rows = exit_branches.numbers(teacher_results | {key: result(value) for key, value in keys.items()}, runs, seed=5)
     assert [tuple(row.values()) for row in rows] == [
         ("a-b", "teacher", 5, "2", 50.0, 70.0, "x"),
         ("a-b", "teacher, recalibrated", 5, "2", 51.0, 70.0, "x"),
@@ -350,7 +350,7 @@ def test_table():
         (["--w-app", "0"], "--w-app 0"),
     ],
 )
-def test_invalid_input_is_one_line_and_exit_code_2(tmp_path, capsys, options, expected):
+def test_invalid_input_exits_with_one_line_error(tmp_path, capsys, options, expected):
     assert exit_branches.main([*SMOKE, *options, "--out", str(tmp_path / "out")]) == 2
     message = capsys.readouterr().err
     assert message.startswith("error: ")

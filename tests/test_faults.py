@@ -8,7 +8,7 @@ import warnings
 
 import pytest
 import torch
-from running import PAIR, SMALL, assert_bit_for_bit, call, read_log, started
+from running import PAIR, SMALL, assert_bitwise_equal, background_script, call, read_log
 
 import cifar100
 from common.data.image_files import next_batch
@@ -25,53 +25,53 @@ def options(teacher):
 
 
 @pytest.fixture(scope="module")
-def whole(options, tmp_path_factory):
+def uninterrupted(options, tmp_path_factory):
     """The folder of an uninterrupted run."""
-    folder = tmp_path_factory.mktemp("whole") / "run"
+    folder = tmp_path_factory.mktemp("uninterrupted") / "run"
     assert cifar100.main([str(word) for word in (*options, "--out", folder)]) == 0
     return folder
 
 
-@pytest.mark.parametrize("sent", CODES)
-def test_killed_and_resumed_matches_an_uninterrupted_run_bit_for_bit(tmp_path, capsys, options, whole, sent):
+@pytest.mark.parametrize("signum", CODES)
+def test_run_resumed_after_a_signal_is_bitwise_identical(tmp_path, capsys, options, uninterrupted, signum):
     out = tmp_path / "interrupted"
-    with started(*options, "--out", out) as process:
-        process.send_signal(sent)
+    with background_script(*options, "--out", out) as process:
+        process.send_signal(signum)
         message = process.communicate(timeout=60)[1]
-        assert process.returncode == CODES[sent]
-    assert message.count("\n") == (sent != signal.SIGKILL)
+        assert process.returncode == CODES[signum]
+    assert message.count("\n") == (signum != signal.SIGKILL)
     assert torch.load(out / "last.pt", weights_only=True)["epoch"] < 3
     # Options that are not given are those of the run.
     assert "epoch   1/3" not in call(capsys, "--student", "resnet8", "--resume", "--out", out)
-    assert_bit_for_bit(whole, out)
+    assert_bitwise_equal(uninterrupted, out)
     columns = ("epoch", "loss", "func_prime", "train_top1", "test_top1")
-    logs = [read_log(run) for run in (whole, out)]
+    logs = [read_log(run) for run in (uninterrupted, out)]
     assert [[row[c] for c in columns] for row in logs[0]] == [[row[c] for c in columns] for row in logs[1]]
 
 
-def test_a_second_process_is_rejected(tmp_path, capsys):
+def test_second_process_is_rejected(tmp_path, capsys):
     alone = ["--student", "resnet8", *SMALL, "--epochs", 10**6, "--out", tmp_path / "run"]
-    with started(*alone):
+    with background_script(*alone):
         for resume in ([], ["--resume"]):
             assert "another process is using" in call(capsys, *alone, *resume, code=2)
     call(capsys, *alone, "--resume", "--max-minutes", 1e-9)  # the lock ended with its process
 
 
-def test_a_second_process_that_needs_the_same_teacher_is_rejected(tmp_path, capsys):
+def test_second_process_for_the_same_teacher_is_rejected(tmp_path, capsys):
     pair = [*PAIR, "--epochs", 10**6]
-    with started(*pair, "--out", tmp_path / "one"):  # its teacher's first epoch
+    with background_script(*pair, "--out", tmp_path / "one"):  # its teacher's first epoch
         message = call(capsys, *pair, "--out", tmp_path / "two", code=2)
     assert "(the teacher in" in message
     assert "another process is using" in message
     assert not (tmp_path / "two").exists()
 
 
-def test_a_disk_that_is_full_while_saving(tmp_path, capsys, options, whole):
+def test_full_disk_keeps_the_last_checkpoint(tmp_path, capsys, options, uninterrupted):
     out = tmp_path / "run"
 
     def call_with_small_disk(*more):
         soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
-        size = (whole / "last.pt").stat().st_size
+        size = (uninterrupted / "last.pt").stat().st_size
         resource.setrlimit(resource.RLIMIT_FSIZE, (size // 2, hard))
         try:
             return call(capsys, *options, *more, "--out", out, code=2)
@@ -87,7 +87,7 @@ def test_a_disk_that_is_full_while_saving(tmp_path, capsys, options, whole):
     call_with_small_disk("--resume")
     assert {path.name: path.read_bytes() for path in out.iterdir()} == before
     call(capsys, *options, "--out", out, "--resume")
-    assert_bit_for_bit(whole, out)
+    assert_bitwise_equal(uninterrupted, out)
 
 
 def state_after(epoch):
@@ -111,7 +111,7 @@ def save_epoch(out, epoch):
     publish(out, state, {"student": state["student"]})
 
 
-def test_killed_at_any_point_of_saving(tmp_path, monkeypatch):
+def test_run_killed_at_any_point_of_saving_can_resume(tmp_path, monkeypatch):
     """A child saves the second epoch and is killed at the n-th sync or rename, for each n."""
     expected = tmp_path / "expected"
     with open_folder(expected, resume=False):
@@ -163,7 +163,7 @@ def die_at_call(point, monkeypatch):
         monkeypatch.setattr(checkpoint.os, name, dying(getattr(os, name)))
 
 
-def test_an_empty_folder_is_removed_only_if_it_was_created(tmp_path):
+def test_empty_folder_is_removed_only_if_it_was_created(tmp_path):
     (tmp_path / "mine").mkdir()
     for name in ("mine", "new"):
         with pytest.raises(ZeroDivisionError), open_folder(tmp_path / name, resume=False):
@@ -171,7 +171,7 @@ def test_an_empty_folder_is_removed_only_if_it_was_created(tmp_path):
     assert [path.name for path in tmp_path.iterdir()] == ["mine"]
 
 
-def test_a_folder_can_be_opened_only_once_at_a_time(tmp_path):
+def test_folder_can_be_opened_only_once_at_a_time(tmp_path):
     for lock in (locked(tmp_path), open_folder(tmp_path, resume=False)):
         with lock, pytest.raises(UserError, match="another process"), open_folder(tmp_path, resume=False):
             pass
@@ -203,11 +203,11 @@ def test_exit_codes(capsys, error, code, word):
     assert message.count("\n") == 1
 
 
-@pytest.mark.parametrize(("sent", "code"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
-def test_a_signal_whose_exception_was_ignored_ends_the_script_at_the_next_batch(capsys, sent, code):
+@pytest.mark.parametrize(("signum", "code"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
+def test_swallowed_signal_ends_the_script_at_the_next_batch(capsys, signum, code):
     class Forking:
         def __del__(self):  # Python ignores exceptions here, as in a fork hook
-            signal.raise_signal(sent)
+            signal.raise_signal(signum)
 
     def script():
         with warnings.catch_warnings():
@@ -217,17 +217,17 @@ def test_a_signal_whose_exception_was_ignored_ends_the_script_at_the_next_batch(
         raise AssertionError
 
     sys.unraisablehook, hook = lambda _: None, sys.unraisablehook
-    handler = signal.signal(sent, signal.SIG_DFL)  # SIGINT is ignored if the tests run in the background
+    handler = signal.signal(signum, signal.SIG_DFL)  # SIGINT is ignored if the tests run in the background
     try:
         assert exit_code(script) == code
     finally:
         sys.unraisablehook = hook
-        signal.signal(sent, handler)
+        signal.signal(signum, handler)
     assert capsys.readouterr().err.startswith("interrupted: ")
     assert next_batch(iter([1])) == 1  # and it was cleared
 
 
-def test_errors_with_a_line_break_are_one_line(capsys):
+def test_line_breaks_in_errors_are_escaped(capsys):
     def script():
         raise UserError("there is no a\nb.jpg")
 
@@ -235,12 +235,12 @@ def test_errors_with_a_line_break_are_one_line(capsys):
     assert capsys.readouterr().err == "error: there is no a\\nb.jpg\n"
 
 
-def test_closed_stdout(monkeypatch):
+def test_closed_stdout_is_tolerated(monkeypatch):
     monkeypatch.setattr(sys, "stdout", None)
     assert exit_code(lambda: sys.stdout.write("x")) == 0
 
 
-def test_bugs_are_not_hidden():
+def test_unexpected_errors_propagate():
     def script():
         raise RuntimeError("a shape is wrong")
 

@@ -43,7 +43,7 @@ def batch(n=4):
 
 
 @pytest.mark.parametrize(("teacher_name", "student_name"), PAIRS)
-def test_published_pairs_decrease_their_loss(teacher_name, student_name):
+def test_loss_decreases_for_published_pairs(teacher_name, student_name):
     teacher, student, bridges = pair(teacher_name, student_name)
     images, labels = batch()
     optimizer = torch.optim.SGD([*student.parameters(), *bridges.parameters()], 0.005, momentum=0.9, nesterov=True)
@@ -61,7 +61,7 @@ def test_published_pairs_decrease_their_loss(teacher_name, student_name):
 
 
 @pytest.mark.parametrize("fused", [False, True])
-def test_a_bridge_whose_path_is_not_sampled_does_not_change(fused):
+def test_bridge_of_an_unsampled_path_does_not_change(fused):
     teacher, student, bridges = pair()
     images, labels = batch()
     optimizer = sgd(
@@ -90,7 +90,7 @@ def test_a_bridge_whose_path_is_not_sampled_does_not_change(fused):
     assert not torch.equal(bridges.t2s["2"][0].weight, sampled)
 
 
-def test_shared_parts_run_once():
+def test_shared_modules_run_once():
     teacher, student, bridges = pair()
     calls = Counter()
     for role, net in (("teacher", teacher), ("student", student)):
@@ -117,7 +117,7 @@ def test_only_requested_parts_are_computed():
     assert (flow.s2t, flow.t2s, flow.mixed) == ({}, {}, {})
 
 
-def test_a_student_without_a_teacher():
+def test_student_trains_without_a_teacher():
     student = build("resnet8", 100)
     images, labels = batch()
     logits = copy.deepcopy(student)(images)
@@ -156,7 +156,7 @@ def test_the_last_position_only_feeds_the_classifier():
     assert terms["func_kl"].item() > 0
 
 
-def test_mixed_paths_use_batch_statistics_even_if_the_teacher_is_in_evaluation_mode():
+def test_mixed_paths_use_batch_statistics_when_the_teacher_does_not():
     """--teacher-bn running: p_t and F_t use the running statistics, which do not change; those of mixed paths do."""
     teacher, student, bridges = pair()
     teacher.eval()
@@ -172,7 +172,7 @@ def test_mixed_paths_use_batch_statistics_even_if_the_teacher_is_in_evaluation_m
     assert teacher.layer2[0].bn1.path2.num_batches_tracked == 1
 
 
-def test_a_trainable_teacher_is_trained_by_mixed_paths_but_not_as_a_target():
+def test_trainable_teacher_is_trained_by_mixed_paths_but_not_as_a_target():
     """App. F: a mixed path trains every module that it passes through, including the teacher's early stages."""
     teacher, student, bridges = pair()
     teacher.requires_grad_(True)
@@ -194,7 +194,7 @@ def test_a_trainable_teacher_is_trained_by_mixed_paths_but_not_as_a_target():
     assert trained(MixedPath(2, 1), "app") == {f"student.{m}" for m in early | late - {"fc"}}
 
 
-def test_term_weights_are_the_published_ones():
+def test_term_weights_match_the_paper():
     zero = dict.fromkeys(TERMS, 0)
     published = {"task": 1, "kd": 1, "app": 0.02, "func_l2": 0.02, "func_kl": 0.2, "func_prime": 0.2}
     assert term_weights(EQ_9, w_l2=0.02, w_kl=0.2) == zero | published
@@ -250,7 +250,7 @@ def test_needs_all_bridges_only_for_terms_like_l_app():
 @pytest.mark.gpu
 @pytest.mark.parametrize(("teacher_name", "student_name"), PAIRS)
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
-def test_published_pairs_take_ten_finite_amp_steps(teacher_name, student_name, dtype):
+def test_losses_stay_finite_for_ten_amp_steps(teacher_name, student_name, dtype):
     nets = pair(teacher_name, student_name)
     teacher, student, bridges = (net.cuda() for net in nets)
     images, labels = (x.cuda() for x in batch(64))

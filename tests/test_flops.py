@@ -47,26 +47,26 @@ def pytorch_counter():
 
 # Equal-size, strided and transposed bridges; grouped and depthwise convolutions in the student, then in the teacher.
 @pytest.mark.parametrize(
-    ("pair", "counter", "sizes_of_s"),
+    ("pair", "counter", "path_counts"),
     [
         ("resnet14-resnet8", pytorch_counter, range(5)),
         ("resnet8x4-ShuffleV1", flops.counter, (0, 1, 4)),
         ("ShuffleV2-wrn_16_1", flops.counter, (0, 1)),
     ],
 )
-def test_formula_equals_the_count(pair, counter, sizes_of_s):
+def test_formula_matches_the_count(pair, counter, path_counts):
     pair = Pair(pair, counter)
     kd = pair.count(("task", "kd"))
     assert kd == flops.kd_step(pair.forward)
     assert pair.count(("task", "kd", "app")) - kd == flops.app_extra(pair.forward)
-    for n in sizes_of_s:
+    for n in path_counts:
         steps = [pair.count(EQ_9, paths) for paths in combinations(pair.candidates, n)]
         extra = flops.fcfd_extra(pair.forward, pair.candidates, n)
         assert sum(steps) / len(steps) - kd == pytest.approx(extra, rel=1e-12)
 
 
 @pytest.mark.parametrize("name", ["resnet8", "vgg8", "MobileNetV2"])
-def test_student_alone(name):
+def test_student_formula_matches_the_count(name):
     net, images = build(name, 10), torch.randn(B, 3, SIZE, SIZE)
     forward = flops.forward_flops(net, net, build_bridges(net, net, SIZE), SIZE)
     net.train()
@@ -75,7 +75,7 @@ def test_student_alone(name):
     assert counter.get_total_flops() == B * flops.alone_step(forward)
 
 
-def test_forward_flops_by_hand():
+def test_forward_flops_match_a_hand_count():
     """resnet8 at 32x32: a stem and three blocks of two 3x3 convolutions; the second and third have a 1x1 shortcut."""
     with torch.device("meta"):
         teacher, student = build("resnet14", 100), build("resnet8", 100)
@@ -102,13 +102,13 @@ def test_forward_flops_by_hand():
     ],
 )
 @pytest.mark.parametrize(("input_grad", "weight_grad"), [(True, True), (True, False), (False, True)])
-def test_counter(layer, c_in, input_grad, weight_grad):
+def test_counter_counts_each_gradient(layer, c_in, input_grad, weight_grad):
     """Each gradient of a layer costs as much as its forward pass, with groups too."""
     x = torch.randn(B, c_in, 8, 8, requires_grad=input_grad)
     layer.requires_grad_(weight_grad)
     with torch.no_grad():
-        places = x if isinstance(layer, nn.ConvTranspose2d) else layer(x)  # one per position of the kernel
-    once = 2 * B * places[0, 0].numel() * layer.weight.numel()
+        positions = x if isinstance(layer, nn.ConvTranspose2d) else layer(x)  # one per position of the kernel
+    once = 2 * B * positions[0, 0].numel() * layer.weight.numel()
     with flops.counter() as counter:
         layer(x).sum().backward()
     assert counter.get_total_flops() == once * (1 + input_grad + weight_grad)

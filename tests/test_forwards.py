@@ -35,7 +35,7 @@ class Weights:
         return any(key.startswith(name) for key in self.w)
 
 
-def mean_of(x):
+def spatial_mean(x):
     return x.mean((2, 3))
 
 
@@ -51,7 +51,7 @@ def resnet(n, x, blocks):
                 x = n.bn(n.conv(x, f"{b}.downsample.0", stride), f"{b}.downsample.1")
             x = relu(x + y)
         out.append(x)
-    return out, n.linear(mean_of(x), "fc")
+    return out, n.linear(spatial_mean(x), "fc")
 
 
 def wrn(n, x, blocks):
@@ -65,7 +65,7 @@ def wrn(n, x, blocks):
             x = y + (n.conv(a, f"{b}.convShortcut", stride) if n.has(f"{b}.convShortcut") else x)
         out.append(x)
     out[-1] = n.bn(out[-1], "bn1")
-    return out, n.linear(mean_of(relu(out[-1])), "fc")
+    return out, n.linear(spatial_mean(relu(out[-1])), "fc")
 
 
 def vgg(n, x, convs):
@@ -79,7 +79,7 @@ def vgg(n, x, convs):
         x = relu(x)
         if stage < 3:
             x = F.max_pool2d(x, 2, 2)
-    return out, n.linear(mean_of(x), "classifier")
+    return out, n.linear(spatial_mean(x), "classifier")
 
 
 def resnet50(n, x, _):
@@ -95,7 +95,7 @@ def resnet50(n, x, _):
                 x = n.bn(n.conv(x, f"{b}.shortcut.0", stride), f"{b}.shortcut.1")
             x = relu(x + y)
         out.append(x)
-    return out, n.linear(mean_of(x), "linear")
+    return out, n.linear(spatial_mean(x), "linear")
 
 
 def mobilenetv2(n, x, _):
@@ -111,7 +111,7 @@ def mobilenetv2(n, x, _):
         if group in (1, 2, 4):
             out.append(x)
     out.append(n.bn(n.conv(x, "conv2.0"), "conv2.1"))
-    return out, n.linear(mean_of(relu(out[-1])), "classifier.0")
+    return out, n.linear(spatial_mean(relu(out[-1])), "classifier.0")
 
 
 def shuffle(x, groups):
@@ -131,7 +131,7 @@ def shufflev1(n, x, _):
             y = n.bn(n.conv(y, f"{b}.conv3", groups=3), f"{b}.bn3")
             x = torch.cat([y, F.avg_pool2d(x, 3, stride=2, padding=1)], 1) if i == 0 else y + x
         out.append(x)
-    return out, n.linear(mean_of(relu(x)), "linear")
+    return out, n.linear(spatial_mean(relu(x)), "linear")
 
 
 def shufflev2(n, x, _):
@@ -152,7 +152,7 @@ def shufflev2(n, x, _):
             x = shuffle(torch.cat([x[:, :half], y], 1), 2)
         out.append(x)
     out[-1] = relu(n.bn(n.conv(out[-1], "conv2"), "bn2"))
-    return out, n.linear(mean_of(out[-1]), "linear")
+    return out, n.linear(spatial_mean(out[-1]), "linear")
 
 
 @pytest.mark.parametrize(
@@ -170,7 +170,7 @@ def shufflev2(n, x, _):
         ("ShuffleV2", shufflev2, None),
     ],
 )
-def test_forward_matches_one_on_the_state_dict(name, forward, size):
+def test_forward_matches_a_functional_implementation(name, forward, size):
     torch.manual_seed(0)
     net = build(name, 10).eval()
     for layer in net.modules():

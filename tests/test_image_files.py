@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from running import image_files
+from running import write_images
 from torchvision import transforms
 from torchvision.transforms import functional
 
@@ -21,7 +21,7 @@ CPU = torch.device("cpu")
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
-    return image_files(tmp_path_factory.mktemp("files"), {"train": 7, "val": 5})
+    return write_images(tmp_path_factory.mktemp("files"), {"train": 7, "val": 5})
 
 
 def epochs(folder, workers, which=(0, 1)):
@@ -45,7 +45,7 @@ def test_batches_do_not_depend_on_workers_or_earlier_epochs(folder):
     assert all(torch.equal(a[0], b[0]) for a, b in zip(alone, reference[1], strict=True))
 
 
-def test_augmentation_depends_on_epoch_image_and_seed_and_keeps_the_global_generator(folder):
+def test_augmentation_is_seeded_and_leaves_the_global_generator_unchanged(folder):
     samples = [list_files(folder).train[0]] * 2
     state = torch.get_rng_state()
     views = [
@@ -77,7 +77,7 @@ def test_augmentation_matches_torchvision(folder):
     assert min(seen.values()) >= 8  # a fair coin has fewer with probability 1 in 20,000
 
 
-def test_evaluation_images(folder):
+def test_evaluation_images_match_torchvision(folder):
     path, label = list_files(folder).test[0]
     crop = transforms.Compose([transforms.Resize(256), transforms.CenterCrop(224)])(Image.open(path).convert("RGB"))
     image, _ = ImageFiles([(path, label)], 224)[0, 0]
@@ -88,7 +88,7 @@ def test_evaluation_images(folder):
     assert batch.is_contiguous(memory_format=torch.channels_last)
 
 
-def test_normalize_keeps_the_moments_of_each_dataset_apart():
+def test_normalize_does_not_mix_up_moments():
     images = torch.randint(0, 256, (1, 4, 4, 3), dtype=torch.uint8)
     assert not torch.equal(normalize(images), normalize(images, mean=MEAN, std=STD))
 
@@ -119,8 +119,8 @@ def test_each_test_image_is_on_exactly_one_rank(folder):
 
 
 @pytest.mark.parametrize("workers", [0, 2])
-def test_a_damaged_image_is_reported_in_one_line(tmp_path, workers):
-    image_files(tmp_path, {"train": 4, "val": 1})
+def test_damaged_image_is_reported_in_one_line(tmp_path, workers):
+    write_images(tmp_path, {"train": 4, "val": 1})
     bad = tmp_path / "train" / "n2" / "1.JPEG"
     bad.write_bytes(bad.read_bytes()[:300])
     files = ImageFiles(list_files(tmp_path).train, 32, seed=0)
@@ -130,8 +130,8 @@ def test_a_damaged_image_is_reported_in_one_line(tmp_path, workers):
     assert "\n" not in str(error.value)
 
 
-def test_any_decoder_error_is_reported_with_the_image(tmp_path, monkeypatch):
-    path = image_files(tmp_path, {"train": 1, "val": 1}, ["a\nb"]) / "train" / "a\nb" / "0.JPEG"
+def test_decoder_errors_name_the_image(tmp_path, monkeypatch):
+    path = write_images(tmp_path, {"train": 1, "val": 1}, ["a\nb"]) / "train" / "a\nb" / "0.JPEG"
 
     def convert(self, mode):
         raise RuntimeError("Failed to decode frame 0")
@@ -143,7 +143,7 @@ def test_any_decoder_error_is_reported_with_the_image(tmp_path, monkeypatch):
 
 
 def test_fingerprint_depends_on_classes_and_training_files(tmp_path):
-    one, two = (image_files(tmp_path / name, {"train": 3, "val": 2}) for name in ("one", "two"))
+    one, two = (write_images(tmp_path / name, {"train": 3, "val": 2}) for name in ("one", "two"))
     assert list_files(one).fingerprint == list_files(two).fingerprint
     assert list_files(one, subset=6).fingerprint != list_files(one).fingerprint
     (two / "train" / "n1" / "0.JPEG").rename(two / "train" / "n1" / "zero.JPEG")
@@ -151,7 +151,7 @@ def test_fingerprint_depends_on_classes_and_training_files(tmp_path):
 
 
 def test_subsets_and_both_names_of_the_test_split(tmp_path):
-    image_files(tmp_path, {"train": 4, "test": 3})
+    write_images(tmp_path, {"train": 4, "test": 3})
     data = list_files(tmp_path, subset=5, test_subset=3)
     assert [label for _, label in data.train] == [0, 0, 1, 1, 2]
     assert [label for _, label in data.test] == [0, 1, 2]
@@ -162,8 +162,8 @@ def test_subsets_and_both_names_of_the_test_split(tmp_path):
         list_files(tmp_path)
 
 
-def test_list_test_files_needs_no_train(tmp_path):
-    image_files(tmp_path, {"train": 4, "val": 3})
+def test_list_test_files_does_not_need_train(tmp_path):
+    write_images(tmp_path, {"train": 4, "val": 3})
     for count in (None, 4):
         data = list_files(tmp_path, test_subset=count)
         assert list_test_files(tmp_path, count) == (data.test, data.classes)

@@ -12,7 +12,7 @@ from urllib.error import URLError
 import pytest
 import torch
 import yaml
-from running import assert_bit_for_bit, call, image_files, read_log, script, started
+from running import assert_bitwise_equal, background_script, call, read_log, run_script, write_images
 from torch import nn
 from torchvision import models
 
@@ -35,7 +35,7 @@ def run(capsys, *args, code=0):
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
-    return image_files(tmp_path_factory.mktemp("images"), {"train": 6, "val": 5})
+    return write_images(tmp_path_factory.mktemp("images"), {"train": 6, "val": 5})
 
 
 @pytest.fixture(scope="module")
@@ -53,10 +53,10 @@ def pair(folder, teacher):
 
 
 @pytest.fixture(scope="module")
-def main_job(tmp_path_factory, folder, pair):
+def main_run(tmp_path_factory, folder, pair):
     """Two epochs of FCFD in a subprocess with worker processes, in another working directory: the run, its output."""
     cwd = tmp_path_factory.mktemp("main")
-    printed = script(cwd, *pair, "--workers", 2, "--epochs", 2, module=imagenet)
+    printed = run_script(cwd, *pair, "--workers", 2, "--epochs", 2, module=imagenet)
     return cwd / "runs" / f"{folder.name}-32px-resnet18-MobileNetV1-fcfd-2ep-seed1", printed
 
 
@@ -89,8 +89,8 @@ def recorded_epochs():
         yield epochs
 
 
-def test_distillation_and_evaluation(tmp_path, main_job, capsys, folder):
-    out, printed = main_job
+def test_distillation_and_evaluation(tmp_path, main_run, capsys, folder):
+    out, printed = main_run
     assert sorted(path.name for path in out.iterdir()) == [
         "best.pt",
         "config.yaml",
@@ -118,10 +118,10 @@ def test_distillation_and_evaluation(tmp_path, main_job, capsys, folder):
     assert f"MobileNetV1 {result['last']['top1']:.2f} % top-1, 100.00 % top-5 on 15 test images" in printed
 
 
-def test_resumed_with_other_workers_matches_an_uninterrupted_run_bit_for_bit(capsys, main_job, first_epoch, stopped):
+def test_run_resumed_with_other_workers_is_bitwise_identical(capsys, main_run, first_epoch, stopped):
     with recorded_epochs() as epochs:
         run(capsys, "--student", "MobileNetV1", "--resume", "--workers", 2, "--out", stopped)
-    assert_bit_for_bit(main_job[0], stopped)
+    assert_bitwise_equal(main_run[0], stopped)
     assert (set(first_epoch[1]), set(epochs)) == ({0}, {1})  # each epoch has its own order and augmentation
 
 
@@ -144,7 +144,7 @@ def test_settings_select_terms(tmp_path, capsys, pair, teacher, options, terms):
     assert torch.equal(before["bn1.running_mean"], after["bn1.running_mean"]) == ("running" in options)
 
 
-def test_resumed_on_another_device(capsys, stopped):
+def test_resumes_on_another_device(capsys, stopped):
     state = torch.load(stopped / "last.pt", weights_only=True)
     state["config"]["device"] = "cuda:7"
     torch.save(state, stopped / "last.pt")
@@ -153,13 +153,13 @@ def test_resumed_on_another_device(capsys, stopped):
     assert "amp off;" in printed
 
 
-def test_a_resumed_run_accepts_only_its_own_settings(capsys, stopped):
+def test_resume_rejects_changed_settings(capsys, stopped):
     options = ["--student", "MobileNetV1", "--out", stopped, "--resume", "--device", "cpu"]
     assert "--temperature is 2.0 and was 1" in run(capsys, *options, "--temperature", 2, code=2)
     assert "epoch   2/2" in run(capsys, *options, "--temperature", 1, "--w-app", 5)
 
 
-def test_two_steps_match_a_loop_by_hand(tmp_path, capsys, folder, teacher, pair):
+def test_two_steps_match_a_manual_loop(tmp_path, capsys, folder, teacher, pair):
     """The script against a loop with SGD by hand; no setting has its default."""
     weights = {"task": 0.9, "kd": 0.8, "app": 0.2, "func_l2": 0.3, "func_kl": 0.7, "func_prime": 0.6}
     options = [word for term, w in weights.items() for word in (f"--w-{term.replace('_', '-')}", w)]
@@ -226,11 +226,11 @@ def test_resnets_match_torchvision(name):
 @pytest.mark.parametrize(
     ("name", "millions"), [("resnet18", 11.689512), ("resnet34", 21.797672), ("resnet50", 25.557032)]
 )
-def test_parameters_of_resnets(name, millions):
+def test_resnet_parameter_counts(name, millions):
     assert sum(p.numel() for p in build_imagenet(name, 1000).parameters()) == round(millions * 1e6)
 
 
-def test_mobilenetv1():
+def test_mobilenetv1_architecture():
     net = build_imagenet("MobileNetV1", 1000)
     assert sum(p.numel() for p in net.parameters()) == 4_231_976
     shapes = {1: (32, 112, 112), 2: (128, 56, 56), 3: (256, 28, 28), 4: (512, 14, 14), 5: (1024, 7, 7)}
@@ -279,7 +279,7 @@ def load_teacher(teacher_ckpt=None, name="resnet18", num_classes=1000):
     return net
 
 
-def test_the_teacher_can_have_torchvision_weights(tmp_path, monkeypatch, capsys):
+def test_teacher_can_load_torchvision_weights(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(torch.hub, "get_dir", lambda: str(tmp_path))
     theirs = models.resnet18()
     (tmp_path / "checkpoints").mkdir()
@@ -308,7 +308,7 @@ def test_torchvision_weights_are_checked_when_downloaded(tmp_path, monkeypatch):
     assert hash_prefix == "0676ba61"
 
 
-def test_the_error_for_a_missing_teacher_says_how_to_train_one(teacher):
+def test_error_for_a_missing_teacher_says_how_to_train_one(teacher):
     remedy = "train one on these images: python imagenet.py --data-dir images --student "
     for arguments in ({"num_classes": 7}, {"name": "MobileNetV1"}, {"teacher_ckpt": teacher, "num_classes": 4}):
         with pytest.raises(UserError) as error:
@@ -339,11 +339,14 @@ def test_the_error_for_a_missing_teacher_says_how_to_train_one(teacher):
         ([*PAIR[:4], "--positions", 5, "--w-func-l2", 5], "func_l2"),
     ],
 )
-def test_invalid_input_ends_in_one_line_and_exit_code_2(tmp_path, capsys, monkeypatch, folder, options, expected):
+def test_invalid_input_exits_with_one_line_error(tmp_path, capsys, monkeypatch, folder, options, expected):
     monkeypatch.chdir(tmp_path)
-    standard = [*SMALL, "--data-dir", folder]
+    base_options = [*SMALL, "--data-dir", folder]
     defaults = [
-        word for pair in zip(standard[::2], standard[1::2], strict=True) if pair[0] not in options for word in pair
+        word
+        for pair in zip(base_options[::2], base_options[1::2], strict=True)
+        if pair[0] not in options
+        for word in pair
     ]
     message = run(capsys, *defaults, *options, code=2)
     assert message.startswith("error: ")
@@ -352,8 +355,8 @@ def test_invalid_input_ends_in_one_line_and_exit_code_2(tmp_path, capsys, monkey
     assert not os.listdir(tmp_path)
 
 
-def test_a_damaged_image_ends_the_run(tmp_path, capsys):
-    images = image_files(tmp_path / "images", {"train": 4, "val": 2})
+def test_damaged_image_ends_the_run(tmp_path, capsys):
+    images = write_images(tmp_path / "images", {"train": 4, "val": 2})
     (images / "val" / "n3" / "1.JPEG").write_bytes(b"\xff\xd8\xff")
     options = ["--data-dir", images, "--student", "resnet18", *SMALL, "--epochs", 1, "--out", tmp_path / "run"]
     message = run(capsys, *options, "--workers", 1, code=2)
@@ -363,21 +366,21 @@ def test_a_damaged_image_ends_the_run(tmp_path, capsys):
 
 
 @pytest.mark.parametrize(
-    ("target", "sent", "code", "expected"),
+    ("target", "signum", "code", "expected"),
     [
         ("a worker", signal.SIGKILL, 2, "error: a DataLoader worker died"),
         ("all", signal.SIGTERM, 143, "interrupted: "),
         ("all", signal.SIGINT, 130, "interrupted: "),
     ],
 )
-def test_signals_to_the_run_and_its_workers(tmp_path, folder, target, sent, code, expected):
+def test_signals_to_the_run_and_its_workers(tmp_path, folder, target, signum, code, expected):
     options = ["--data-dir", folder, "--student", "resnet18", *SMALL, "--workers", 2, "--epochs", 10**6]
-    with started(*options, "--out", tmp_path / "run", module=imagenet) as process:
+    with background_script(*options, "--out", tmp_path / "run", module=imagenet) as process:
         if target == "all":  # as by a cluster, or Ctrl-C in a terminal
-            os.killpg(process.pid, sent)
+            os.killpg(process.pid, signum)
         else:
             workers = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
-            os.kill(int(workers[0]), sent)
+            os.kill(int(workers[0]), signum)
         message = process.communicate(timeout=60)[1]
         assert process.returncode == code
     assert message.startswith(expected)
@@ -385,7 +388,7 @@ def test_signals_to_the_run_and_its_workers(tmp_path, folder, target, sent, code
     assert torch.load(tmp_path / "run" / "last.pt", weights_only=True)["epoch"] >= 1
 
 
-def test_a_diverging_run_ends_with_code_1(tmp_path, capsys, monkeypatch, folder):
+def test_diverging_run_exits_with_1(tmp_path, capsys, monkeypatch, folder):
     monkeypatch.setattr(imagenet, "learning_rate", lambda args, epoch: 1e30)
     options = ["--data-dir", folder, "--student", "resnet18", *SMALL, "--epochs", 2, "--out", tmp_path / "run"]
     assert "non-finite loss in epoch 1" in run(capsys, *options, code=1)
@@ -406,7 +409,7 @@ def test_sync_bn_converts_every_layer_and_keeps_the_keys():
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("options", [[], ["--amp", "bf16"], ["--sync-bn"]])
-def test_on_a_gpu(tmp_path, capsys, pair, options):
+def test_on_gpu(tmp_path, capsys, pair, options):
     on_gpu = [word if word != "cpu" else "cuda" for word in pair]
     run(capsys, *on_gpu, *options, "--workers", 2, "--epochs", 2, "--out", tmp_path)
     rows = read_log(tmp_path)

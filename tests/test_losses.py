@@ -8,32 +8,32 @@ import torch
 from common.losses import dkd, kl, l2
 
 
-def dkd_by_definition(logits, target, temperature, labels, tckd, nckd):
+def naive_dkd(logits, target, temperature, labels, tckd, nckd):
     """DKD in float64, from probabilities, with a loop over classes."""
     total = 0
     for x, y, label in zip(logits.double(), target.double(), labels.tolist(), strict=True):
         q, p = ((z / temperature).exp() / (z / temperature).exp().sum() for z in (x, y))
         others = [j for j in range(len(p)) if j != label]
         p_not, q_not = p[others].sum(), q[others].sum()
-        of_label = p[label] * (p[label] / q[label]).log() + p_not * (p_not / q_not).log()
-        of_others = sum(p[j] / p_not * ((p[j] / p_not) / (q[j] / q_not)).log() for j in others)
-        total = total + tckd * of_label + nckd * of_others
+        tckd_term = p[label] * (p[label] / q[label]).log() + p_not * (p_not / q_not).log()
+        nckd_term = sum(p[j] / p_not * ((p[j] / p_not) / (q[j] / q_not)).log() for j in others)
+        total = total + tckd * tckd_term + nckd * nckd_term
     return total / len(labels) * temperature**2
 
 
 def assert_dkd_matches(logits, target, temperature, labels, **weights):
     exact = logits.double().requires_grad_()
-    expected = dkd_by_definition(exact, target, temperature, labels, **weights)
+    expected = naive_dkd(exact, target, temperature, labels, **weights)
     expected.backward()
     logits = logits.clone().requires_grad_()
     value = dkd(logits, target, temperature, labels, **weights)
     value.backward()
     assert value.item() == pytest.approx(expected.item(), rel=1e-4)
-    for row, of_row in zip(logits.grad.double(), exact.grad, strict=True):
-        assert (row - of_row).norm() <= 1e-4 * of_row.norm()
+    for row, exact_row in zip(logits.grad.double(), exact.grad, strict=True):
+        assert (row - exact_row).norm() <= 1e-4 * exact_row.norm()
 
 
-def test_kl_against_its_definition_in_float64():
+def test_kl_matches_its_definition_in_float64():
     torch.manual_seed(0)
     logits, target = 5 * torch.randn(16, 10), 5 * torch.randn(16, 10)
     p, q = (torch.softmax(x.double() / 4, 1) for x in (target, logits))
@@ -49,7 +49,7 @@ def test_kl_is_finite_when_a_probability_underflows():
     assert logits.grad.isfinite().all()
 
 
-def test_dkd_against_its_definition_in_float64():
+def test_dkd_matches_its_definition_in_float64():
     torch.manual_seed(0)
     logits, target, labels = 5 * torch.randn(16, 10), 5 * torch.randn(16, 10), torch.randint(10, (16,))
     labels[:2] = torch.tensor([0, 9])  # the first and the last class, which have no classes on one side
@@ -62,7 +62,7 @@ def test_dkd_against_its_definition_in_float64():
 
 @pytest.mark.parametrize("temperature", [1.0, 4.0])
 @pytest.mark.parametrize("student_is_right", [True, False])
-def test_dkd_is_accurate_for_a_teacher_with_confidence_1_minus_1e_7(temperature, student_is_right):
+def test_dkd_is_accurate_for_a_very_confident_teacher(temperature, student_is_right):
     torch.manual_seed(1)
     labels = torch.arange(8)
     target = torch.randn(8, 10, dtype=torch.float64)
@@ -90,7 +90,7 @@ def test_dkd_with_two_classes_is_kl():
     assert dkd(logits, target, 4.0, labels, 1.0, 1e6).item() == pytest.approx(kl(logits, target, 4.0).item(), rel=1e-4)
 
 
-def test_l2_and_its_pooled_part():
+def test_l2_with_and_without_pooling():
     feature, target = torch.tensor([[[[1.0, -3.0]]]]), torch.tensor([[[[0.0, 2.0]]]])
     assert l2(feature, target).item() == (1 + 25) / 2
     assert l2(feature, target, pooled=True).item() == (1 + 25) / 2 + (0.5 - 1.0) ** 2
@@ -113,6 +113,6 @@ def test_targets_are_detached_and_results_are_float32(loss):
     assert y.grad is None
 
 
-def test_dkd_of_one_class_is_rejected():
+def test_dkd_rejects_a_single_class():
     with pytest.raises(ValueError, match="two classes"):
         dkd(torch.zeros(2, 1), torch.zeros(2, 1), 4.0, torch.zeros(2, dtype=torch.int64))

@@ -45,12 +45,12 @@ def python(code, cwd):
     """Run code in a process that only finds modules in `cwd` and installed ones; returns its output."""
     environment = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
     command = [sys.executable, "-c", f"import sys\n{code}"]  # the working directory is on sys.path
-    done = subprocess.run(command, cwd=cwd, env=environment, capture_output=True, text=True, timeout=300)
-    assert done.returncode == 0, done.stderr
-    return done.stdout
+    completed = subprocess.run(command, cwd=cwd, env=environment, capture_output=True, text=True, timeout=300)
+    assert completed.returncode == 0, completed.stderr
+    return completed.stdout
 
 
-def test_the_modules_work_in_another_package(tmp_path):
+def test_modules_work_in_another_package(tmp_path):
     package = tmp_path / "vendored"
     (package / "models").mkdir(parents=True)
     for file in FILES:
@@ -58,7 +58,7 @@ def test_the_modules_work_in_another_package(tmp_path):
     assert python(STEP, tmp_path) == "True True\n" * 2
 
 
-def test_importing_fcfd_loads_no_network_and_nothing_of_the_scripts():
+def test_importing_fcfd_loads_no_networks_or_script_modules():
     code = "import torch\nbefore = set(sys.modules)\nimport common.fcfd\nprint(*(set(sys.modules) - before))"
     loaded = python(code, ROOT).split()
     needed = {
@@ -69,7 +69,7 @@ def test_importing_fcfd_loads_no_network_and_nothing_of_the_scripts():
 
 
 @pytest.mark.parametrize("file", FILES, ids=lambda file: str(file.relative_to(ROOT)))
-def test_the_modules_import_only_torch_numpy_and_each_other(file):
+def test_modules_import_only_torch_numpy_and_each_other(file):
     def check_relative(module, level):
         folder = file.parents[level - 1]
         path = folder.joinpath(*module.split(".")) if module else folder

@@ -70,13 +70,13 @@ def test_convolutions_have_fan_out_initialization(name):
 
 
 @pytest.mark.parametrize("name", ["vgg8", "MobileNetV2"])
-def test_classifiers_with_small_initial_weights(name):
+def test_some_classifiers_start_with_small_weights(name):
     weight, bias = build(name, 100).classifier_layer.parameters()
     assert weight.std().item() == pytest.approx(0.01, rel=0.05)
     assert not bias.any()
 
 
-def test_mobilenetv2_accepts_both_names_of_its_classifier():
+def test_mobilenetv2_accepts_both_classifier_names():
     source, target = build("MobileNetV2", 10), build("MobileNetV2", 10)
     bare = {key.replace("classifier.0.", "classifier."): value for key, value in source.state_dict().items()}
     assert "classifier.weight" in bare
@@ -84,6 +84,6 @@ def test_mobilenetv2_accepts_both_names_of_its_classifier():
     assert torch.equal(target.classifier[0].weight, source.classifier[0].weight)
 
 
-def test_unknown_networks_are_rejected_with_the_known_names():
+def test_error_for_an_unknown_network_lists_the_known_ones():
     with pytest.raises(ValueError, match="resnet32x4"):
         build("Resnet32_x4", 10)

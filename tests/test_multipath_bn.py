@@ -72,7 +72,7 @@ def test_training_overrides_the_mode_and_restores_it(mode, override):
     assert net[0].training == mode
 
 
-def test_an_untracked_path_is_an_error():
+def test_untracked_path_raises():
     with pytest.raises(KeyError, match=r"track_paths\(net, \[4\]\)"), on_path(batch_norm(), 4):
         pass
 

@@ -53,9 +53,9 @@ class Naive:
                 x = self.target[k] = copied.stage(k, x)
             self.target_logits = copied.classify(x)
 
-    def run(self, losses_of, *args):
+    def run(self, loss_fn, *args):
         nets = {role: copy.deepcopy(net) for role, net in self.nets.items()}
-        losses = losses_of(*nets.values(), *args)
+        losses = loss_fn(*nets.values(), *args)
         sum(WEIGHTS[name] * loss for name, loss in losses.items()).backward()
         for name, loss in losses.items():
             self.terms[name] += loss.item()
@@ -90,12 +90,12 @@ class Naive:
         return terms | {"func_partial": partial}
 
     def func_prime(self, teacher, student, bridges, k):
-        x, own, l2 = bridges.t2s[str(k)](self.target[k]), self.images, 0
+        x, direct, l2 = bridges.t2s[str(k)](self.target[k]), self.images, 0
         for l in range(1, k + 1):
-            own = student.stage(l, own)
+            direct = student.stage(l, direct)
         for l in range(k + 1, self.last + 1):
-            x, own = student.stage(l, x), student.stage(l, own)
-            l2 = l2 + ((x - own) ** 2).mean()
+            x, direct = student.stage(l, x), student.stage(l, direct)
+            l2 = l2 + ((x - direct) ** 2).mean()
         return {"func_prime": naive_kl(student.classify(x), self.target_logits), "func_prime_l2": l2}
 
 

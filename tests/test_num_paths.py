@@ -37,7 +37,7 @@ def test_smoke(tmp_path, capsys):
     assert (tmp_path / "table.md").read_text() == expected
 
 
-def test_sizes_end_at_the_fewest_candidates_of_all_pairs():
+def test_sizes_stop_at_the_smallest_number_of_candidates():
     four, five = "resnet32x4-resnet8x4", "vgg13-vgg8"
     assert num_paths.sizes_of_s([four]) == [0, 1, 2, 3, 4]
     assert num_paths.sizes_of_s([five]) == [0, 1, 2, 3, 4, 5, 6]
@@ -51,17 +51,17 @@ def measure(tmp_path, monkeypatch):
     """`complexity.measured` with instant measurements: the result, and the pairs that were measured."""
     measured = []
 
-    def of_time(rows, c):
+    def fake_time(rows, c):
         measured.append((rows[0].pair, [row.num_paths for row in rows]))
         for row in rows:
             row.seconds = len(measured) + row.num_paths / 10
 
     monkeypatch.setattr(complexity, "measure_memory", lambda row, c: setattr(row, "megabytes", 100.0))
-    monkeypatch.setattr(complexity, "measure_time", of_time)
+    monkeypatch.setattr(complexity, "measure_time", fake_time)
 
-    def measure(*pairs, sizes=(0, 1), repeats=2, **given):
+    def measure(*pairs, sizes=(0, 1), repeats=2, **options):
         measured.clear()
-        c = num_paths.cost_settings(list(pairs), given, repeats, "cpu")
+        c = num_paths.cost_settings(list(pairs), options, repeats, "cpu")
         steps = num_paths.steps(c.pairs, list(sizes))
         return complexity.measured(steps, c, tmp_path / "cost.json"), list(measured)
 
@@ -72,17 +72,17 @@ A, B = "resnet14-resnet8", "resnet20-resnet8"
 
 
 def test_existing_costs_are_kept(measure, tmp_path):
-    first, done = measure(A)
-    assert done == [(A, [0, 1])]
+    first, measured = measure(A)
+    assert measured == [(A, [0, 1])]
     assert [(row["kind"], row["seconds"]) for row in first["rows"]] == [("app", 1.0), ("fcfd", 1.1)]
-    both, done = measure(A, B)
-    assert done == [(B, [0, 1])]
+    both, measured = measure(A, B)
+    assert measured == [(B, [0, 1])]
     assert both["rows"][:2] == first["rows"]
     assert json.loads((tmp_path / "cost.json").read_text()) == both
     assert measure(B)[1] == []
     assert measure(A, sizes=[0])[1] == []
-    more, done = measure(A, sizes=[0, 1, 2])  # all again, since steps of a pair take turns
-    assert done == [(A, [0, 1, 2])]
+    more, measured = measure(A, sizes=[0, 1, 2])  # all again, since steps of a pair take turns
+    assert measured == [(A, [0, 1, 2])]
     assert sorted((row["pair"], row["num_paths"]) for row in more["rows"]) == [(A, 0), (A, 1), (A, 2), (B, 0), (B, 1)]
 
 
@@ -94,24 +94,24 @@ def test_costs_of_other_settings_or_machines_are_measured_again(measure, tmp_pat
         monkeypatch.setattr(complexity, "machine_of", lambda device: dict(machine))
     elif other in ("damaged", "empty"):
         (tmp_path / "cost.json").write_text('{"settings"' if other == "damaged" else "[]")
-    cost, done = measure(A, **(other if isinstance(other, dict) else {}))
-    assert done == [(A, [0, 1])]
+    cost, measured = measure(A, **(other if isinstance(other, dict) else {}))
+    assert measured == [(A, [0, 1])]
     assert len(cost["rows"]) == 2
 
 
-def test_another_commit_is_the_same_machine(measure, monkeypatch):
+def test_costs_are_kept_across_commits(measure, monkeypatch):
     machine = complexity.machine_of(torch.device("cpu"))
     first, _ = measure(A)
     monkeypatch.setattr(complexity, "machine_of", lambda device: machine | {"commit": "other"})
     assert measure(A) == (first, [])
 
 
-def test_table_of_finished_runs(measure):
+def test_table_shows_the_finished_runs(measure):
     cost, _ = measure(A, batch_size=11)
     run = {"pair": A, "seed": 1, "teacher": 70.0}
-    found = [run | {"method": "fcfd-num_paths=1", "last": last} for last in (60.0, 62.0)]
+    runs = [run | {"method": "fcfd-num_paths=1", "last": last} for last in (60.0, 62.0)]
     flops = [f"{row['flops'] / 1e9:.2f}" for row in cost["rows"]]
-    text = num_paths.table([*found, run | {"method": "fcfd", "last": 90.0}], cost, [A], [0, 1])
+    text = num_paths.table([*runs, run | {"method": "fcfd", "last": 90.0}], cost, [A], [0, 1])
     assert f"\n| {A} | 0 | 0 |  | 1000.0 | 11 | 100 | {flops[0]} |\n" in text
     assert f"\n| {A} | 1 | 2 | 61.00 ± 1.41 | 1100.0 | 10 | 100 | {flops[1]} |\n" in text
     assert "90.00" not in text
@@ -140,7 +140,7 @@ def test_steps_are_measured_with_the_settings_of_the_runs():
         (["--seeds", "-1"], "--seeds: -1 must"),
     ],
 )
-def test_invalid_input_is_one_line_and_nothing_is_measured(tmp_path, capsys, options, expected):
+def test_invalid_input_exits_with_one_line_error(tmp_path, capsys, options, expected):
     assert num_paths.main([*options, "--dataset", "synthetic", "--out", str(tmp_path / "out")]) == 2
     message = capsys.readouterr().err
     assert message.startswith("error: ")

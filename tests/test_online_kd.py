@@ -12,7 +12,7 @@ import running
 import torch
 import torch.nn.functional as F
 import yaml
-from running import PAIR, SMALL, assert_bit_for_bit, read_log
+from running import PAIR, SMALL, assert_bitwise_equal, read_log
 
 import cifar100
 import online_kd
@@ -22,7 +22,7 @@ from common.data.sources import load_data
 from common.models import build
 from common.paths import candidate_paths, sample_paths
 
-call, script = (partial(function, module=online_kd) for function in (running.call, running.script))
+call, run_script = (partial(function, module=online_kd) for function in (running.call, running.run_script))
 TERMS = ("task", "kd", "app", "func_l2", "func_kl", "func_prime", "teacher_task", "teacher_kd")
 ONE_STEP = [*PAIR, "--subset", 20, "--test-subset", 20, "--batch-size", 20, "--epochs", 1]
 NETWORKS = PAIR[:4]
@@ -38,15 +38,15 @@ def last_state(folder):
 
 
 @pytest.fixture(scope="module")
-def main_job(tmp_path_factory):
+def main_run(tmp_path_factory):
     """A small version of the README's command: the run's folder and output."""
     folder = tmp_path_factory.mktemp("online")
-    printed = script(folder, *PAIR, "--epochs", 3)
+    printed = run_script(folder, *PAIR, "--epochs", 3)
     return folder / "runs" / "synthetic-subset120-resnet14-resnet8-online-fcfd-3ep-seed1", printed
 
 
-def test_main_job_writes_its_files(main_job):
-    folder, printed = main_job
+def test_main_run_writes_its_files(main_run):
+    folder, printed = main_run
     assert list(folder.parent.iterdir()) == [folder]  # no teacher was trained first
     names = ["best.pt", "config.yaml", "last.pt", "log.csv", "result.json", "student.pth", "student_best.pth"]
     assert sorted(path.name for path in folder.iterdir()) == [*names, "teacher.pth", "teacher_best.pth"]
@@ -57,10 +57,10 @@ def test_main_job_writes_its_files(main_job):
     assert (config["temperature"], config["w_app"], config["num_paths"], config["positions"]) == (4, 5, 2, [2, 3])
     assert [config[f"w_{term}"] for term in TERMS] == [1, 1, 5, 5, 1, 1, 1, 1]
     assert result["teacher"] is None  # the teacher was not trained before
-    for (role, of), network in zip(ROLES.items(), ("resnet8", "resnet14"), strict=True):
-        accuracies = [float(row[f"{of}test_top1"]) for row in rows]
-        best = result[f"{of}best"]
-        assert (result[f"{of}last"]["top1"], best["top1"]) == (accuracies[-1], max(accuracies))
+    for (role, prefix), network in zip(ROLES.items(), ("resnet8", "resnet14"), strict=True):
+        accuracies = [float(row[f"{prefix}test_top1"]) for row in rows]
+        best = result[f"{prefix}best"]
+        assert (result[f"{prefix}last"]["top1"], best["top1"]) == (accuracies[-1], max(accuracies))
         assert best["epoch"] == 1 + accuracies.index(max(accuracies))
         last, at_best = (torch.load(folder / f"{role}{best}.pth", weights_only=True) for best in ("", "_best"))
         assert (last["epoch"], last["accuracy"], last["best_acc"]) == (3, accuracies[-1], best["top1"])
@@ -68,14 +68,14 @@ def test_main_job_writes_its_files(main_job):
         assert list(last["model"]) == list(build(network, 20).state_dict())  # plain: no per-path statistics
         assert all(torch.equal(value, state[role][key]) for key, value in last["model"].items())
         for name in ("best", "last"):
-            top1, top5 = (result[f"{of}{name}"][top] for top in ("top1", "top5"))
-            title = f"{of}{name}".replace("_", " ")
+            top1, top5 = (result[f"{prefix}{name}"][top] for top in ("top1", "top5"))
+            title = f"{prefix}{name}".replace("_", " ")
             assert re.search(rf"^{title} +{top1:.2f} % top-1, {top5:.2f} % top-5", printed, re.M)
     assert torch.load(folder / "best.pt", weights_only=True)["epoch"] == result["best"]["epoch"]
 
 
-def test_both_networks_can_be_evaluated_and_used_by_cifar100(main_job, tmp_path, capsys):
-    folder, _ = main_job
+def test_both_networks_can_be_evaluated_and_used_by_cifar100(main_run, tmp_path, capsys):
+    folder, _ = main_run
     result = json.loads((folder / "result.json").read_text())
     for role, network in (("student", "resnet8"), ("teacher", "resnet14")):
         last = result[f"{ROLES[role]}last"]
@@ -86,7 +86,7 @@ def test_both_networks_can_be_evaluated_and_used_by_cifar100(main_job, tmp_path,
     assert f"teacher: {result['teacher_last']['top1']:.2f} % top-1 before distillation" in printed
 
 
-def test_its_student_is_not_used_as_a_teacher_trained_alone(tmp_path, capsys):
+def test_student_is_not_reused_as_an_offline_teacher(tmp_path, capsys):
     call(capsys, *ONE_STEP, "--out", tmp_path / "online")
     options = [*ONE_STEP, "--teacher", "resnet8", "--method", "kd", "--out", tmp_path / "offline"]
     assert "teacher: training resnet8" in running.call(capsys, *options)
@@ -112,12 +112,12 @@ def test_methods_and_weights_compute_only_their_terms(tmp_path, capsys, options,
     assert {term for term in TERMS if row[term]} == terms
     assert all(np.isfinite(float(row[term])) for term in terms)
     assert ("bridges" in state) == ("app" in terms)
-    t2s, mixed = (any(word in key for key in running.tensors(state)) for word in ("/t2s.", ".path"))
+    t2s, mixed = (any(word in key for key in running.flatten_tensors(state)) for word in ("/t2s.", ".path"))
     assert t2s == ("func_prime" in terms)
     assert mixed == ("func_kl" in terms)
 
 
-def test_in_kd_the_teacher_is_trained_independently(tmp_path, capsys):
+def test_kd_trains_the_teacher_independently(tmp_path, capsys):
     options = [*PAIR, "--epochs", 1, "--method", "kd"]
     call(capsys, *options, "--out", tmp_path / "kd")
     call(capsys, *options, "--w-kd", 0, "--w-task", 0, "--out", tmp_path / "alone")
@@ -139,7 +139,7 @@ def test_in_kd_the_teacher_is_trained_independently(tmp_path, capsys):
         ("teacher_kd", "", "1234C"),
     ],
 )
-def test_modules_that_a_term_trains(tmp_path, capsys, term, in_student, in_teacher):
+def test_each_term_trains_exactly_its_modules(tmp_path, capsys, term, in_student, in_teacher):
     """One step on one term, with mixed paths at k = 2: all modules on a path are trained, targets are not."""
     weights = [word for other in TERMS for word in (option(other), int(other == term))]
     call(capsys, *ONE_STEP, *weights, "--positions", 2, "--out", tmp_path)
@@ -155,7 +155,7 @@ def test_modules_that_a_term_trains(tmp_path, capsys, term, in_student, in_teach
         assert "".join(sorted(moved)) == expected, role
 
 
-def losses_by_hand(teacher, student, bridges, images, labels, paths, temperature):
+def reference_losses(teacher, student, bridges, images, labels, paths, temperature):
     """All terms as in the paper, correct predictions of both networks, and the buffers after the pure paths."""
 
     def kl(logits, target):
@@ -193,7 +193,7 @@ def losses_by_hand(teacher, student, bridges, images, labels, paths, temperature
     return losses, hits, pure
 
 
-def test_two_epochs_match_a_loop_by_hand(tmp_path, capsys):
+def test_two_epochs_match_a_manual_loop(tmp_path, capsys):
     """The script against a loop with losses, SGD and statistics by hand; no setting has its default."""
     weights = dict(zip(TERMS, (0.9, 0.8, 2.0, 3.0, 0.7, 0.6, 1.1, 0.5), strict=True))
     options = [word for term, w in weights.items() for word in (option(term), w)]
@@ -215,7 +215,7 @@ def test_two_epochs_match_a_loop_by_hand(tmp_path, capsys):
         paths = sample_paths(candidate_paths(4), 3, 2, 5, epoch)
         hits, logged = np.zeros(2), []
         for step, (images, labels) in enumerate(train_batches(data.train, 32, 5, epoch, True)):
-            terms, hit, pure = losses_by_hand(teacher, student, nets["bridges"], images, labels, paths[step], 3.0)
+            terms, hit, pure = reference_losses(teacher, student, nets["bridges"], images, labels, paths[step], 3.0)
             factors = {name: w * (warm if name in ("app", "func_l2") else 1) for name, w in weights.items()}
             loss = sum(factors[name] * value for name, value in terms.items())
             logged.append([loss.item(), *(torch.as_tensor(terms[name]).item() for name in TERMS)])
@@ -244,7 +244,7 @@ def test_two_epochs_match_a_loop_by_hand(tmp_path, capsys):
 
 
 @pytest.fixture(scope="module")
-def killed(main_job, tmp_path_factory):
+def killed(main_run, tmp_path_factory):
     """The same run, killed after its first epoch."""
     folder = tmp_path_factory.mktemp("killed") / "run"
     command = [sys.executable, online_kd.__file__, *PAIR, "--epochs", "3", "--out", str(folder)]
@@ -255,20 +255,22 @@ def killed(main_job, tmp_path_factory):
     return folder
 
 
-def test_killed_and_resumed_matches_an_uninterrupted_run_bit_for_bit(main_job, killed, capsys):
+def test_killed_run_resumes_bitwise_identical(main_run, killed, capsys):
     call(capsys, *NETWORKS, "--resume", "--max-minutes", 1e-9, "--out", killed)  # other options are stored
     printed = call(capsys, *NETWORKS, "--resume", "--out", killed)
     assert "epoch   1/3" not in printed
-    whole, _ = main_job
-    assert_bit_for_bit(whole, killed)
-    result, resumed = (json.loads((folder / "result.json").read_text()) for folder in (whole, killed))
+    uninterrupted, _ = main_run
+    assert_bitwise_equal(uninterrupted, killed)
+    result, resumed = (json.loads((folder / "result.json").read_text()) for folder in (uninterrupted, killed))
     for name in ("best", "last", "teacher_best", "teacher_last"):
         assert resumed[name] == result[name]
     for name in ("student", "student_best", "teacher", "teacher_best"):
-        files = [torch.load(folder / f"{name}.pth", weights_only=True) for folder in (whole, killed)]
+        files = [torch.load(folder / f"{name}.pth", weights_only=True) for folder in (uninterrupted, killed)]
         assert all(torch.equal(value, files[1]["model"][key]) for key, value in files[0]["model"].items())
-    changing = {"seconds", "images_per_s"}
-    logs = [[{k: v for k, v in row.items() if k not in changing} for row in read_log(f)] for f in (whole, killed)]
+    timings = {"seconds", "images_per_s"}
+    logs = [
+        [{k: v for k, v in row.items() if k not in timings} for row in read_log(f)] for f in (uninterrupted, killed)
+    ]
     assert logs[0] == logs[1]
 
 
@@ -282,29 +284,29 @@ def test_files_are_restored_from_last_pt(tmp_path, capsys):
 
 
 @pytest.mark.parametrize("method", online_kd.METHODS)
-def test_scripts_do_not_resume_runs_of_each_other(tmp_path, capsys, teacher, method):
+def test_scripts_do_not_resume_each_others_runs(tmp_path, capsys, teacher, method):
     online, offline = tmp_path / "online", tmp_path / "offline"
     call(capsys, *ONE_STEP, "--method", method, "--out", online)
     same = [] if method == "dml" else ["--method", method]
     running.call(capsys, *ONE_STEP, *same, "--teacher-ckpt", teacher / "student.pth", "--out", offline)
-    for folder, module, of in ((online, cifar100, "online_kd"), (offline, online_kd, "cifar100")):
+    for folder, module, owner in ((online, cifar100, "online_kd"), (offline, online_kd, "cifar100")):
         before = (folder / "last.pt").read_bytes()
         for more in ([], ["--resume"]):
             message = running.call(capsys, *ONE_STEP, *more, "--out", folder, code=2, module=module)
             assert ("holds a run of" if more else "already holds a run") in message
-            assert (f"{of}.py" in message) == bool(more)
+            assert (f"{owner}.py" in message) == bool(more)
             assert message.count("\n") == 1
         assert (folder / "last.pt").read_bytes() == before
 
 
-def test_resuming_with_other_settings_is_rejected_by_name(main_job, capsys):
-    folder, _ = main_job
+def test_resume_rejects_changed_settings_by_name(main_run, capsys):
+    folder, _ = main_run
     for name, value in (("--w-teacher-kd", 0.5), ("--method", "dml"), ("--epochs", 9), ("--subset", 100)):
         message = call(capsys, *PAIR, name, value, "--resume", "--out", folder, code=2)
         assert f"{name} is {value}" in message
 
 
-def test_a_diverging_run_keeps_the_last_good_epoch(tmp_path, capsys, monkeypatch):
+def test_diverging_run_keeps_the_last_good_epoch(tmp_path, capsys, monkeypatch):
     options = [*PAIR, "--method", "dml", "--epochs", 3, "--out", tmp_path]
     call(capsys, *options, "--max-minutes", 1e-9)
     config = tmp_path / "config.yaml"  # the time limit is that of the last call
@@ -342,7 +344,7 @@ def test_a_diverging_run_keeps_the_last_good_epoch(tmp_path, capsys, monkeypatch
         ([*NETWORKS, "--resume"], "nothing to resume"),
     ],
 )
-def test_invalid_input_ends_in_one_line_and_exit_code_2(tmp_path, capsys, monkeypatch, options, expected):
+def test_invalid_input_exits_with_one_line_error(tmp_path, capsys, monkeypatch, options, expected):
     monkeypatch.chdir(tmp_path)
     defaults = [word for pair in zip(SMALL[::2], SMALL[1::2], strict=True) if pair[0] not in options for word in pair]
     message = call(capsys, *defaults, *options, code=2)
@@ -352,7 +354,7 @@ def test_invalid_input_ends_in_one_line_and_exit_code_2(tmp_path, capsys, monkey
     assert not list(tmp_path.iterdir())  # nothing was written
 
 
-def test_settings_and_schedules_are_the_published_ones():
+def test_settings_and_schedules_match_the_paper():
     args = online_kd.parse_args(["--teacher", "resnet56", "--student", "resnet20", "--device", "cuda"])
     assert [getattr(args, f"w_{term}") for term in TERMS] == [1, 1, 0.02, 0.02, 1, 1, 1, 1]
     assert (args.w_func_partial, args.w_func_prime_l2) == (0, 0)
@@ -370,7 +372,7 @@ def test_settings_and_schedules_are_the_published_ones():
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("options", [[], ["--amp", "bf16"], ["--method", "dml"]])
-def test_main_job_on_a_gpu(tmp_path, capsys, options):
+def test_main_run_on_gpu(tmp_path, capsys, options):
     small = [word if word != "cpu" else "cuda" for word in PAIR]
     call(capsys, *small, *options, "--epochs", 2, "--out", tmp_path)
     assert all(np.isfinite(float(row["loss"])) and float(row["peak_memory_mb"]) > 0 for row in read_log(tmp_path))

@@ -8,7 +8,7 @@ from common.run.optimizer import sgd
 OPTIONS = {"momentum": 0.9, "weight_decay": 0.1, "nesterov": True}
 
 
-def by_hand(weights, gradients, lr):
+def reference_sgd(weights, gradients, lr):
     """SGD with Nesterov momentum on one tensor; None is a step without a gradient."""
     velocity = torch.zeros_like(weights)
     for gradient in gradients:
@@ -27,14 +27,14 @@ def test_steps_match_the_definition_with_and_without_gradients(fused):
     gradients = [[torch.randn(5) for _ in range(4)], [None, torch.randn(5), None, torch.randn(5)]]
     optimizer = sgd(parameters, 0.1, fused=fused, **OPTIONS)
     for step in range(4):
-        for p, its_gradients in zip(parameters, gradients, strict=True):
-            p.grad = its_gradients[step]
+        for p, grads in zip(parameters, gradients, strict=True):
+            p.grad = grads[step]
         optimizer.step()
-    for p, start, its_gradients in zip(parameters, starts, gradients, strict=True):
-        torch.testing.assert_close(p.detach(), by_hand(start, its_gradients, 0.1))
+    for p, start, grads in zip(parameters, starts, gradients, strict=True):
+        torch.testing.assert_close(p.detach(), reference_sgd(start, grads, 0.1))
 
 
-def test_an_overflow_in_the_first_step_has_no_effect():
+def test_overflow_in_the_first_step_has_no_effect():
     parameter = torch.nn.Parameter(torch.ones(1000))
     optimizer = sgd([parameter], 0.1, fused=True, **OPTIONS)
     scaler = torch.amp.GradScaler("cpu")
@@ -43,4 +43,4 @@ def test_an_overflow_in_the_first_step_has_no_effect():
         scaler.scale((parameter * factor).sum()).backward()
         scaler.step(optimizer)
         scaler.update()
-    torch.testing.assert_close(parameter.detach(), by_hand(torch.ones(1000), [torch.ones(1000)], 0.1))
+    torch.testing.assert_close(parameter.detach(), reference_sgd(torch.ones(1000), [torch.ones(1000)], 0.1))

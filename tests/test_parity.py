@@ -18,7 +18,7 @@ RELATIVE = {"cpu": 1e-5, "cuda": 1e-4}
 KL_ROUNDING = 3e-6
 
 
-def close(value, expected, device, scale=None):
+def assert_close(value, expected, device, scale=None):
     """Equal up to a tolerance relative to the largest entry."""
     expected = expected.to(value.device)
     scale = expected.abs().max() if scale is None else scale
@@ -58,8 +58,8 @@ def step(request, parity):
 
 def test_logits(step, parity):
     device, _, _, _, flow, _, _ = step
-    close(flow.teacher_logits, parity["expected"]["teacher_logits"], device)
-    close(flow.student_logits, parity["expected"]["student_logits"], device)
+    assert_close(flow.teacher_logits, parity["expected"]["teacher_logits"], device)
+    assert_close(flow.student_logits, parity["expected"]["student_logits"], device)
 
 
 def test_every_piece_of_every_term(step, parity):
@@ -109,11 +109,11 @@ def test_gradients(step, parity):
     expected = parity["expected"]
     assert set(expected["grad_student"]) == {name for name, _ in student.named_parameters()}
     for name, parameter in student.named_parameters():
-        close(parameter.grad, expected["grad_student"][name], device)
+        assert_close(parameter.grad, expected["grad_student"][name], device)
     for bridge, gradients in expected["grad_bridges"].items():
         direction, k = bridge.split(".")
         for name, gradient in gradients.items():
-            close(getattr(bridges, direction)[k].get_parameter(name).grad, gradient, device)
+            assert_close(getattr(bridges, direction)[k].get_parameter(name).grad, gradient, device)
     assert all(parameter.grad is None for parameter in teacher.parameters())
 
 
@@ -122,12 +122,12 @@ def test_running_statistics_pure_and_per_path(step, parity):
     nets = {"teacher": teacher.state_dict(), "student": student.state_dict()}
     for role, state in nets.items():
         for name, value in parity["expected"][f"{role}_running_pure"].items():
-            close(state[name], value, device)
+            assert_close(state[name], value, device)
     for name, statistics in parity["expected"]["running_per_path"].items():
         role, layer = name.split(".", 1)
         layer, k = layer.rsplit(".k", 1)
         for statistic, value in statistics.items():
-            close(nets[role][f"{layer}.path{k}.{statistic}"], value, device)
+            assert_close(nets[role][f"{layer}.path{k}.{statistic}"], value, device)
     # No other layer was on a mixed path.
     seen = {
         f"{role}.{key.removesuffix('.num_batches_tracked').replace('.path', '.k')}"

@@ -49,7 +49,7 @@ def test_sampling_all_or_no_candidates():
 
 
 @pytest.mark.parametrize("num_paths", [-1, 5])
-def test_numbers_out_of_range_are_rejected(num_paths):
+def test_num_paths_out_of_range_is_rejected(num_paths):
     with pytest.raises(ValueError, match="4 candidates"):
         sample_paths(candidate_paths(4), num_paths, 1, 0, 0)
 

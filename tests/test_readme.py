@@ -21,7 +21,7 @@ from common.run.cost import added_cost
 
 ROOT = Path(cifar100.__file__).parent
 TORCHRUN = "--nnodes --node_rank --nproc_per_node --master_addr --master_port"  # options of torchrun
-ADDED = ("--w-cosine",)  # the option of the README's worked loss term
+EXAMPLE_OPTIONS = ("--w-cosine",)  # the option of the README's worked loss term
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md")), ROOT / "ablations" / "README.md"]
 README, ABLATIONS_README = PAGES[0].read_text(), PAGES[-1].read_text()
 TEXT = "\n".join(page.read_text() for page in PAGES)
@@ -34,7 +34,7 @@ SMALL = "--dataset synthetic --subset 40 --test-subset 20 --batch-size 20 --devi
 
 
 @pytest.fixture
-def copied(tmp_path):
+def project_copy(tmp_path):
     """A copy of the scripts and of common/."""
     shutil.copytree(ROOT / "common", tmp_path / "common")
     for name in ("cifar100.py", "imagenet.py", "online_kd.py"):
@@ -42,17 +42,19 @@ def copied(tmp_path):
     return tmp_path
 
 
-def python(folder, *words):
-    done = subprocess.run([sys.executable, *map(str, words)], cwd=folder, capture_output=True, text=True, timeout=300)
-    assert done.returncode == 0, done.stderr
-    return done.stdout
+def python(folder, *args):
+    completed = subprocess.run(
+        [sys.executable, *map(str, args)], cwd=folder, capture_output=True, text=True, timeout=300
+    )
+    assert completed.returncode == 0, completed.stderr
+    return completed.stdout
 
 
-def test_the_readme_is_short():
+def test_readme_is_short():
     assert len(README.splitlines()) <= 200
 
 
-def test_the_training_loop_runs_verbatim(tmp_path, monkeypatch):
+def test_training_loop_runs_verbatim(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     assert len(LOOP.splitlines()) <= 30
     loader = [(torch.randn(4, 3, 32, 32), torch.randint(10, (4,))) for _ in range(2)]
@@ -60,28 +62,28 @@ def test_the_training_loop_runs_verbatim(tmp_path, monkeypatch):
     build("resnet8", 10).load_state_dict(torch.load("student.pth")["model"])
 
 
-def test_the_worked_term_can_be_added(copied, teacher):
+def test_example_term_can_be_added(project_copy, teacher):
     """It trains, is logged, and is warmed up; the other scripts have its option too."""
-    with open(copied / "common" / "fcfd.py", "a") as file:
+    with open(project_copy / "common" / "fcfd.py", "a") as file:
         file.write(f"\n\n{TERM}")
     options = f"--teacher resnet14 --student resnet8 --teacher-ckpt {teacher / 'student.pth'} --w-cosine 2 {SMALL}"
     # A twelfth of 24 epochs is the warm-up; the run stops after the first epoch.
-    python(copied, "cifar100.py", *options.split(), "--epochs", 24, "--max-minutes", 1e-9)
-    [row] = read_log(copied / "runs" / "student")
+    python(project_copy, "cifar100.py", *options.split(), "--epochs", 24, "--max-minutes", 1e-9)
+    [row] = read_log(project_copy / "runs" / "student")
     weights = {"task": 1, "kd": 1, "app": 2.5, "func_l2": 2.5, "func_kl": 1, "func_prime": 1, "cosine": 0.5 * 2}
     assert float(row["cosine"]) > 0
     assert float(row["loss"]) == pytest.approx(sum(w * float(row[name]) for name, w in weights.items()), rel=1e-4)
     code = "from contextlib import suppress\nimport imagenet, online_kd\nfor script in (imagenet, online_kd):"
     code += "\n    with suppress(SystemExit):\n        script.parse_args(['--help'])"
-    assert python(copied, "-c", code).count("--w-cosine") >= 2 * 2  # in the usage line and in the list of options
+    assert python(project_copy, "-c", code).count("--w-cosine") >= 2 * 2  # in the usage line and in the list of options
 
 
-def test_the_worked_network_can_be_added(copied):
-    models = copied / "common" / "models"
+def test_example_network_can_be_added(project_copy):
+    models = project_copy / "common" / "models"
     (models / "tiny.py").write_text(NETWORK)
     (models / "__init__.py").write_text(f"{(models / '__init__.py').read_text()}\n\n{REGISTRATION}")
-    python(copied, "cifar100.py", *f"--teacher resnet8 --student Tiny --epochs 1 {SMALL}".split())
-    assert (copied / "runs" / "student" / "student.pth").exists()
+    python(project_copy, "cifar100.py", *f"--teacher resnet8 --student Tiny --epochs 1 {SMALL}".split())
+    assert (project_copy / "runs" / "student" / "student.pth").exists()
 
 
 def test_named_files_and_functions_exist():
@@ -109,11 +111,11 @@ def test_named_options_exist(capsys):
         with pytest.raises(SystemExit):
             script.main(["--help"])
     known = capsys.readouterr().out + TORCHRUN
-    for option in set(re.findall(r"(?<![\w-])--[a-z][a-z_-]+", TEXT)) - set(ADDED):
+    for option in set(re.findall(r"(?<![\w-])--[a-z][a-z_-]+", TEXT)) - set(EXAMPLE_OPTIONS):
         assert option in known, option
 
 
-def test_commands_use_options_of_their_script(capsys):
+def test_commands_use_their_scripts_options(capsys):
     """Each line that calls a script matches its --help, and cifar100.py's where that takes its options too."""
 
     def options_of(module):
@@ -134,7 +136,7 @@ def test_commands_use_options_of_their_script(capsys):
     assert seen >= {f"{name}.py" for name in scripts.split()}
 
 
-def test_every_script_of_a_table_or_figure_is_named():
+def test_every_ablation_script_is_documented():
     assert len(ABLATIONS) >= 14
     for module in ABLATIONS:
         name = module.__name__.rpartition(".")[2]
@@ -155,7 +157,7 @@ def test_published_pairs_match_the_settings():
     assert {f"{teacher}-{student}" for teacher, student in named} == set(imagenet.SETTINGS["pairs"])
 
 
-def test_cost_of_simkd_matches_the_table():
+def test_simkd_cost_matches_the_table():
     number, share = r"([\d,.]+)[kM]", r"\(([\d.]+) %\)"
     rows = re.findall(
         rf"^\| (\w+) \| (\w+) \| {number} \| {number} {share} \| {number} \| {number} {share} \|$", TEXT, re.M

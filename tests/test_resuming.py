@@ -6,21 +6,21 @@ from functools import partial
 import pytest
 import torch
 import yaml
-from running import FEW, PAIR, assert_bit_for_bit, call
+from running import FEW_IMAGES, PAIR, assert_bitwise_equal, call
 
 import cifar100
 
 SETTINGS = ["--epochs", 2, "--lr", 0.01, "--temperature", 3, "--w-app", 2, "--w-func-kl", 0.5, "--positions", 3, 2]
 SETTINGS += ["--seed", 7, "--num-paths", 3]
-NAMES = ["--teacher", "resnet14", "--student", "resnet8"]
+NETWORKS = ["--teacher", "resnet14", "--student", "resnet8"]
 
 
 @pytest.fixture(scope="module")
-def whole(teacher, tmp_path_factory):
+def uninterrupted(teacher, tmp_path_factory):
     """Two epochs with settings that are not the defaults."""
-    out = tmp_path_factory.mktemp("whole") / "run"
-    words = [*PAIR, *FEW, *SETTINGS, "--teacher-ckpt", teacher / "student.pth", "--out", out]
-    assert cifar100.main(list(map(str, words))) == 0
+    out = tmp_path_factory.mktemp("uninterrupted") / "run"
+    argv = [*PAIR, *FEW_IMAGES, *SETTINGS, "--teacher-ckpt", teacher / "student.pth", "--out", out]
+    assert cifar100.main(list(map(str, argv))) == 0
     return out
 
 
@@ -29,8 +29,8 @@ def after_one_epoch(teacher, tmp_path_factory):
     """The same run, stopped after its first epoch; its teacher's checkpoint was deleted afterwards."""
     folder = tmp_path_factory.mktemp("stopped")
     file = shutil.copy(teacher / "student.pth", folder / "teacher.pth")
-    words = [*PAIR, *FEW, *SETTINGS, "--teacher-ckpt", file, "--max-minutes", 1e-9, "--out", folder / "run"]
-    assert cifar100.main(list(map(str, words))) == 0
+    argv = [*PAIR, *FEW_IMAGES, *SETTINGS, "--teacher-ckpt", file, "--max-minutes", 1e-9, "--out", folder / "run"]
+    assert cifar100.main(list(map(str, argv))) == 0
     (folder / "teacher.pth").unlink()
     return folder / "run"
 
@@ -40,25 +40,25 @@ def stopped(after_one_epoch, tmp_path):
     return shutil.copytree(after_one_epoch, tmp_path / "run")
 
 
-def test_stored_options_are_the_defaults_and_no_teacher_file_is_needed(capsys, whole, stopped):
+def test_resume_uses_stored_options_and_needs_no_teacher_file(capsys, uninterrupted, stopped):
     before = yaml.safe_load((stopped / "config.yaml").read_text())
-    printed = call(capsys, *NAMES, "--out", stopped, "--resume")
+    printed = call(capsys, *NETWORKS, "--out", stopped, "--resume")
     assert "epoch   2/2" in printed
     assert "epoch   1/2" not in printed
-    assert_bit_for_bit(whole, stopped)
+    assert_bitwise_equal(uninterrupted, stopped)
     changing = {"out": str(stopped), "max_minutes": None}  # the stored limit does not apply to this call
     assert yaml.safe_load((stopped / "config.yaml").read_text()) == before | changing
 
 
-def test_given_options_may_repeat_the_stored_ones(capsys, whole, stopped):
+def test_options_may_repeat_the_stored_ones(capsys, uninterrupted, stopped):
     """In another order, as another form of the number, and with another path to the teacher's folder."""
     same = ["--positions", 2, 3, "--lr", "1e-2", "--w-app", 2.0, "--method", "fcfd"]
-    call(capsys, *PAIR, *FEW, *same, "--epochs", 2, "--seed", 7, "--out", stopped, "--resume")
-    assert_bit_for_bit(whole, stopped)
+    call(capsys, *PAIR, *FEW_IMAGES, *same, "--epochs", 2, "--seed", 7, "--out", stopped, "--resume")
+    assert_bitwise_equal(uninterrupted, stopped)
 
 
 @pytest.mark.parametrize(
-    ("given", "message"),
+    ("options", "message"),
     [
         (["--teacher", "resnet32"], "--teacher is resnet32 and was resnet14"),
         (["--student", "resnet14"], "--student is resnet14 and was resnet8"),
@@ -80,25 +80,25 @@ def test_given_options_may_repeat_the_stored_ones(capsys, whole, stopped):
         (["--teacher-ckpt", "other.pth"], "--teacher-ckpt is other.pth and was"),
     ],
 )
-def test_options_that_contradict_the_run_are_rejected_by_name(capsys, after_one_epoch, given, message):
+def test_conflicting_options_are_rejected_by_name(capsys, after_one_epoch, options, message):
     before = (after_one_epoch / "last.pt").read_bytes()
-    printed = call(capsys, *NAMES, *given, "--out", after_one_epoch, "--resume", code=2)
+    printed = call(capsys, *NETWORKS, *options, "--out", after_one_epoch, "--resume", code=2)
     assert printed.startswith("error: cannot resume with other settings: ")
     assert message in printed
     assert printed.count("\n") == 1
     assert (after_one_epoch / "last.pt").read_bytes() == before
 
 
-def in_config(**values):
+def set_config(**values):
     return lambda state: state["config"].update(values)
 
 
-def in_momentum(change):
+def edit_momentum(change):
     """Replace the optimizer's first momentum buffer."""
 
     def edit(state):
-        of_parameter = state["optimizer"]["state"][0]
-        of_parameter["momentum_buffer"] = change(of_parameter["momentum_buffer"])
+        parameter_state = state["optimizer"]["state"][0]
+        parameter_state["momentum_buffer"] = change(parameter_state["momentum_buffer"])
 
     return edit
 
@@ -121,28 +121,28 @@ def delete(*keys):
     return edit
 
 
-def other_row(state):
+def mismatched_row(state):
     state["log"] = [*state["log"], {"epoch": 2}]
     state["epoch"] = 2
 
 
 DAMAGE = {
-    "a number as a network": in_config(student=8),
-    "an unknown network": in_config(teacher="resnet15"),
-    "a number as a choice": in_config(method=1),
-    "a list as a number": in_config(lr=[0.01]),
-    "text as a number": in_config(epochs="many"),
-    "a fraction as a count": in_config(epochs=2.5),
-    "a number out of range": in_config(temperature=-1.0),
-    "NaN as a weight": in_config(w_app=float("nan")),
-    "a number as a list": in_config(positions=2),
-    "nothing as a count": in_config(epochs=None),
-    "nothing as a name": in_config(dataset=None),
-    "nothing as a flag": in_config(simkd=None),
-    "a position outside the network": in_config(positions=[2, 9]),
-    "a number as a flag": in_config(simkd="yes"),
-    "too many paths": in_config(num_paths=99),
-    "another pair of networks": in_config(student="vgg8"),
+    "a number as a network": set_config(student=8),
+    "an unknown network": set_config(teacher="resnet15"),
+    "a number as a choice": set_config(method=1),
+    "a list as a number": set_config(lr=[0.01]),
+    "text as a number": set_config(epochs="many"),
+    "a fraction as a count": set_config(epochs=2.5),
+    "a number out of range": set_config(temperature=-1.0),
+    "NaN as a weight": set_config(w_app=float("nan")),
+    "a number as a list": set_config(positions=2),
+    "None as a count": set_config(epochs=None),
+    "None as a name": set_config(dataset=None),
+    "None as a flag": set_config(simkd=None),
+    "a position outside the network": set_config(positions=[2, 9]),
+    "text as a flag": set_config(simkd="yes"),
+    "too many paths": set_config(num_paths=99),
+    "another pair of networks": set_config(student="vgg8"),
     "a list as the config": replace([1], "config"),
     "a list as a state dict": replace([1], "student"),
     "no bridges": delete("bridges"),
@@ -150,11 +150,11 @@ DAMAGE = {
     "a list as the optimizer": replace([1], "optimizer"),
     "a list as the optimizer's groups": replace({}, "optimizer", "param_groups"),
     "text as the learning rate": replace("x", "optimizer", "param_groups", 0, "lr"),
-    "nothing as the momentum": replace(None, "optimizer", "param_groups", 0, "momentum"),
+    "None as the momentum": replace(None, "optimizer", "param_groups", 0, "momentum"),
     "parameters in another order": lambda state: state["optimizer"]["param_groups"][0]["params"].reverse(),
-    "momentum of another shape": in_momentum(lambda buffer: buffer[:1]),
-    "momentum of another dtype": in_momentum(lambda buffer: buffer.double()),
-    "momentum that is not a tensor": in_momentum(lambda buffer: 0.5),
+    "momentum of another shape": edit_momentum(lambda buffer: buffer[:1]),
+    "momentum of another dtype": edit_momentum(lambda buffer: buffer.double()),
+    "momentum that is not a tensor": edit_momentum(lambda buffer: 0.5),
     "no momentum": replace({}, "optimizer", "state"),
     "text as a score": replace("x", "best", "top1"),
     "text as the best scores": replace("x", "best"),
@@ -162,7 +162,7 @@ DAMAGE = {
     "best scores without an epoch": delete("best", "epoch"),
     "a teacher without an accuracy": delete("teacher_accuracy", "top1"),
     "a list as the teacher's scores": replace([50.0], "teacher_accuracy"),
-    "rows with other columns": other_row,
+    "rows with other columns": mismatched_row,
     "a row that is not a dictionary": replace([1], "log"),
     "a missing column": delete("log", 0, "test_top1"),
     "text in the log": replace("x", "log", 0, "seconds"),
@@ -176,7 +176,7 @@ DAMAGE = {
 
 
 @pytest.mark.parametrize("damage", DAMAGE)
-def test_a_damaged_last_pt_is_rejected_in_one_line_and_kept(capsys, monkeypatch, stopped, damage):
+def test_damaged_last_pt_is_rejected_and_kept(capsys, monkeypatch, stopped, damage):
     monkeypatch.setattr(cifar100, "train_batches", None)  # it must not train
     state = torch.load(stopped / "last.pt", weights_only=True)
     DAMAGE[damage](state)
@@ -189,9 +189,9 @@ def test_a_damaged_last_pt_is_rejected_in_one_line_and_kept(capsys, monkeypatch,
 
 
 @pytest.mark.parametrize(
-    "edit", [partial(in_config, epochs=2), partial(in_config, w_app=2), partial(in_config, some_new_option=1)]
+    "edit", [partial(set_config, epochs=2), partial(set_config, w_app=2), partial(set_config, some_new_option=1)]
 )
-def test_a_state_that_is_not_damaged_resumes(capsys, stopped, edit):
+def test_intact_state_resumes(capsys, stopped, edit):
     """So that the tests above do not pass for another reason."""
     state = torch.load(stopped / "last.pt", weights_only=True)
     edit()(state)

@@ -41,7 +41,7 @@ def build_pair(teacher_name, student_name):
     return teacher, student, plain, bridges
 
 
-class Plain:
+class NaiveSimKD:
     """The combination as functions of tensors on copies; `seen` holds the inputs of the projector's BatchNorms."""
 
     def __init__(self, teacher, student, plain, bridges, images):
@@ -98,17 +98,17 @@ class Plain:
         return terms
 
     def gradients(self):
-        found = {f"projector.{name}": p.grad for name, p in self.weights.items()}
-        found |= {f"student.{name}": p.grad for name, p in self.plain.named_parameters()}
-        found |= {f"bridges.{name}": p.grad for name, p in self.bridges.named_parameters()}
-        return {name: gradient for name, gradient in found.items() if gradient is not None}
+        gradients = {f"projector.{name}": p.grad for name, p in self.weights.items()}
+        gradients |= {f"student.{name}": p.grad for name, p in self.plain.named_parameters()}
+        gradients |= {f"bridges.{name}": p.grad for name, p in self.bridges.named_parameters()}
+        return {name: gradient for name, gradient in gradients.items() if gradient is not None}
 
 
 @pytest.mark.parametrize(("teacher_name", "student_name", "shape"), PAIRS)
-def test_a_step_matches_the_simple_implementation(teacher_name, student_name, shape):
+def test_step_matches_the_naive_implementation(teacher_name, student_name, shape):
     teacher, student, plain, bridges = build_pair(teacher_name, student_name)
     images, labels, last = torch.randn(4, 3, 32, 32), torch.randint(10, (4,)), teacher.num_stages
-    naive = Plain(teacher, student, plain, bridges, images)
+    naive = NaiveSimKD(teacher, student, plain, bridges, images)
     expected = naive.terms(labels)
     sum(WEIGHTS[name] * value for name, value in expected.items()).backward()
 
@@ -150,7 +150,7 @@ def test_a_step_matches_the_simple_implementation(teacher_name, student_name, sh
             close(state[f"{path}running_var"], start + 0.1 * x.var((0, 2, 3)))
 
 
-def test_the_student_has_the_same_initial_weights_as_without_simkd_and_no_classifier_of_its_own():
+def test_simkd_keeps_the_students_initial_weights_but_not_its_classifier():
     torch.manual_seed(5)
     alone = build("MobileNetV2", 10)
     torch.manual_seed(5)
@@ -193,7 +193,7 @@ def test_inference_uses_the_pure_path_and_a_plain_network_is_saved():
         ("vgg13", "MobileNetV2", 2 * 2 * (1280 * 256 + 9 * 256 * 256 + 256 * 512)),
     ],
 )
-def test_added_cost_matches_a_count_by_hand(teacher_name, student_name, macs):
+def test_added_cost_matches_a_hand_count(teacher_name, student_name, macs):
     c_s, c_t = (build(name, 7).classifier_layer for name in (student_name, teacher_name))
     c_s, c_t = (sum(p.numel() for p in layer.parameters()) // 7 - 1 for layer in (c_s, c_t))  # widths
     inner, pixels = c_t // 2, {"resnet8": 64, "MobileNetV2": 4}[student_name]
@@ -214,7 +214,7 @@ def test_cost_of_a_published_network():
     assert flops == 2 * macs
 
 
-def test_added_cost_does_not_use_the_random_generator():
+def test_added_cost_leaves_the_global_generator_unchanged():
     torch.manual_seed(0)
     expected = torch.rand(1)
     torch.manual_seed(0)
@@ -237,7 +237,7 @@ def test_dkd_replaces_kl_in_exactly_three_terms(simkd):
     )
     assert with_kl == fcfd_terms(flow, labels, 3.0)
     assert [name for name in EQ_9 if with_kl[name] != with_dkd[name]] == ["kd", "func_kl", "func_prime"]
-    of_path = {path: dkd(x.logits, flow.teacher_logits, 3.0, labels, 1.0, 5.0) for path, x in flow.mixed.items()}
+    by_path = {path: dkd(x.logits, flow.teacher_logits, 3.0, labels, 1.0, 5.0) for path, x in flow.mixed.items()}
     assert with_dkd["kd"] == dkd(flow.student_logits, flow.teacher_logits, 3.0, labels, 1.0, 5.0)
     for delta, name in ((1, "func_kl"), (0, "func_prime")):
-        assert with_dkd[name] == sum(value for path, value in of_path.items() if path.delta == delta)
+        assert with_dkd[name] == sum(value for path, value in by_path.items() if path.delta == delta)

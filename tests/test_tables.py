@@ -18,8 +18,8 @@ PAIR = ("resnet32x4", "resnet8x4")
 
 def settings(tmp_path, script, pair="resnet32x4-resnet8x4", *options):
     """The texts in the first columns of each row, and all settings of its run."""
-    words = ["--pairs", pair, "--out", str(tmp_path), "--epochs", "3", "--dataset", "synthetic", *options]
-    args, given = tables.parse_args(words, "", "some", [])
+    argv = ["--pairs", pair, "--out", str(tmp_path), "--epochs", "3", "--dataset", "synthetic", *options]
+    args, given = tables.parse_args(argv, "", "some", [])
     runs = grid(args, given, [row for _, row in script.ROWS])
     return [(start, runs[pair, row.name, 1].settings()) for start, row in script.ROWS]
 
@@ -32,7 +32,7 @@ BASE = {"task": 1, "kd": 1}
 APP, FUNC, PRIME = {"app": 5}, {"func_l2": 5, "func_kl": 1}, {"func_prime": 1}
 
 
-def test_rows_of_components_have_the_weights_they_name(tmp_path):
+def test_component_rows_have_the_named_weights(tmp_path):
     rows = settings(tmp_path, components)
     for marks, c in rows:
         parts = [part for mark, part in zip(marks, (APP, FUNC, PRIME), strict=True) if mark]
@@ -40,7 +40,7 @@ def test_rows_of_components_have_the_weights_they_name(tmp_path):
     assert [sum(map(bool, marks)) for marks, _ in rows] == [0, 1, 2, 2, 2, 3]
 
 
-def test_rows_of_loss_terms_have_the_weights_they_name(tmp_path):
+def test_loss_term_rows_have_the_named_weights(tmp_path):
     each = ({"func_kl": 1}, {"func_l2": 5}, {"func_prime": 1}, {"func_prime_l2": 5})
     rows = settings(tmp_path, loss_terms)
     assert len({marks for marks, _ in rows}) == len(rows)
@@ -49,27 +49,27 @@ def test_rows_of_loss_terms_have_the_weights_they_name(tmp_path):
         assert weights(c) == BASE | APP | {key: value for part in parts for key, value in part.items()}, marks
 
 
-def test_rows_of_partial_have_the_weights_they_name(tmp_path):
+def test_partial_rows_have_the_named_weights(tmp_path):
     parts = {"L_func-partial": {"func_partial": 5}, "L_func": FUNC, "L_func'": PRIME, "nothing": {}}
     for (title,), c in settings(tmp_path, partial):
         expected = [parts[name] for name in title.split(" and ")]
         assert weights(c) == BASE | APP | {key: value for part in expected for key, value in part.items()}, title
 
 
-def test_rows_of_positions_sample_two_paths_at_the_positions_they_name(tmp_path):
-    found = {title: c for (title,), c in settings(tmp_path, positions)}
-    assert [c["positions"] for c in found.values()] == [[2, 3], [2], [3], [4], [4], [2, 3]]
-    assert [c["num_paths"] for c in found.values()] == [0, 2, 2, 2, 1, 2]
-    assert weights(found["F^4, L_func alone (as SRRL)"]) == BASE | APP | FUNC
-    assert all(weights(found[title]) == BASE | APP | FUNC | PRIME for title in ("F^2", "F^3", "F^4"))
+def test_position_rows_sample_two_paths_at_the_named_positions(tmp_path):
+    by_title = {title: c for (title,), c in settings(tmp_path, positions)}
+    assert [c["positions"] for c in by_title.values()] == [[2, 3], [2], [3], [4], [4], [2, 3]]
+    assert [c["num_paths"] for c in by_title.values()] == [0, 2, 2, 2, 1, 2]
+    assert weights(by_title["F^4, L_func alone (as SRRL)"]) == BASE | APP | FUNC
+    assert all(weights(by_title[title]) == BASE | APP | FUNC | PRIME for title in ("F^2", "F^3", "F^4"))
 
 
-def test_a_given_weight_goes_only_to_rows_with_a_path_that_the_term_reads(tmp_path):
-    found = {title: c for (title,), c in settings(tmp_path, positions, "resnet32x4-resnet8x4", "--w-func-l2", "3")}
-    assert (found["F^2"]["w_func_l2"], found["F^4"]["w_func_l2"]) == (3, 5)
+def test_weight_applies_only_to_rows_whose_paths_feed_the_term(tmp_path):
+    by_title = {title: c for (title,), c in settings(tmp_path, positions, "resnet32x4-resnet8x4", "--w-func-l2", "3")}
+    assert (by_title["F^2"]["w_func_l2"], by_title["F^4"]["w_func_l2"]) == (3, 5)
 
 
-def test_variants_have_the_l2_weight_of_the_pair(tmp_path):
+def test_variants_use_the_pairs_l2_weight(tmp_path):
     *_, (_, c) = settings(tmp_path, loss_terms, "resnet56-resnet20")
     assert (c["w_func_l2"], c["w_func_prime_l2"]) == (0.02, 0.02)
     *_, (_, c) = settings(tmp_path, loss_terms, "resnet56-resnet20", "--w-app", "3")
@@ -80,7 +80,7 @@ def test_variants_have_the_l2_weight_of_the_pair(tmp_path):
     assert (c["w_func_l2"], c["w_func_prime_l2"]) == (0.02, 3)
 
 
-def test_equal_settings_have_equal_names_and_only_they(tmp_path):
+def test_names_are_equal_exactly_when_settings_are(tmp_path):
     by_name = {}
     for script in SCRIPTS:
         for (_, row), (_, c) in zip(script.ROWS, settings(tmp_path, script), strict=True):
@@ -92,7 +92,7 @@ def test_equal_settings_have_equal_names_and_only_they(tmp_path):
     assert {row.name for _, row in components.ROWS} & {row.name for _, row in loss_terms.ROWS} > {"app", "fcfd"}
 
 
-def test_names():
+def test_row_names():
     rows = [ALONE, Row({"method": "kd", "kd_loss": "dkd"}), Row({"method": "dml"}, online_kd)]
     rows += [Row({"w_func_kl": 0, "method": "fcfd", "positions": [2, 4]}), Row({"method": "fcfd", "simkd": True})]
     rows.append(Row({"method": "app", "w_func_partial": PAIRS_L2}))
@@ -113,28 +113,30 @@ def test_each_row_takes_the_options_that_affect_it():
         "amp": "off",
     }
 
-    def taken(method, script=cifar100, **more):
-        own = options_of(Row({"method": method, **more}, script), given, *PAIR)
+    def applied(method, script=cifar100, **more):
+        options = options_of(Row({"method": method, **more}, script), given, *PAIR)
         return {
-            key: own.get(key) for key in ("w_app", "w_func_kl", "num_paths", "tckd", "lr", "temperature") if key in own
+            key: options.get(key)
+            for key in ("w_app", "w_func_kl", "num_paths", "tckd", "lr", "temperature")
+            if key in options
         }
 
-    assert taken("kd") == {"lr": 5, "temperature": 6}
-    assert taken("app") == {"w_app": 2, "lr": 5, "temperature": 6}
-    assert taken("app", w_func_partial=PAIRS_L2) == {"w_app": 2, "num_paths": 1, "lr": 5, "temperature": 6}
+    assert applied("kd") == {"lr": 5, "temperature": 6}
+    assert applied("app") == {"w_app": 2, "lr": 5, "temperature": 6}
+    assert applied("app", w_func_partial=PAIRS_L2) == {"w_app": 2, "num_paths": 1, "lr": 5, "temperature": 6}
     assert options_of(Row({"method": "app", "w_func_partial": PAIRS_L2}), given, *PAIR)["w_func_partial"] == 8
-    everything = {"w_app": 2, "w_func_kl": 3, "num_paths": 1, "lr": 5, "temperature": 6}
-    assert taken("fcfd") == everything
-    assert taken("fcfd", kd_loss="dkd") == everything | {"tckd": 4}
-    assert taken("fcfd", w_app=0, num_paths=4) == everything | {"w_app": 0, "num_paths": 4}
-    assert taken("fcfd", online_kd) == everything
-    assert taken("dml", online_kd) == {"lr": 5, "temperature": 6}
-    assert taken("crd", train_baseline) == {"lr": 5}
+    all_options = {"w_app": 2, "w_func_kl": 3, "num_paths": 1, "lr": 5, "temperature": 6}
+    assert applied("fcfd") == all_options
+    assert applied("fcfd", kd_loss="dkd") == all_options | {"tckd": 4}
+    assert applied("fcfd", w_app=0, num_paths=4) == all_options | {"w_app": 0, "num_paths": 4}
+    assert applied("fcfd", online_kd) == all_options
+    assert applied("dml", online_kd) == {"lr": 5, "temperature": 6}
+    assert applied("crd", train_baseline) == {"lr": 5}
     alone = options_of(ALONE, given, None, "resnet8x4")
     assert alone == {"student": "resnet8x4", "epochs": 3, "lr": 5, "amp": "off"}
 
 
-def test_folders_are_named_after_the_given_options(tmp_path, monkeypatch):
+def test_folders_are_named_after_the_options(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
 
     def folders(*options):
@@ -150,13 +152,17 @@ def test_folders_are_named_after_the_given_options(tmp_path, monkeypatch):
     assert folders("--seeds", "4", "--jobs", "2", "--amp", "off") == folders()
 
 
-def found(pair, method, seed, last, teacher=""):
+def result_row(pair, method, seed, last, teacher=""):
     return {"pair": pair, "method": method, "seed": seed, "last": last, "teacher": teacher}
 
 
 def test_layout():
     rows = [(("", "✓"), Row({"method": "kd"})), (("✓", ""), Row({"method": "fcfd"}))]
-    numbers = [found("a-b", "kd", 1, 70.0, 80.0), found("a-b", "kd", 2, 72.0, 80.0), found("c-d", "fcfd", 1, 50.0)]
+    numbers = [
+        result_row("a-b", "kd", 1, 70.0, 80.0),
+        result_row("a-b", "kd", 2, 72.0, 80.0),
+        result_row("c-d", "fcfd", 1, 50.0),
+    ]
     args = Namespace(pairs=["a-b", "c-d"], seeds=[1, 2, 2])
     text = tables.layout(["one", "two"], rows, args, numbers)
     assert text.splitlines()[:4] == [
@@ -166,13 +172,13 @@ def test_layout():
         "| ✓ |  |  | 50.00 (n = 1) |",
     ]
     assert "n = 2, as far as runs are finished." in text
-    every = [found(pair, row.name, seed, 1.0) for pair in args.pairs for _, row in rows for seed in (1, 2)]
-    assert "n = 2." in tables.layout(["one", "two"], rows, args, every)
+    complete = [result_row(pair, row.name, seed, 1.0) for pair in args.pairs for _, row in rows for seed in (1, 2)]
+    assert "n = 2." in tables.layout(["one", "two"], rows, args, complete)
 
 
 def test_online_runs_show_their_teacher():
-    own = found("a-b", "online-dml", 1, 60.0) | {"best": 61.0, "teacher_last": 70.0, "teacher_best": 71.0}
-    text = compare.table([own], {})
+    row = result_row("a-b", "online-dml", 1, 60.0) | {"best": 61.0, "teacher_last": 70.0, "teacher_best": 71.0}
+    text = compare.table([row], {})
     assert (
         "| a-b | online-dml | 1 | 60.00 | 61.00 |  |\n| a-b | online-dml: its teacher | 1 | 70.00 | 71.00 |  |" in text
     )
@@ -220,7 +226,7 @@ def test_compare_also_runs_other_scripts(tmp_path, capsys):
     assert "--lr is 0.3 and was 0.05" in capsys.readouterr().err
 
 
-def test_the_tables_of_the_paper_consist_of_known_methods():
+def test_paper_tables_contain_known_methods():
     assert compare.TABLES == {
         "1": ["alone", "kd", "crd", "kd-dkd", "reviewkd", "app", "fcfd"],
         "4": ["kd-dkd", "fcfd-dkd", "simkd", "fcfd-simkd", "fcfd-dkd-simkd"],
@@ -241,7 +247,7 @@ def test_the_tables_of_the_paper_consist_of_known_methods():
         (["--dataset", "folder", "--data-dir", "missing"], "missing"),
     ],
 )
-def test_invalid_input_is_one_line_and_exit_code_2(tmp_path, capsys, options, expected):
+def test_invalid_input_exits_with_one_line_error(tmp_path, capsys, options, expected):
     assert components.main([*options, "--out", str(tmp_path / "out")]) == 2
     message = capsys.readouterr().err
     assert message.startswith("error: ")
@@ -260,15 +266,15 @@ def test_invalid_input_is_one_line_and_exit_code_2(tmp_path, capsys, options, ex
         (compare, ["--kd-loss", "dkd"], "--kd-loss is set by the rows"),
     ],
 )
-def test_options_that_would_make_a_rows_name_wrong_are_refused(tmp_path, capsys, script, options, expected):
+def test_options_that_contradict_row_names_are_rejected(tmp_path, capsys, script, options, expected):
     assert script.main([*options, "--epochs", "1", "--dataset", "synthetic", "--out", str(tmp_path / "out")]) == 2
     assert expected in capsys.readouterr().err
     assert not (tmp_path / "out").exists()
 
 
-def test_students_of_different_teachers_are_refused(tmp_path):
-    words = ["--pairs", "resnet14-resnet8", "--epochs", "1", "--dataset", "synthetic", "--out", str(tmp_path)]
-    cells = grid(*tables.parse_args(words, "", "some", []), [row for _, row in partial.ROWS[:2]])
+def test_students_of_different_teachers_are_rejected(tmp_path):
+    argv = ["--pairs", "resnet14-resnet8", "--epochs", "1", "--dataset", "synthetic", "--out", str(tmp_path)]
+    cells = grid(*tables.parse_args(argv, "", "some", []), [row for _, row in partial.ROWS[:2]])
     score = {"epoch": 1, "top1": 50.0}
     for cell, top1 in zip(cells.values(), (60.0, 60.1), strict=True):
         cell.folder.mkdir(parents=True)
@@ -281,19 +287,19 @@ def test_students_of_different_teachers_are_refused(tmp_path):
         tables.numbers(cells)
 
 
-@pytest.mark.parametrize("lost", ["config.yaml", "result.json"])
-def test_a_run_with_damaged_files_is_not_finished(tmp_path, lost):
-    words = ["--pairs", "resnet14-resnet8", "--epochs", "1", "--dataset", "synthetic", "--out", str(tmp_path)]
-    (cell, *_) = grid(*tables.parse_args(words, "", "some", []), [Row({"method": "kd"})]).values()
+@pytest.mark.parametrize("damaged_file", ["config.yaml", "result.json"])
+def test_run_with_damaged_files_is_not_finished(tmp_path, damaged_file):
+    argv = ["--pairs", "resnet14-resnet8", "--epochs", "1", "--dataset", "synthetic", "--out", str(tmp_path)]
+    (cell, *_) = grid(*tables.parse_args(argv, "", "some", []), [Row({"method": "kd"})]).values()
     cell.folder.mkdir(parents=True)
     score = {"epoch": 1, "top1": 50.0}
-    whole = {"epoch": 1, "epochs": 1, "last": score, "best": score, "teacher": None, "seconds": 1}
+    intact = {"epoch": 1, "epochs": 1, "last": score, "best": score, "teacher": None, "seconds": 1}
     (cell.folder / "config.yaml").write_text("{}")
-    (cell.folder / "result.json").write_text(json.dumps(whole))
-    assert cell.result() == whole
-    if lost == "result.json":
+    (cell.folder / "result.json").write_text(json.dumps(intact))
+    assert cell.result() == intact
+    if damaged_file == "result.json":
         for damaged in ({"last": {}}, {"best": []}, {"teacher": 5}, {"last": {"top1": "x"}}):
-            (cell.folder / "result.json").write_text(json.dumps(whole | damaged))
+            (cell.folder / "result.json").write_text(json.dumps(intact | damaged))
             assert cell.result() is None
     else:
         (cell.folder / "config.yaml").write_text("truncated: [")
@@ -304,13 +310,13 @@ def test_a_run_with_damaged_files_is_not_finished(tmp_path, lost):
         cell.settings()
 
 
-def test_a_table_of_the_paper_has_its_own_folder(tmp_path, monkeypatch):
+def test_each_paper_table_has_its_own_folder(tmp_path, monkeypatch):
     monkeypatch.setattr(tables, "run", lambda args, cells, finish: places.append((args.out, args.runs)))
     places = []
     assert compare.main(["--table", "4", "--out", str(tmp_path)]) == 0
     assert places == [(tmp_path / "table4", tmp_path)]
 
 
-def test_two_ways_to_choose_the_methods(tmp_path, capsys):
+def test_table_and_methods_are_mutually_exclusive(tmp_path, capsys):
     assert compare.main(["--table", "4", "--methods", "kd", "--out", str(tmp_path)]) == 2
     assert "give one of them" in capsys.readouterr().err

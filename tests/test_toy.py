@@ -10,19 +10,19 @@ from PIL import Image
 from ablations import toy
 
 
-def by_hand(f1, f2):
+def reference_output(f1, f2):
     """The output of the later part from the formula in the docstring, in plain floats."""
     z = [2 * f1 - f2 + 1, -f1 + 2 * f2, f1 / 2 + f2 - 2]
     total = sum(math.exp(value) for value in z)
     return [math.exp(value) / total for value in z]
 
 
-def kl_by_hand(f1, f2):
-    return sum(p * math.log(p / q) for p, q in zip(by_hand(4, 4), by_hand(f1, f2), strict=True))
+def reference_kl(f1, f2):
+    return sum(p * math.log(p / q) for p, q in zip(reference_output(4, 4), reference_output(f1, f2), strict=True))
 
 
 @pytest.mark.parametrize("radius", [0.1, 1.0, 3.0])
-def test_points_of_the_ring(radius):
+def test_ring_points_match_the_formula(radius):
     rows = toy.ring(radius)
     assert [row["angle"] for row in rows] == pytest.approx(list(range(360)))
     for degrees, row in enumerate(rows):
@@ -30,13 +30,13 @@ def test_points_of_the_ring(radius):
         assert row["point"] == pytest.approx([f1, f2])
         assert row["l2"] == pytest.approx(radius, rel=1e-12)
         assert math.dist(row["point"], (4, 4)) == pytest.approx(radius, rel=1e-12)
-        assert row["output"] == pytest.approx(by_hand(f1, f2))
-        assert row["kl"] == pytest.approx(kl_by_hand(f1, f2), rel=1e-9)
+        assert row["output"] == pytest.approx(reference_output(f1, f2))
+        assert row["kl"] == pytest.approx(reference_kl(f1, f2), rel=1e-9)
 
 
-def test_extremes_against_a_dense_search():
+def test_extremes_match_a_dense_search():
     smallest, largest = toy.extremes(toy.ring(1.0))
-    dense = {i / 20: kl_by_hand(4 + math.cos(math.radians(i / 20)), 4 + math.sin(math.radians(i / 20)))
+    dense = {i / 20: reference_kl(4 + math.cos(math.radians(i / 20)), 4 + math.sin(math.radians(i / 20)))
              for i in range(7200)}  # fmt: skip
     lowest, highest = min(dense, key=dense.get), max(dense, key=dense.get)
     assert abs(smallest["angle"] - lowest) <= 0.5
@@ -46,7 +46,7 @@ def test_extremes_against_a_dense_search():
     assert largest["kl"] > 100 * smallest["kl"]
 
 
-def test_files(tmp_path, capsys):
+def test_writes_table_numbers_and_figure(tmp_path, capsys):
     pytest.importorskip("matplotlib")
     assert toy.main(["--smoke", "--radius", "0.5", "--out", str(tmp_path)]) == 0
     text = (tmp_path / "table.md").read_text()
@@ -59,8 +59,8 @@ def test_files(tmp_path, capsys):
     assert (numbers["radius"], len(numbers["ring"])) == (0.5, 360)
     kl = [row["kl"] for row in numbers["ring"]]
     assert [row[5] for row in rows[8:]] == [f"{min(kl):.3g}", f"{max(kl):.3g}"]
-    assert rows[0] == ["", "0", "(4.50, 4.00)", "0.50", "({:.3f}, {:.3f}, {:.3f})".format(*by_hand(4.5, 4)),
-                       f"{kl_by_hand(4.5, 4):.3g}"]  # fmt: skip
+    assert rows[0] == ["", "0", "(4.50, 4.00)", "0.50", "({:.3f}, {:.3f}, {:.3f})".format(*reference_output(4.5, 4)),
+                       f"{reference_kl(4.5, 4):.3g}"]  # fmt: skip
     assert f"{max(kl) / min(kl):.0f} times" in text
     with Image.open(tmp_path / "toy.png") as picture:
         assert picture.width >= 800
@@ -77,7 +77,7 @@ def test_files(tmp_path, capsys):
         (["--out", ""], "--out is empty"),
     ],
 )
-def test_invalid_input_is_one_line_and_exit_code_2(tmp_path, capsys, monkeypatch, options, expected):
+def test_invalid_input_exits_with_one_line_error(tmp_path, capsys, monkeypatch, options, expected):
     monkeypatch.chdir(tmp_path)
     assert toy.main(options) == 2
     message = capsys.readouterr().err
@@ -87,7 +87,7 @@ def test_invalid_input_is_one_line_and_exit_code_2(tmp_path, capsys, monkeypatch
     assert not list(tmp_path.iterdir())
 
 
-def test_without_matplotlib(tmp_path, capsys, monkeypatch):
+def test_missing_matplotlib_is_reported(tmp_path, capsys, monkeypatch):
     monkeypatch.setitem(sys.modules, "matplotlib", None)
     assert toy.main(["--out", str(tmp_path / "out")]) == 2
     assert "requirements-extra.txt" in capsys.readouterr().err

@@ -25,26 +25,26 @@ def naive(student, teacher, labels):
         ]
         nearest.append(min(range(n), key=to.__getitem__))
         distances.append(to[i])
-    apart = [(teacher[i] - teacher[j]).norm().item() for i in range(n) for j in range(n) if i != j]
+    pairwise = [(teacher[i] - teacher[j]).norm().item() for i in range(n) for j in range(n) if i != j]
     return {
         "distance": sum(distances) / n,
-        "relative": sum(distances) / n / (sum(apart) / len(apart)),
+        "relative": sum(distances) / n / (sum(pairwise) / len(pairwise)),
         "same_image": 100 * sum(nearest[i] == i for i in range(n)) / n,
         "same_class": 100 * sum(labels[nearest[i]].item() == labels[i].item() for i in range(n)) / n,
     }
 
 
-def test_measure_against_plain_loops():
-    draw = torch.Generator().manual_seed(0)
-    teacher = torch.randn(30, 5, generator=draw, dtype=torch.float64)
-    student = teacher + torch.randn(30, 5, generator=draw, dtype=torch.float64)
-    labels = torch.randint(3, (30,), generator=draw)
-    found = tsne.measure(student, teacher, labels)
-    assert found == pytest.approx(naive(student, teacher, labels))
-    assert 0 < found["same_image"] < found["same_class"] < 100
+def test_measure_matches_plain_loops():
+    rng = torch.Generator().manual_seed(0)
+    teacher = torch.randn(30, 5, generator=rng, dtype=torch.float64)
+    student = teacher + torch.randn(30, 5, generator=rng, dtype=torch.float64)
+    labels = torch.randint(3, (30,), generator=rng)
+    measured = tsne.measure(student, teacher, labels)
+    assert measured == pytest.approx(naive(student, teacher, labels))
+    assert 0 < measured["same_image"] < measured["same_class"] < 100
 
 
-def test_extreme_values():
+def test_measure_in_extreme_cases():
     teacher, labels = 10 * torch.eye(4, dtype=torch.float64), torch.tensor([0, 0, 1, 1])
     ends = {"distance": 0, "relative": 0, "same_image": 100, "same_class": 100}
     assert tsne.measure(teacher, teacher, labels) == ends
@@ -68,7 +68,7 @@ def test_points_are_the_inputs_of_the_classifier():
         torch.testing.assert_close(points[k], torch.cat(read[k]).double())
 
 
-def test_the_first_ten_classes():
+def test_only_the_first_ten_classes_are_kept():
     labels = torch.tensor([11, 3, 10, 9, 0])
     kept = tsne.first_classes(ImageSet(torch.arange(5)[:, None], labels))
     assert (kept.labels.tolist(), kept.images.flatten().tolist()) == ([3, 9, 0], [1, 3, 4])
@@ -99,8 +99,8 @@ def test_each_panel_shows_teacher_and_student_in_the_colors_of_the_classes():
             assert panel.get_title().startswith(f"{name}, after $F^{k}$\nrelative distance ")
             assert len({tuple(color) for color in dots.get_facecolors()}) == 10
             assert (dots.get_facecolors() == crosses.get_edgecolors()).all()
-    words = [text.get_text() for text in figure.legends[0].get_texts()]
-    assert words == ["teacher", "student", *(f"class {i}" for i in range(10))]
+    texts = [text.get_text() for text in figure.legends[0].get_texts()]
+    assert texts == ["teacher", "student", *(f"class {i}" for i in range(10))]
 
 
 def test_table():

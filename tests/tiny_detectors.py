@@ -22,7 +22,7 @@ def shrink(monkeypatch):
     monkeypatch.setattr(detectors, "FasterRCNN", faster_rcnn)
 
 
-def coco_set(folder, images, annotations, categories=((1, "cat"), (2, "dog")), split="train", pixels=True):
+def write_coco(folder, images, annotations, categories=((1, "cat"), (2, "dog")), split="train", pixels=True):
     """Write a split in COCO's format; returns the annotation file.
 
     Args:
