@@ -17,7 +17,7 @@ def pytest_collection_modifyitems(items):
 
 @pytest.fixture(scope="session", autouse=True)
 def short_worker_timeout():
-    """Data loader workers that are garbage collected after an error do not end by themselves: wait less than 5 s."""
+    """Wait less than 5 s for DataLoader workers that do not exit on their own after an error."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(torch.utils.data._utils, "MP_STATUS_CHECK_INTERVAL", 0.2)
         yield
@@ -25,13 +25,13 @@ def short_worker_timeout():
 
 @pytest.fixture(scope="session")
 def parity():
-    """One batch, two networks, their bridges, and the numbers of one training step of the published implementation."""
+    """A training step of the published implementation: batch, networks, bridges, and expected values."""
     return torch.load(DATA / "parity_resnet14_resnet8.pt", weights_only=True)
 
 
 @pytest.fixture(scope="session")
 def teacher(tmp_path_factory):
-    """The folder of a resnet14 that cifar100.py trained for two epochs."""
+    """Output folder of a resnet14 that cifar100.py trained for two epochs."""
     folder = tmp_path_factory.mktemp("teacher") / "alone"
     assert cifar100.main(["--student", "resnet14", *SMALL, "--epochs", "2", "--out", str(folder)]) == 0
     return folder
@@ -39,7 +39,7 @@ def teacher(tmp_path_factory):
 
 @pytest.fixture(scope="session")
 def branch_runs(tmp_path_factory):
-    """The output folder of ablations/exit_branches.py --smoke: its results, runs and exit branches."""
+    """Output folder of ablations/exit_branches.py --smoke: results, runs, and exit branches."""
     from ablations import exit_branches
 
     folder = tmp_path_factory.mktemp("branches") / "smoke"

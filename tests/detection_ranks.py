@@ -1,7 +1,7 @@
-"""Run by test_detection_ranks.py: `torchrun --nproc_per_node=2 tests/detection_ranks.py FOLDER WORD...`.
+"""Run by test_detection_ranks.py: `torchrun --nproc_per_node=2 tests/detection_ranks.py FOLDER COMMAND...`.
 
-gradients TERMS...  a step on each comma-separated list of terms: DDP's gradients, and each rank's without DDP
-train OPTION...     detection.py with these options; every rank saves its final state
+gradients TERMS...  a step on each comma-separated list of terms: gradients with DDP, and each rank's without it
+train OPTION...     run detection.py with these options; each rank saves its final state
 """
 
 import copy

@@ -1,8 +1,8 @@
-"""Run by test_distributed.py on two ranks: `torchrun --nproc_per_node=2 tests/ranks.py FOLDER WORD...`.
+"""Run by test_distributed.py on two ranks: `torchrun --nproc_per_node=2 tests/ranks.py FOLDER COMMAND...`.
 
-gradients           one step: DDP's gradients, and those of a single process with the whole batch
-train OPTION...     imagenet.py with these options; every rank saves its final state
-train-fixed OPT...  the same with every BatchNorm in evaluation mode, so that the number of ranks does not matter
+gradients           one step: gradients with DDP, of the whole batch in one process, and of this rank's share
+train OPTION...     run imagenet.py with these options; each rank saves its final state
+train-fixed OPT...  the same with every BatchNorm in evaluation mode, so results do not depend on the number of ranks
 """
 
 import copy
@@ -26,7 +26,7 @@ PATHS = [MixedPath(2, 1), MixedPath(3, 0)]  # two of six
 
 
 def build_step(seed):
-    """A step in evaluation mode; its BatchNorm statistics are no longer the initial ones."""
+    """A step in evaluation mode, with updated BatchNorm statistics."""
     torch.manual_seed(seed)
     student, teacher = build_imagenet("MobileNetV1", 3), build_imagenet("resnet18", 3).requires_grad_(False)
     bridges = build_bridges(teacher, student, 64)
@@ -72,7 +72,7 @@ def gradients(folder):
 
 
 def fix_batch_norm(step):
-    """Make every BatchNorm, on pure and mixed paths, use fixed running statistics that suit a fresh network."""
+    """Make every BatchNorm, on pure and mixed paths, use fixed running statistics with variance 1."""
     for module in step.modules():
         if hasattr(module, "running_var"):
             torch.nn.init.ones_(module.running_var)

@@ -1,4 +1,4 @@
-"""Helpers that run a script in a test, and that compare the results of two runs."""
+"""Helpers that run scripts and compare the results of two runs."""
 
 import contextlib
 import csv
@@ -22,7 +22,7 @@ FEW_IMAGES = ["--subset", 40, "--test-subset", 20]  # two steps; overrides SMALL
 
 
 def run_script(cwd, *args, code=0, module=cifar100):
-    """Run a script in a subprocess in the folder `cwd`; returns stdout, or stderr if `code` is not 0."""
+    """Run a script in a subprocess in `cwd`; returns stdout, or stderr if `code` is not 0."""
     command = [sys.executable, module.__file__, *map(str, args)]
     completed = subprocess.run(command, cwd=cwd, capture_output=True, text=True, timeout=300)
     assert completed.returncode == code, completed.stderr
@@ -31,9 +31,10 @@ def run_script(cwd, *args, code=0, module=cifar100):
 
 @contextlib.contextmanager
 def background_script(*options, module=cifar100, wait_for="epoch   1/"):
-    """Run a script in the background, in its own process group; yields after a line that starts with `wait_for`."""
+    """Run a script in its own process group; yields once it prints a line that starts with `wait_for`."""
     command = [str(word) for word in (sys.executable, module.__file__, *options)]
-    handle_ctrl_c = partial(signal.signal, signal.SIGINT, signal.SIG_DFL)  # ignored if pytest runs in the background
+    # SIGINT is ignored if pytest runs in the background.
+    handle_ctrl_c = partial(signal.signal, signal.SIGINT, signal.SIG_DFL)
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
     with subprocess.Popen(command, **pipes, preexec_fn=handle_ctrl_c, start_new_session=True) as process:
         try:
@@ -44,7 +45,7 @@ def background_script(*options, module=cifar100, wait_for="epoch   1/"):
 
 
 def call(capsys, *args, code=0, module=cifar100):
-    """As `run_script`, but in this process, which is faster."""
+    """Like `run_script`, but faster: runs in this process."""
     assert module.main([str(a) for a in args]) == code
     output = capsys.readouterr()
     return output.out if code == 0 else output.err
@@ -52,7 +53,7 @@ def call(capsys, *args, code=0, module=cifar100):
 
 @contextlib.contextmanager
 def background_torchrun(*args):
-    """Run a job of two ranks in the background, with one thread per rank."""
+    """Start a job of two ranks, with one thread per rank."""
     command = [*TORCHRUN, *map(str, args)]
     environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONUNBUFFERED": "1"}
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
@@ -74,7 +75,7 @@ def torchrun(*args, code=0):
 
 
 def kill_one_rank(process, name):
-    """Kill one of the two ranks of a job, whose command lines contain `name`; the job must end and report it."""
+    """Kill one of the two ranks, whose command lines contain `name`; the job must end and report it."""
     children = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
     ranks = [int(child) for child in children if name in Path(f"/proc/{child}/cmdline").read_text()]
     assert len(ranks) == 2
@@ -86,7 +87,7 @@ def kill_one_rank(process, name):
 
 
 def flatten_tensors(value, path=""):
-    """All tensors in a nested state, by path."""
+    """All tensors in a nested state, keyed by path."""
     if torch.is_tensor(value):
         return {path: value}
     items = value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, list) else ()
@@ -102,7 +103,7 @@ def assert_bitwise_equal(a, b):
 
 
 def write_images(folder, sizes, classes=("n1", "n2", "n3"), image_size=(40, 36)):
-    """Write JPEGs of seeded noise; `sizes` maps each split to its number of images per class."""
+    """Write JPEGs of seeded noise; `sizes` maps each split to its images per class."""
     rng = np.random.default_rng(0)
     for split, n in sizes.items():
         for name in classes:
@@ -114,6 +115,6 @@ def write_images(folder, sizes, classes=("n1", "n2", "n3"), image_size=(40, 36))
 
 
 def read_log(run):
-    """The rows of a run's log.csv; all values are strings."""
+    """Rows of a run's log.csv; all values are strings."""
     with (Path(run) / "log.csv").open() as file:
         return list(csv.DictReader(file))

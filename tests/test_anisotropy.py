@@ -1,4 +1,4 @@
-"""ablations/anisotropy.py: directions, measurements, files."""
+"""ablations/anisotropy.py: directions, measurements, and files."""
 
 import json
 import math
@@ -26,10 +26,10 @@ def run(tmp_path_factory):
 
 
 def randomized_resnet8():
-    """A resnet8 in evaluation mode with distinct outputs and a BatchNorm that is not the identity."""
+    """A resnet8 in evaluation mode, with distinct outputs and nontrivial BatchNorm statistics."""
     torch.manual_seed(0)
     net = build("resnet8", 5)
-    net(3 * torch.randn(16, 3, 32, 32))  # moves the running statistics
+    net(3 * torch.randn(16, 3, 32, 32))  # updates the running statistics
     net.classifier_layer.weight.data *= 10
     return net.eval()
 
@@ -46,7 +46,7 @@ def test_directions_are_unit_length_and_individually_seeded():
     assert directions.flatten(1).norm(dim=1).tolist() == pytest.approx([1] * 6, rel=1e-5)
     assert torch.equal(anisotropy.unit_directions(torch.Size([16, 8, 8]), 2, 5), directions[2:5])
     cosines = directions.flatten(1) @ directions.flatten(1).T - torch.eye(6)
-    assert cosines.abs().max() < 5 / math.sqrt(16 * 8 * 8)  # random ones are almost orthogonal
+    assert cosines.abs().max() < 5 / math.sqrt(16 * 8 * 8)  # random directions are almost orthogonal
     assert directions.mean().abs() < 0.1 / math.sqrt(16 * 8 * 8)
 
 
@@ -141,7 +141,7 @@ def test_mildest_and_worst_are_chosen_per_image():
 def test_isotropic_later_layers_have_a_ratio_near_1():
     """With p uniform over K classes, KL is |dz|^2 / 2K for a small change dz of logits that sum to 0.
 
-    A later part that preserves lengths has the same KL in all directions; one that reads a single number does not.
+    Later layers that preserve lengths have the same KL in every direction; layers that read a single value do not.
     """
     classes = 40
     onto = torch.linalg.qr(torch.cat([torch.ones(classes, 1), torch.eye(classes)[:, :-1]], 1)).Q[:, 1:]  # [K, K - 1]

@@ -1,4 +1,4 @@
-"""ablations/train_baseline.py: the losses against naive implementations, and whole runs."""
+"""ablations/train_baseline.py: losses against naive implementations, and complete runs."""
 
 import copy
 import json
@@ -27,7 +27,7 @@ TINY = [*PAIR, "--subset", 40, "--test-subset", 40, "--batch-size", 20]
 
 
 def networks(method, teacher="resnet14", student="resnet8"):
-    """(student, teacher, the method's module for 40 images of 20 classes); the teacher is in evaluation mode."""
+    """The student, the teacher in evaluation mode, and the method's module for 40 images in 20 classes."""
     argv = ["--teacher", teacher, "--student", student, "--method", method, "--device", "cpu", "--seed", "5"]
     student, teacher = train_baseline.build_networks(train_baseline.parse_args(argv), 20)
     return student, teacher.eval(), train_baseline.build_method(method, teacher, student, torch.arange(40) % 20)
@@ -37,7 +37,7 @@ def networks(method, teacher="resnet14", student="resnet8"):
 
 
 def resize_nearest(x, size):
-    """Resizes maps pixel by pixel."""
+    """Nearest-neighbor resize, pixel by pixel."""
     (h, w), out = x.shape[2:], []
     for i in range(size[0]):
         out.append(torch.stack([x[:, :, i * h // size[0], j * w // size[1]] for j in range(size[1])], 2))
@@ -45,7 +45,7 @@ def resize_nearest(x, size):
 
 
 def average_pool(x, l):
-    """Averages maps to l x l, cell by cell."""
+    """Average pooling to l x l, cell by cell."""
     step = x.shape[2] // l
     cells = [x[:, :, i * step :, j * step :][:, :, :step, :step].mean((2, 3)) for i in range(l) for j in range(l)]
     return torch.stack(cells, 2)
@@ -61,7 +61,7 @@ def naive_hcl(x, y):
 
 
 def naive_reviewkd(p, features_s, features_t):
-    """The loss from named parameters, level by level from the deepest."""
+    """The loss from named parameters, deepest level first."""
 
     def conv_bn(x, name, padding):
         x = F.conv2d(x, p[f"{name}.0.weight"], padding=padding)
@@ -72,7 +72,7 @@ def naive_reviewkd(p, features_s, features_t):
     def embedding(x):
         return x.clamp(min=0).mean((2, 3))[:, :, None, None]
 
-    levels = len(features_s)  # all stages but the stem, and the embedding
+    levels = len(features_s)  # the stages after the stem, and the embedding
     x = conv_bn(embedding(features_s[-1]), f"fusions.{levels - 1}.conv1", 0)
     loss = ((conv_bn(x, f"fusions.{levels - 1}.conv2", 1) - embedding(features_t[-1])) ** 2).mean()
     for level in reversed(range(levels - 1)):
@@ -103,7 +103,7 @@ def test_reviewkd_matches_a_naive_implementation(sizes_s, sizes_t):
     )
     method = ReviewKD(shapes_s, shapes_t)
     for name, p in method.named_parameters():
-        if name.endswith("1.weight"):  # of BatchNorm
+        if name.endswith("1.weight"):  # BatchNorm
             torch.nn.init.uniform_(p, 0.5, 1.5)
         elif name.endswith("bias"):
             torch.nn.init.normal_(p)
@@ -130,7 +130,7 @@ def test_reviewkd_matches_a_naive_implementation(sizes_s, sizes_t):
 
 def test_hcl_matches_hand_computed_values():
     x, y = torch.tensor([[[[3.0, 1.0], [1.0, 1.0]]]]), torch.tensor([[[[1.0, 1.0], [1.0, 1.0]]]])
-    assert hcl(x, y).item() == pytest.approx((4 / 4 + 0.5 * 0.5**2) / 1.5)  # no 4x4, no 2x2
+    assert hcl(x, y).item() == pytest.approx((4 / 4 + 0.5 * 0.5**2) / 1.5)  # the maps are too small for 4x4 and 2x2
     assert hcl(x[..., :1, :1], y[..., :1, :1]).item() == 4
 
 
@@ -149,11 +149,11 @@ def test_fusions_match_a_published_pair():
 
 # -------------------------------------------------------------------------------------------------------- CRD
 
-LABELS = torch.tensor([2, 0, 1, 1, 0, 2, 2, 2, 0, 1, 2, 2])  # unsorted, and unequally many
+LABELS = torch.tensor([2, 0, 1, 1, 0, 2, 2, 2, 0, 1, 2, 2])  # unsorted and unbalanced
 
 
 def naive_direction(v, bank, z, index, negatives, temperature):
-    """(the loss of one direction, Z), anchor by anchor and row by row."""
+    """The loss of one direction and its Z, computed anchor by anchor and row by row."""
     n, m = len(bank), negatives.shape[1]
     scores = [
         [((a * bank[row]).sum() / temperature).exp() for row in (i, *others)]
@@ -229,9 +229,9 @@ def test_negatives_are_uniform_over_the_other_classes():
         assert counts[~others].sum() == 0
         freedom, expected = others.sum().item() - 1, 16384 / others.sum().item()
         chi_squared = ((counts[others] - expected) ** 2 / expected).sum().item()
-        # Independent samples keep it near the degrees of freedom; without replacement it would be almost 0.
+        # Near the degrees of freedom for independent samples; almost 0 for sampling without replacement.
         assert 0.05 * freedom < chi_squared < freedom + 5 * (2 * freedom) ** 0.5
-    repeats = (sampled[0] == sampled[5]).double().mean().item()  # two anchors of one class
+    repeats = (sampled[0] == sampled[5]).double().mean().item()  # two anchors of the same class
     assert repeats == pytest.approx(1 / 6, abs=0.02)
     assert torch.equal(sampled, method.draw(index, torch.Generator().manual_seed(1)))
 
@@ -294,12 +294,12 @@ def test_step_gradients_reach_only_trained_parameters(name, amp):
         assert losses["task"].item() == pytest.approx(F.cross_entropy(logits.float(), index % 20).item())
 
 
-# -------------------------------------------------------------------------------------------------- whole runs
+# ----------------------------------------------------------------------------------------------- complete runs
 
 
 @pytest.mark.parametrize("name", METHODS)
 def test_two_epochs_match_a_manual_loop(tmp_path, capsys, monkeypatch, teacher, name):
-    """The script, stopped after each of two of 24 epochs, against a loop with manual SGD and schedules."""
+    """Two of 24 epochs, stopped after each, against a loop with hand-written SGD and schedules."""
     draw, negatives = CRD.draw, []
     monkeypatch.setattr(CRD, "draw", lambda *args: negatives.append(draw(*args)) or negatives[-1])
     options = [*TINY, "--batch-size", 32, "--method", name, "--weight", 0.7, "--lr", 0.002, "--epochs", 24, "--seed", 5]
@@ -312,7 +312,7 @@ def test_two_epochs_match_a_manual_loop(tmp_path, capsys, monkeypatch, teacher, 
     net.load_state_dict(weights)
     data = load_data("synthetic", "", 40, 40)
     trained = [p for p in (*student.parameters(), *method.parameters()) if p.requires_grad]
-    for part in (student, net, method):  # as in the script, so rounding hardly differs
+    for part in (student, net, method):  # as in the script, so that rounding is similar
         part.to(memory_format=torch.channels_last)
     velocity, start = [0.0] * len(trained), [p.detach().clone() for p in trained]
     rows = []
@@ -474,7 +474,7 @@ def test_invalid_input_exits_with_one_line_error(tmp_path, capsys, monkeypatch, 
     assert message.startswith("error: ")
     assert expected in message
     assert message.count("\n") == 1
-    assert not list(tmp_path.iterdir())  # no files are left behind
+    assert not list(tmp_path.iterdir())
 
 
 def test_single_class_is_rejected_before_training_a_teacher(tmp_path, capsys):

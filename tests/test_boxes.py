@@ -1,4 +1,4 @@
-"""Drawing detections (test_detection.py covers the pictures that the script draws)."""
+"""Drawing detections; test_detection.py covers the pictures that detection.py draws."""
 
 import numpy as np
 import torch
@@ -11,7 +11,7 @@ from common.detection.coco import load_coco
 
 
 class Detector(nn.Module):
-    """A detector with three detections: the second is hidden by the first, the third has too low a score."""
+    """Returns three detections: the first hides the second, and the third's score is too low."""
 
     def __init__(self):
         super().__init__()

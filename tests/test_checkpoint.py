@@ -1,4 +1,4 @@
-"""Atomic writes, and loading checkpoints of this and other projects."""
+"""Atomic writes, and loading checkpoints from this and other projects."""
 
 import argparse
 import os

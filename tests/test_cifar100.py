@@ -1,4 +1,4 @@
-"""cifar100.py, as run from the command line."""
+"""cifar100.py, run from the command line."""
 
 import json
 import re
@@ -49,7 +49,7 @@ def test_main_run_trains_the_teacher_and_distills(main_run):
             rf"^{name} +{result[name]['top1']:.2f} % top-1, {result[name]['top5']:.2f} % top-5", printed, re.M
         )
     assert str(distilled.relative_to(folder) / "student.pth") in printed
-    # As in the teacher's own run: it is measured before distillation updates the running statistics.
+    # Same as in the teacher's own run: measured before distillation updates its running statistics.
     assert result["teacher"] == {
         key: json.loads((alone / "result.json").read_text())["last"][key] for key in ("top1", "top5")
     }
@@ -120,7 +120,7 @@ def test_methods_compute_only_their_terms(tmp_path, capsys, teacher, method):
         (["--teacher-bn", "running", "--positions", 2, 4, "--num-paths", 4], METHODS["fcfd"], True),
         (["--amp", "bf16"], METHODS["fcfd"], True),
         (["--num-paths", 0], METHODS["fcfd"], True),
-        (["--positions", 4], METHODS["fcfd"] - {"func_l2"}, True),  # no path feeds it
+        (["--positions", 4], METHODS["fcfd"] - {"func_l2"}, True),  # no path feeds func_l2
         (["--method", "app", "--w-func-partial", 2], METHODS["app"] | {"func_partial"}, False),
         (["--method", "kd", "--w-func-prime-l2", 2, "--positions", 2, 4], {"task", "kd", "func_prime_l2"}, True),
     ],
@@ -137,7 +137,7 @@ def test_settings_select_terms_and_bridges(tmp_path, capsys, teacher, options, t
 
 @pytest.mark.parametrize("teacher_bn", ["batch", "running"])
 def test_two_epochs_match_a_manual_loop(tmp_path, capsys, teacher, teacher_bn):
-    """The script against a loop with SGD by hand; no setting has its default."""
+    """The script against a loop with hand-written SGD; no setting has its default value."""
     weights = {"task": 0.9, "kd": 0.8, "app": 2.0, "func_l2": 3.0, "func_kl": 0.7, "func_prime": 0.6}
     weights |= {"func_partial": 1.5, "func_prime_l2": 2.5}
     options = [word for term, w in weights.items() for word in (f"--w-{term.replace('_', '-')}", w)]
@@ -158,7 +158,7 @@ def test_two_epochs_match_a_manual_loop(tmp_path, capsys, teacher, teacher_bn):
     options += ["--teacher-ckpt", teacher / "student.pth", "--subset", 40, "--out", tmp_path, "--max-minutes", 1e-9]
     pair = PAIR[:6] + PAIR[8:]  # without its --subset
     call(capsys, *pair, *options)
-    call(capsys, *pair, *options, "--resume")  # stopped after each epoch: two are done
+    call(capsys, *pair, *options, "--resume")  # each call stops after one epoch
 
     torch.manual_seed(5)
     student, net_t = build("resnet8", 20), build("resnet14", 20)
@@ -200,7 +200,7 @@ def test_two_epochs_match_a_manual_loop(tmp_path, capsys, teacher, teacher_bn):
     for name, value in net_t.state_dict().items():
         if "running" in name:
             torch.testing.assert_close(state["teacher"][name], value, rtol=1e-2, atol=1e-4)
-            if ".path" not in name:  # the teacher's own statistics only change with batch statistics
+            if ".path" not in name:  # the teacher's pure-path statistics change only with batch statistics
                 assert torch.equal(value, weights_t[name]) == (teacher_bn == "running")
 
 
@@ -227,7 +227,7 @@ def test_max_minutes_stops_teacher_and_student(tmp_path, capsys):
     assert "teacher: training" in call(capsys, *options, "--resume")  # the teacher's last epoch and the student's first
     typo = [*PAIR, *FEW_IMAGES, "--epochs", 2, "--resume", "--out", tmp_path / "two" / "typo"]
     assert "nothing to resume" in call(capsys, *typo, code=2)  # the teacher has finished
-    assert "--resume" in call(capsys, *options, code=2)  # the folder holds a run
+    assert "--resume" in call(capsys, *options, code=2)  # the folder already holds a run
     printed = call(capsys, *options, "--resume")
     assert "epoch   2/2" in printed
     assert "resnet8 saved to" in printed
@@ -241,7 +241,7 @@ def test_folder_dataset(tmp_path, capsys):
     printed = call(capsys, "--teacher", "vgg8", "--student", "MobileNetV2", *options)
     assert "36 training and 12 test images in 3 classes" in printed
     assert (tmp_path / "runs" / "folder-images-vgg8-alone-1ep-seed1" / "student.pth").exists()
-    shutil.rmtree(images / "train")  # which a test does not need
+    shutil.rmtree(images / "train")  # not needed for evaluation
     top1 = float(read_log(tmp_path / "runs" / "x")[0]["test_top1"])
     printed = call(capsys, "--student", "MobileNetV2", *data, "--evaluate", tmp_path / "runs" / "x" / "student.pth")
     assert printed == f"MobileNetV2 {top1:.2f} % top-1, 100.00 % top-5 on 12 test images\n"
@@ -300,7 +300,7 @@ def test_invalid_input_exits_with_one_line_error(tmp_path, capsys, monkeypatch, 
     assert message.startswith("error: ")
     assert expected in message
     assert message.count("\n") == 1
-    assert not list(tmp_path.iterdir())  # nothing was trained or written
+    assert not list(tmp_path.iterdir())  # nothing was written
 
 
 def test_resume_rejects_changed_settings_by_name(tmp_path, capsys, main_run):
@@ -346,7 +346,7 @@ def test_schedules():
 
     def warmup(epochs, epoch):
         weights = cifar100.warmed_up({"app": 1, "func_kl": 3}, Namespace(epochs=epochs), epoch)
-        assert weights["func_kl"] == 3  # only weights of L2 terms are warmed up
+        assert weights["func_kl"] == 3  # only L2 terms are warmed up
         return weights["app"]
 
     assert rates(240) == [0.05] * 150 + [0.05 / 10] * 30 + [0.05 / 100] * 30 + [0.05 / 1000] * 30

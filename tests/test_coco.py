@@ -1,4 +1,4 @@
-"""Reading datasets in COCO format, and the faults that are reported."""
+"""Reading COCO-format datasets and reporting their faults."""
 
 import json
 
@@ -25,7 +25,7 @@ def folder(tmp_path):
     annotations = [
         (13, 7, [0, 0, 30, 60]),
         (11, 3, [10, 5, 20.5, 10]),
-        (14, 3, [4, 4, 20, 20], 1),  # an image with only a crowd
+        (14, 3, [4, 4, 20, 20], 1),  # this image has only a crowd
         (11, 7, [0.5, 1, 3, 4]),
         (11, 3, [0, 0, 50, 40], 1),
     ]
@@ -48,7 +48,7 @@ def test_training_split(folder):
     assert data.train.sizes.tolist() == [[50, 40], [30, 60], [50, 40]]
     assert boxes(data.train, 0) == ([1, 2], [[10, 5, 30.5, 15], [0.5, 1, 3.5, 5]])
     assert boxes(data.train, 1) == ([2], [[0, 0, 30, 60]])
-    assert boxes(data.train, 2) == ([], [])  # a crowd is not a training box, but its image is kept
+    assert boxes(data.train, 2) == ([], [])  # crowds are not trained on, but their images are kept
     assert data.train.boxes.dtype == np.float32
     assert data.notes == []
 
@@ -80,14 +80,14 @@ def test_unusable_boxes_are_dropped_or_clipped_and_counted(tmp_path):
         (1, 7, [5, 5, 0, 10]),  # no area
         (1, 7, [5, 5, 10, -3]),
         (1, 7, [60, 5, 10, 10]),  # outside
-        (1, 7, [20, 20, 30.2, 20]),  # extends beyond the image because of rounding
-        (2, 3, [3, 3, 1, 20]),  # all boxes of this image are a pixel wide or high
+        (1, 7, [20, 20, 30.2, 20]),  # extends beyond the image by rounding
+        (2, 3, [3, 3, 1, 20]),  # every box in this image is at most a pixel wide or high
         (2, 3, [3, 3, 20, 0.5]),
         (3, 3, [3, 3, 1, 20]),
         (3, 3, [3, 3, 2, 20]),
         (1, 7, [20, 20, 0.009, 20]),
         (1, 3, [-5, 20, 5.005, 20]),  # only a sliver is inside
-        (4, 3, [3, 50, 20, 20]),  # an image whose only box is outside is kept, like one with only a crowd
+        (4, 3, [3, 50, 20, 20]),  # its image is kept, like an image with only a crowd
     ]
     data = load_coco(write(tmp_path, images, annotations))
     assert names(data.train) == ["a.jpg", "c.jpg", "e.jpg"]

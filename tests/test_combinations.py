@@ -1,4 +1,4 @@
-"""cifar100.py with DKD and SimKD (Tab. 4), as run from the command line."""
+"""cifar100.py with DKD and SimKD (Tab. 4), run from the command line."""
 
 import json
 import re
@@ -22,7 +22,7 @@ def run(capsys, teacher, out, *options, epochs=1):
 
 @pytest.fixture(scope="module")
 def simkd(teacher, tmp_path_factory):
-    """Two epochs of FCFD with DKD and SimKD, without interruption."""
+    """An uninterrupted two-epoch run of FCFD with DKD and SimKD."""
     out = tmp_path_factory.mktemp("simkd") / "run"
     options = ["--simkd", "--kd-loss", "dkd", "--epochs", 2, "--teacher-ckpt", teacher / "student.pth", "--out", out]
     assert cifar100.main([str(word) for word in (*PAIR, *options)]) == 0
@@ -37,7 +37,7 @@ def test_simkd_with_dkd_stores_its_settings_and_student(simkd):
     assert {key.split(".")[0] for key in model} == {"student", "projector", "classifier"}
     assert not any(".path" in key or key.startswith("student.fc") for key in model)
     state = torch.load(simkd / "last.pt", weights_only=True)
-    for name in ("weight", "bias"):  # the teacher's, and frozen
+    for name in ("weight", "bias"):  # the teacher's classifier, frozen
         assert torch.equal(model[f"classifier.{name}"], state["teacher"][f"fc.{name}"])
     assert {".".join(key.split(".")[:2]) for key in state["bridges"]} == {"s2t.2", "s2t.3", "t2s.2", "t2s.3"}
 
@@ -77,7 +77,7 @@ def test_methods_combine(tmp_path, capsys, monkeypatch, teacher, options, name):
 
 
 def test_kd_loss_and_its_weights_reach_the_terms(tmp_path, capsys, teacher):
-    """One step from the same initial weights: the log shows which terms use DKD, and with which weights."""
+    """After one step from the same initial weights, the logs differ only in the terms that use DKD."""
     kinds = {"kl": [], "1": ["--kd-loss", "dkd"], "t": ["--kd-loss", "dkd", "--tckd", 3, "--nckd", 0]}
     kinds["n"] = ["--kd-loss", "dkd", "--tckd", 0, "--nckd", 5]
     log = {}

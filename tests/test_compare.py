@@ -14,8 +14,8 @@ from common.data.sources import load_data
 from common.run.errors import UserError
 from common.run.folder import locked
 
-# Replaces cifar100.py. It waits until WIDTH processes are running and fails if there are more, so no test depends on
-# timing. "resnet32" fails; "resnet110" runs until it is killed.
+# Stands in for cifar100.py. Waits until WIDTH processes are running and fails if there are more, so that no test
+# depends on timing. "resnet32" fails; "resnet110" runs until it is killed.
 FAKE = """
 import json, os, sys, time
 from pathlib import Path
@@ -29,7 +29,7 @@ while options["student"] == "resnet110" and time.time() < end:
     time.sleep(0.01)
 if (width and busy != width) or options["student"] == "resnet32":
     sys.exit(f"error: it fails, {busy} running")
-time.sleep(0.2)  # so that one too many is noticed
+time.sleep(0.2)  # so that an extra process is noticed
 (out / "student.pth").touch()
 notes = {"argv": sys.argv[1:], "device": options.get("device"), "threads": os.environ.get("OMP_NUM_THREADS")}
 notes["before"] = sorted(path.stem for path in status.glob("*.finished"))
@@ -82,7 +82,7 @@ def test_finished_runs_are_kept_and_interrupted_ones_resumed(fake, tmp_path):
     (interrupted.folder / "last.pt").touch()
     result = json.loads((interrupted.folder / "result.json").read_text())
     (interrupted.folder / "result.json").write_text(json.dumps(result | {"epochs": 2}))
-    teacher.network.unlink()  # as in a clone, which has results but no weights
+    teacher.network.unlink()  # as in a fresh clone: results, but no weights
     run_cells([kept, interrupted, teacher, fake("student", after=teacher)])
     assert not (tmp_path / "status" / "kept.started").exists()
     assert "--resume" in notes(interrupted)["argv"]

@@ -1,4 +1,4 @@
-"""ablations/complexity.py: its output files and steps. Times are not tested."""
+"""ablations/complexity.py: output files and steps. Timings are not tested."""
 
 import json
 
@@ -28,11 +28,11 @@ def test_smoke(tmp_path, capsys):
     assert 2 * weights < memory["alone", None]  # at least weights and gradients
     assert memory["alone", None] + teacher_weights < memory["kd", None] < memory["app", None] < memory["fcfd", 0]
     assert memory["fcfd", 0] < memory["fcfd", 2] < 40
-    assert memory["crd", None] > 2 * 50_000 * 128 * 4 / 2**20  # its two banks
+    assert memory["crd", None] > 2 * 50_000 * 128 * 4 / 2**20  # two banks
     flops = {key: row["flops"] for key, row in rows.items()}
     assert flops["alone", None] < flops["kd", None] == flops["dkd", None] < flops["app", None]
     assert flops["app", None] == flops["fcfd", 0] < flops["fcfd", 2] == flops["plain", 2]
-    # CRD runs the teacher without its classifier, trains two embeddings, and multiplies with two banks.
+    # CRD skips the teacher's classifier, trains two embeddings, and multiplies by two banks.
     embedding, bank = 2 * 64 * 128, 2 * 128 * 50_000
     assert flops["crd", None] == flops["kd", None] + 4 * (5 * embedding + 4 * bank - 2 * 64 * 100)
     text = (tmp_path / "table.md").read_text()
@@ -67,7 +67,7 @@ def test_options_select_rows():
     assert kinds("--num-paths", "1", pair="resnet32x4-ShuffleV1")[0] == [
         ("alone", None),
         ("fcfd", 1),
-    ]  # trained in plain form anyway
+    ]  # trains without channels_last anyway
 
 
 def test_memory_is_reproducible():
@@ -80,7 +80,7 @@ def test_memory_is_reproducible():
 
 
 def test_time_is_the_median_without_the_first_round(monkeypatch):
-    """The steps move the clock: 1, 2 and 9 s count as 2; the first step, of 100 s, does not count."""
+    """Each step advances a fake clock: 1, 2, and 9 s have median 2; the first step, of 100 s, is ignored."""
     now = [0.0]
     monkeypatch.setattr(measure.time, "perf_counter", lambda: now[0])
     durations = {"a": [100, 1, 2, 9], "b": [0, 4, 4, 4]}
@@ -111,7 +111,7 @@ def test_step_trains_only_the_student(monkeypatch, kind):
     before = [[p.detach().clone() for p in net.parameters()] for net in (teacher, student)]
     seen_by_teacher = teacher.bn1.running_mean.clone()
     step(0)
-    assert torch.equal(teacher.bn1.running_mean, seen_by_teacher) == (kind in ("reviewkd", "crd"))  # in evaluation mode
+    assert torch.equal(teacher.bn1.running_mean, seen_by_teacher) == (kind in ("reviewkd", "crd"))  # evaluation mode
     same = [
         [torch.equal(p, q) for p, q in zip(net.parameters(), old, strict=True)]
         for net, old in zip((teacher, student), before, strict=True)
@@ -125,7 +125,7 @@ def test_step_trains_only_the_student(monkeypatch, kind):
 
 @pytest.mark.parametrize(("kind", "num_paths"), [("kd", None), ("dkd", None), ("app", None), ("fcfd", 2)])
 def test_step_matches_cifar100(monkeypatch, kind, num_paths):
-    """Its terms, bridges and paths are those that cifar100.py uses for the method."""
+    """Terms, bridges, and paths are the same as in cifar100.py."""
     requested = {}
 
     def terms(flow, labels, temperature, terms, kd_loss):

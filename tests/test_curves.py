@@ -42,7 +42,7 @@ def test_figure_has_a_panel_per_column(tmp_path, runs):
     assert curves.main([*map(str, runs), "--columns", "test_top1", "epoch", "--out", str(out)]) == 0
     with Image.open(out) as picture:
         assert picture.width > 1.5 * picture.height  # two panels
-        assert len(picture.convert("RGB").getcolors(10**6)) > 10  # that are not empty
+        assert len(picture.convert("RGB").getcolors(10**6)) > 10  # not empty
 
 
 @pytest.mark.parametrize(

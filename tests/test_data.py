@@ -1,4 +1,4 @@
-"""Batches, and reading datasets, which are written here in their original formats."""
+"""Batches, and reading datasets that the tests write in their original formats."""
 
 import hashlib
 import pickle
@@ -27,14 +27,14 @@ def denormalize(images):
 
 
 def position_images(n):
-    """n equal images: red is the row and green the column, both from 1; 0 is padding."""
+    """n copies of an image with 1-based rows in red and columns in green; 0 means padding."""
     at = torch.arange(1, 33, dtype=torch.uint8)
     image = torch.stack([at[:, None].expand(32, 32), at[None, :].expand(32, 32), torch.full((32, 32), 7)], -1)
     return image.expand(n, -1, -1, -1)
 
 
 def crop_parameters(image):
-    """(top, left, flipped) of a crop of a position image: uint8 [3, 32, 32]."""
+    """(top, left, flipped) of a crop, uint8 [3, 32, 32], of a position image."""
     red, green = image[0].int(), image[1].int()
     y, x = red.argmax() // 32, green.argmax() % 32  # positions of the largest row and column
     flipped = bool(green.max(0).values.diff().clamp(-1, 1).sum() < 0) if green.any() else False
@@ -43,7 +43,7 @@ def crop_parameters(image):
 
 
 def test_crops_and_flips_match_torchvision():
-    """Each image is an exact crop and flip; all 81 * 2 are as frequent as with torchvision's transforms."""
+    """Each image is an exact crop, flipped or not; all 81 * 2 are as frequent as with torchvision's transforms."""
     n = 16_200
     images = position_images(n)
     ours = torch.cat(
@@ -67,7 +67,7 @@ def test_crops_and_flips_match_torchvision():
 
 
 def numbered(n):
-    """A dataset in which image i has label i and all its pixels are i."""
+    """A dataset whose image i has label i and pixel value i."""
     labels = torch.arange(n)
     return ImageSet(labels.to(torch.uint8)[:, None, None, None].expand(n, 32, 32, 3).contiguous(), labels)
 

@@ -1,4 +1,4 @@
-"""detection.py, as run from the command line, with small ROI heads; test_detection_ranks.py uses several ranks."""
+"""detection.py, run from the command line with small ROI heads; test_detection_ranks.py uses several ranks."""
 
 import json
 import os
@@ -54,7 +54,7 @@ def folder(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def teacher(folder, tmp_path_factory):
-    """A resnet18 detector that the script trained on these classes."""
+    """Checkpoint of a resnet18 detector trained on the same classes."""
     out = tmp_path_factory.mktemp("teacher") / "run"
     options = ["--data-dir", folder, "--student", "resnet18", "--scratch", *SMALL, "--iterations", 2, "--out", out]
     with pytest.MonkeyPatch.context() as patch:
@@ -70,7 +70,7 @@ def pair(folder, teacher):
 
 @pytest.fixture(scope="module")
 def after_one_iteration(pair, tmp_path_factory):
-    """A run that stopped after the first of two iterations."""
+    """A run stopped after the first of two iterations."""
     out = tmp_path_factory.mktemp("stopped") / "run"
     with pytest.MonkeyPatch.context() as patch:
         shrink(patch)
@@ -85,7 +85,7 @@ def stopped(after_one_iteration, tmp_path):
 
 
 def test_trains_and_distills_a_detector(tmp_path, capsys, monkeypatch, folder):
-    """The README's commands; distillation finds the teacher that the first one trained."""
+    """The README's commands; distillation finds the teacher trained by the first one."""
     monkeypatch.chdir(tmp_path)
     options = ["--data-dir", folder, "--scratch", *SMALL, "--iterations", 6, "--save-every", 2, "--eval-every", 4]
     printed = run(capsys, "--student", "resnet18", *options)
@@ -118,7 +118,7 @@ def test_trains_and_distills_a_detector(tmp_path, capsys, monkeypatch, folder):
     assert list(shared["model"]) == list(build_detector("mobilenet_v2", 4, [96], scratch=True).state_dict())
     assert len(list((out / "boxes").iterdir())) == 2
 
-    # The default size is the one in training. Neither train/ nor its annotations are needed.
+    # The default size is the training size. Neither train/ nor its annotations are needed.
     shutil.copytree(folder, "only-test", ignore=shutil.ignore_patterns("*train*"))
     evaluate = [
         "--data-dir",
@@ -136,7 +136,7 @@ def test_trains_and_distills_a_detector(tmp_path, capsys, monkeypatch, folder):
 
 
 def test_script_runs_in_a_subprocess(tmp_path, folder):
-    """With full-size ROI heads and a worker process, in another working directory."""
+    """With full-size ROI heads, a worker process, and another working directory."""
     options = ["--data-dir", folder, *ALONE[:3], "--min-size", 96, "--rois", 8, "--batch-size", 1, "--workers", 1]
     options += ["--test-subset", 2, "--iterations", 1, "--device", "cpu", "--out", "run"]
     assert "student.pth (last)" in run_script(tmp_path, *options, module=detection)
@@ -251,7 +251,7 @@ def test_settings_select_terms_and_bridges(tmp_path, capsys, pair, teacher, opti
     )
     assert any(key.startswith("s2t.pool") for key in state["bridges"]) == ("app" in terms)
     before = torch.load(teacher, weights_only=True)["model"]
-    for key, value in state["teacher"].items():  # a teacher never moves
+    for key, value in state["teacher"].items():  # the teacher is frozen
         assert torch.equal(value, before[key]), key
 
 
@@ -293,7 +293,7 @@ def test_students_start_from_imagenet_weights(tmp_path, capsys, folder):
 
 
 def test_two_steps_match_a_manual_loop(tmp_path, capsys, folder, teacher, pair):
-    """The script against a loop with SGD by hand; no setting has its default."""
+    """The script against a loop with hand-written SGD; no setting has its default value."""
     weights = {"task": 0.9, "kd": 0.8, "app": 0.2, "func": 0.7, "func_prime": 0.6}
     options = [word for term, w in weights.items() for word in (f"--w-{term.replace('_', '-')}", w)]
     options += ["--iterations", 2, "--lr", 0.004, "--temperature", 3, "--seed", 5, "--min-size", 96, 128]
@@ -320,7 +320,7 @@ def test_two_steps_match_a_manual_loop(tmp_path, capsys, folder, teacher, pair):
         terms = detection_terms(flow, 3.0)
         loss = sum(w * terms[name] for name, w in weights.items())
         losses.append(loss.item())
-        # In a run of two iterations the warm-up ends after the first, and the second is past a milestone.
+        # With two iterations, the warm-up ends after the first, and the second is past a milestone.
         rate = 0.004 * [0.001, 0.1][step]
         trained = [p for net in (student, bridges) for p in net.parameters()]
         for p, g in zip(trained, torch.autograd.grad(loss, trained), strict=True):
@@ -376,7 +376,7 @@ def test_1x_schedule():
     args = Namespace(lr=0.01, iterations=1800)  # everything scales
     rate = [detection.learning_rate(args, i) for i in (0, 5, 10, 1199, 1200, 1599, 1600)]
     assert rate == pytest.approx([1e-5, 0.005005, 0.01, 0.01, 1e-3, 1e-3, 1e-4])
-    args = Namespace(lr=0.01, iterations=540_000)  # all but the warm-up scales
+    args = Namespace(lr=0.01, iterations=540_000)  # everything but the warm-up scales
     rate = [detection.learning_rate(args, i) for i in (500, 1000, 359_999, 360_000, 480_000)]
     assert rate == pytest.approx([0.005005, 0.01, 0.01, 1e-3, 1e-4])
 
@@ -391,7 +391,7 @@ def test_published_settings():
 
 
 def test_pictures_show_boxes(tmp_path, capsys, folder, teacher):
-    """Three panels; in the first, the left edges of the boxes have the colors of their classes."""
+    """Three panels; in the first, the left edge of each box has its class color."""
     options = ["--data-dir", folder, "--student", "resnet18", "--teacher", "resnet18", "--teacher-ckpt", teacher]
     run(capsys, *options, *SMALL, "--evaluate", teacher, "--visualize", 3, "--out", tmp_path)
     data = load_coco(folder)
@@ -407,7 +407,7 @@ def test_pictures_show_boxes(tmp_path, capsys, folder, teacher):
             edge = picture[20 + int(box[1] + box[3]) // 2, max(0, int(box[0]) - 2) : int(box[0]) + 3]
             edges += (edge == color).all(1).any()
         assert not np.array_equal(picture[:, :width], picture[:, width : 2 * width])
-    assert edges >= 0.8 * len(data.test.boxes) > 0  # a later box may cover one
+    assert edges >= 0.8 * len(data.test.boxes) > 0  # later boxes may cover some
 
 
 @pytest.mark.parametrize(
@@ -509,9 +509,8 @@ def test_diverging_run_exits_with_1_and_keeps_its_checkpoint(tmp_path, capsys, m
 @pytest.mark.parametrize(("signum", "code"), [(signal.SIGKILL, -9), (signal.SIGTERM, 143)])
 def test_killed_run_keeps_its_checkpoint(tmp_path, folder, signum, code):
     argv = [tmp_path, "train", "--data-dir", folder, *ALONE, "--iterations", 10**6, "--save-every", 1]
-    with background_script(
-        *argv, "--out", tmp_path / "run", module=detection_ranks, wait_for="iteration      1/"
-    ) as process:
+    argv += ["--out", tmp_path / "run"]
+    with background_script(*argv, module=detection_ranks, wait_for="iteration      1/") as process:
         os.killpg(process.pid, signum)
         message = process.communicate(timeout=60)[1]
         assert process.returncode == code

@@ -1,4 +1,4 @@
-"""Average precision against its definition, and on examples with known results."""
+"""Average precision against its definition and on examples with known results."""
 
 import builtins
 from importlib.util import find_spec
@@ -19,7 +19,7 @@ THRESHOLDS = [0.5 + 0.05 * i for i in range(10)]
 
 
 def ground_truth(boxes, images, classes=2):
-    """The ground truth of `boxes`, tuples (image, label, x, y, w, h) or (..., iscrowd)."""
+    """COCO-format ground truth; `boxes` are tuples (image, label, x, y, w, h) or (..., iscrowd)."""
     keys = ("id", "image_id", "category_id", "bbox", "area", "iscrowd")
     rows = [(i, row[0], row[1], list(row[2:6]), row[4] * row[5], int(len(row) > 6)) for i, row in enumerate(boxes, 1)]
     return {
@@ -41,14 +41,13 @@ def iou(a, b):
 
 
 def naive_ap(truth, detections, threshold):
-    """AP without crowds: detections in descending order of score take the best unmatched box; 101 points of recall."""
-    precisions = []
+    """AP without crowds: by descending score, each detection takes the best unmatched box; 101 recall points."""
+    aps = []
     for label in {row["category_id"] for row in truth["annotations"]}:
         boxes = [row for row in truth["annotations"] if row["category_id"] == label]
         matched, hits = set(), []
-        for image, *box, _, _ in sorted(
-            (row for row in detections.tolist() if row[6] == label), key=lambda row: -row[5]
-        ):
+        candidates = [row for row in detections.tolist() if row[6] == label]
+        for image, *box, _, _ in sorted(candidates, key=lambda row: -row[5]):
             unmatched = [(iou(box, row["bbox"]), row["id"]) for row in boxes if row["image_id"] == image]
             unmatched = [pair for pair in unmatched if pair[1] not in matched and pair[0] >= threshold]
             hits.append(bool(unmatched))
@@ -56,8 +55,8 @@ def naive_ap(truth, detections, threshold):
         precision = np.cumsum(hits) / np.arange(1, len(hits) + 1)
         recall = np.cumsum(hits) / len(boxes)
         points = [max((p for p, r in zip(precision, recall, strict=True) if r >= at), default=0) for at in RECALLS]
-        precisions.append(np.mean(points))
-    return 100 * np.mean(precisions)
+        aps.append(np.mean(points))
+    return 100 * np.mean(aps)
 
 
 RECALLS = np.linspace(0, 1, 101)
@@ -86,7 +85,7 @@ def test_average_precision_matches_its_definition():
 
 @needs_pycocotools
 def test_ap_by_size_and_with_crowds():
-    """A small box that is missed, a medium box that is found, and a detection inside a crowd."""
+    """A missed small box, a detected medium box, and a detection inside a crowd."""
     truth = ground_truth([(0, 1, 0, 0, 20, 20), (1, 1, 0, 0, 50, 50), (1, 1, 100, 100, 80, 80, 1)], 3)
     detections = detections_tensor([[1, 0, 0, 50, 50, 0.8, 1], [1, 110, 110, 20, 20, 0.9, 1]])
     ours = average_precision(detections, truth)
@@ -95,9 +94,7 @@ def test_ap_by_size_and_with_crowds():
     assert ours == pytest.approx(expected)
     assert list(ours) == list(METRICS)
     without_crowd = ground_truth([(0, 1, 0, 0, 20, 20), (1, 1, 0, 0, 50, 50)], 3)
-    assert (
-        average_precision(detections, without_crowd)["AP"] < half
-    )  # without the crowd, the detection in it is an error
+    assert average_precision(detections, without_crowd)["AP"] < half  # now a false positive
 
 
 @needs_pycocotools

@@ -1,4 +1,4 @@
-"""The method on detectors against a simple implementation, and the modules that each term trains."""
+"""FCFD on detectors against a naive implementation, and the modules that each term trains."""
 
 import copy
 import math
@@ -29,7 +29,7 @@ IMAGES = [(90, 120), (100, 130)]
 
 @pytest.fixture
 def pair(monkeypatch):
-    """A frozen teacher, a student, their bridges, with random BatchNorm weights, and two images with targets."""
+    """A frozen teacher, a student, and bridges, with random BatchNorm weights; two images with targets."""
     shrink(monkeypatch)
     torch.manual_seed(0)
     teacher = build_detector("resnet18", K, [96], scratch=True).requires_grad_(False)
@@ -48,7 +48,7 @@ def pair(monkeypatch):
         {"boxes": torch.tensor([[5.0, 8.0, 60.0, 70.0], [50.0, 20.0, 90.0, 80.0]]), "labels": torch.tensor([1, 3])},
         {"boxes": torch.tensor([[20.0, 10.0, 44.0, 50.0]]), "labels": torch.tensor([2])},
     ]
-    # Proposals of all sizes, some larger than the images, so that all four levels are read.
+    # Proposals of all sizes, some larger than the images, use all four levels.
     sides = torch.tensor([20.0, 35.0, 60.0, 120.0, 150.0, 230.0, 300.0, 460.0, 900.0])
     boxes = torch.stack([sides / 90, sides / 70, 1.1 * sides, sides], 1)
 
@@ -66,7 +66,7 @@ def run_flow(pair, terms=TERMS):
 
 
 class Naive:
-    """ROI heads without modules, proposals cropped one by one, each term on fresh copies."""
+    """Functional ROI heads on proposals cropped one by one; each term runs on fresh copies."""
 
     def __init__(self, teacher, student, bridges, images, targets):
         self.nets = teacher, student, bridges
@@ -104,7 +104,7 @@ class Naive:
         return self.head(student, {level: bridges.t2s[level](levels_t[level]) for level in ROI_LEVELS}), target
 
     def term(self, which):
-        """The term's value, and its gradients by (network, parameter)."""
+        """The term's value and its gradients, keyed by (network, parameter)."""
         nets = [copy.deepcopy(net) for net in self.nets]
         teacher, student, bridges = nets
         if which == "app":
@@ -194,7 +194,7 @@ def test_only_needed_bridges_are_built():
 
 
 def test_distance_matches_a_hand_computed_value():
-    """Two proposals and two classes; the offsets of the background are ignored."""
+    """Two proposals and two classes; background offsets are ignored."""
     p, q = torch.tensor([[0.5, 0.25, 0.25], [0.2, 0.2, 0.6]]), torch.tensor([[0.125, 0.375, 0.5], [0.2, 0.2, 0.6]])
     target, answer = (Answer(x.log() + 3, torch.zeros(2, 12)) for x in (p, q))
     target.offsets[:, :4] = 100.0

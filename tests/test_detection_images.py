@@ -1,4 +1,4 @@
-"""Order, flips and loading of images with boxes."""
+"""Order, flips, and loading of images with boxes."""
 
 import signal
 from collections import Counter
@@ -18,7 +18,7 @@ CPU = torch.device("cpu")
 
 
 def make_split(landscape, portrait):
-    """`landscape` wide and `portrait` tall images in random order, without files."""
+    """The given numbers of landscape and portrait images in random order, without files."""
     sizes = [(20, 10)] * landscape + [(10, 20)] * portrait
     order = np.random.default_rng(0).permutation(len(sizes))
     n = len(sizes)
@@ -34,7 +34,7 @@ def test_each_image_is_used_once_per_epoch_in_batches_of_one_orientation():
     stream = indices(batches(split, 4, seed=3, first=0, last=190))  # 40 epochs
     portrait = split.sizes[:, 1] > split.sizes[:, 0]
     assert all(len(batch) == 4 and len(set(portrait[batch].tolist())) == 1 for batch in stream)
-    # Images wait until their batch is full, so landscape and portrait images are checked separately.
+    # Images wait until their batch is full, so each orientation is checked separately.
     for kind, n in ((False, 13), (True, 6)):
         same_kind = [i for i in chain(*stream) if portrait[i] == kind]
         epochs = [same_kind[i : i + n] for i in range(0, len(same_kind) - n + 1, n)]
@@ -127,7 +127,7 @@ def test_batches_are_floats_and_do_not_depend_on_workers(data, workers):
 @pytest.mark.parametrize("workers", [0, 1])
 def test_errors_name_damaged_and_mismatched_images(data, workers):
     path = data.train.files[0].decode()
-    Image.new("RGB", (12, 20)).save(path)  # rotated, as by some tools
+    Image.new("RGB", (12, 20)).save(path)  # rotated, as some tools do
     with pytest.raises(UserError) as error:
         list(load(BoxedImages(data.train), [[(0, 0, 0)]], workers, CPU))
     assert str(error.value) == (

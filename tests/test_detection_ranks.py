@@ -1,4 +1,4 @@
-"""detection.py on two ranks, with torchrun and gloo."""
+"""detection.py on two ranks with torchrun and gloo."""
 
 import json
 import signal
@@ -23,7 +23,7 @@ SMALL = ["--scratch", "--min-size", 96, "--rois", 16, "--batch-size", 4, "--work
 
 @pytest.fixture(scope="module")
 def options(tmp_path_factory):
-    """Nine training images, so that batches of four mix epochs, and five test images."""
+    """Nine training images, so that batches of four span epochs, and five test images."""
     folder = tmp_path_factory.mktemp("drawn") / "data"
     drawn.write(folder, {"train": 9, "val": 5})
     return ["--data-dir", folder, "--student", "mobilenet_v2", *SMALL]
@@ -47,7 +47,7 @@ def test_gradients_are_averaged_over_ranks(gradients, i, terms):
     assert any("rpn" in name for name in used) == ("task" in terms)
     largest = max(gradient.abs().max() for gradient in used.values())
     for name, gradient in one["distributed"].items():
-        if one["local"][name] is None:  # the RPN's, without the task
+        if one["local"][name] is None:  # the RPN without the task term
             assert gradient is None, name
             continue
         assert torch.equal(gradient, two["distributed"][name]), name
@@ -58,7 +58,7 @@ def test_gradients_are_averaged_over_ranks(gradients, i, terms):
 
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory, options):
-    """An FCFD run on two ranks: its folder, its output, and the final state of each rank."""
+    """An FCFD run on two ranks: its folder, its output, and each rank's final state."""
     folder = tmp_path_factory.mktemp("trained")
     teacher = ["--student", "resnet18", *options[:2], *SMALL, "--iterations", 2, "--out", folder / "teacher"]
     with pytest.MonkeyPatch.context() as patch:
@@ -74,7 +74,7 @@ def trained(tmp_path_factory, options):
 def test_ranks_end_with_equal_states(trained):
     out, output, ((one, seed_of_one, rows), (two, seed_of_two, rows_of_two)) = trained
     assert seed_of_one != seed_of_two  # each rank samples its own proposals
-    assert rows == rows_of_two  # the log is over all ranks
+    assert rows == rows_of_two  # logged metrics cover all ranks
     assert [row["steps"] for row in rows] == [2, 2]
     assert one.keys() == two.keys()
     assert not [key for key, value in one.items() if not torch.equal(value, two[key])]
@@ -98,7 +98,7 @@ def test_evaluation_matches_a_single_process(trained, options, capsys, monkeypat
 
 @pytest.mark.parametrize("rank", [0, 1])
 def test_error_is_printed_once(tmp_path, capsys, monkeypatch, options, rank):
-    """Other ranks wait before they print, until torchrun ends them (test_distributed.py runs torchrun)."""
+    """Rank 1 waits before printing, so that torchrun can end it first; test_distributed.py runs torchrun."""
     for name, value in {"TORCHELASTIC_RUN_ID": "none", "RANK": rank, "WORLD_SIZE": 2}.items():
         monkeypatch.setenv(name, str(value))
     monkeypatch.setattr("sys.stdout", sys.stdout)  # restored afterwards: ranks other than 0 close it

@@ -1,4 +1,4 @@
-"""The detectors, and loading weights of torchvision, of this project, and of a teacher."""
+"""The detectors, and loading weights from torchvision, from this project, and from a teacher."""
 
 import pytest
 import torch
@@ -20,12 +20,12 @@ CATEGORIES = {i: name for i, name in enumerate(COCO) if i and name != "N/A"}  # 
 
 @pytest.fixture(autouse=True)
 def small(monkeypatch, request):
-    if "torchvision" not in request.node.name:  # those compare with torchvision's full-size detectors
+    if "torchvision" not in request.node.name:  # these compare with torchvision's full-size detectors
         shrink(monkeypatch)
 
 
 def relative_difference(a, b):
-    """The relative difference of whole tensors: random weights amplify rounding errors."""
+    """Relative difference of whole tensors, since random weights amplify rounding errors."""
     return ((a - b).norm() / b.norm()).item()
 
 
@@ -62,7 +62,7 @@ def test_mobilenet_v2_levels_have_24_32_96_and_320_channels():
 
 
 def test_detectors_match_torchvision():
-    """State dicts load strictly both ways, and the settings are the paper's."""
+    """State dicts load strictly both ways, and the settings match the paper."""
     net = build_detector("resnet50", 3, [640, 800])
     theirs = fasterrcnn_resnet50_fpn(weights=None, weights_backbone=None, num_classes=4)
     theirs.load_state_dict(net.state_dict())
@@ -127,7 +127,7 @@ def test_torchvision_weights_are_downloaded_by_default(tmp_path, monkeypatch):
 
 @pytest.fixture
 def published(tmp_path, monkeypatch):
-    """A detector like torchvision's COCO_V1, with 91 outputs and epsilon 0, and its file in the download cache."""
+    """A detector like torchvision's COCO_V1 (91 outputs, epsilon 0), and its file in the download cache."""
     torch.manual_seed(0)
     net = FasterRCNN(resnet_fpn_backbone(backbone_name="resnet50", weights=None), 91).eval()
     overwrite_eps(net, 0.0)
@@ -165,8 +165,8 @@ def test_coco_weights_have_torchvisions_outputs(published):
     ids = [0, *CATEGORIES]
     for ours, theirs in zip(box_outputs(net, images), box_outputs(published[0], images), strict=True):
         assert relative_difference(ours, theirs[:, ids]) < 1e-2
-        assert relative_difference(ours, theirs[:, :81]) > 0.1  # labels 1..80
-    # A dataset may have some of COCO's categories, with their ids.
+        assert relative_difference(ours, theirs[:, :81]) > 0.1  # labels 1..80 instead of category ids
+    # A dataset may have a subset of COCO's categories, with their ids.
     subset = build_detector("resnet50", 2, [128]).eval()
     load_coco_v1(subset, {17: "cat", 18: "dog"})
     torch.testing.assert_close(box_outputs(subset, images)[0], box_outputs(net, images)[0][:, [0, 16, 17]])

@@ -1,4 +1,4 @@
-"""imagenet.py on two ranks, with torchrun and gloo."""
+"""imagenet.py on two ranks with torchrun and gloo."""
 
 import json
 import subprocess
@@ -15,7 +15,7 @@ SMALL = ["--image-size", 32, "--workers", 0, "--device", "cpu", "--lr", 0.01]
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
-    """20 training and 13 test images in four classes, which two ranks cannot share evenly in batches of 8."""
+    """20 training and 13 test images in four classes; 13 images do not split evenly over two ranks."""
     classes = [f"n{i}" for i in range(4)]
     folder = write_images(tmp_path_factory.mktemp("images"), {"train": 5, "val": 4}, classes)
     for i in (1, 2, 3):
@@ -43,7 +43,7 @@ def test_gradients_match_a_single_process(tmp_path):
     saved = [torch.load(tmp_path / f"gradients{r}.pt", weights_only=True) for r in (0, 1)]
     expected = saved[0]["whole_batch"]
     unused = {name for name, gradient in expected.items() if gradient is None and name.startswith("bridges")}
-    assert {name.split(".")[2] for name in unused} == {"2", "4"}  # the t2s bridges of paths that were not sampled
+    assert {name.split(".")[2] for name in unused} == {"2", "4"}  # t2s bridges of unsampled paths
     for gradients in (rank["distributed"] for rank in saved):
         for name, gradient in expected.items():
             if gradient is None:
@@ -59,13 +59,13 @@ def test_gradients_match_a_single_process(tmp_path):
 
 
 def relative_error(a, b):
-    """The largest difference relative to the largest entry."""
+    """Largest difference relative to the largest entry."""
     return ((a - b).abs().max() / b.abs().max().clamp(min=1e-3)).item()
 
 
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory, options):
-    """Five FCFD steps on two ranks: the run's folder, its output, and the final state of each rank."""
+    """Five FCFD steps on two ranks: the run's folder, its output, and each rank's final state."""
     folder = tmp_path_factory.mktemp("trained")
     out = folder / "run"
     output = torchrun(ranks.__file__, folder, "train", *options, "--epochs", 3, "--max-minutes", 1e-9, "--out", out)
@@ -76,7 +76,7 @@ def test_ranks_are_equal_after_five_steps(trained):
     out, _, (one, two) = trained
     assert one["step"].keys() == two["step"].keys()
     assert not [key for key, value in one["step"].items() if not torch.equal(value, two["step"][key])]
-    assert len(one["evaluations"]) == len(two["evaluations"]) == 2  # the teacher before, the student after
+    assert len(one["evaluations"]) == len(two["evaluations"]) == 2  # the teacher before training, the student after
     for (state, accuracy), (state_2, accuracy_2) in zip(one["evaluations"], two["evaluations"], strict=True):
         assert accuracy == accuracy_2
         assert not [key for key, value in state.items() if not torch.equal(value, state_2[key])]
@@ -100,7 +100,7 @@ def test_only_one_rank_prints_and_writes_and_evaluation_is_exact(trained, folder
 
 
 def test_two_ranks_match_one_process_with_fixed_batchnorm(tmp_path, monkeypatch, options):
-    """Batches of 7, 7 and 6 images, so that one rank has an image more."""
+    """Batches of 7, 7, and 6 images, so that one rank gets an extra image."""
     for name in ("Step", "distribute", "evaluate_distributed"):
         monkeypatch.setattr(imagenet, name, getattr(imagenet, name))  # ranks.py replaces them
 
@@ -137,18 +137,18 @@ def test_resumes_on_another_number_of_ranks(trained, capsys):
 @pytest.mark.parametrize(
     ("argv", "expected"),
     [
-        ([], True),  # two of six paths: the other bridges get no gradient
+        ([], True),  # two of six paths: the other t2s bridges get no gradients
         (["--num-paths", 6], False),
         (["--num-paths", 6, "--w-app", 0], True),
         (["--num-paths", 6, "--w-task", 0, "--w-kd", 0], True),
         (["--method", "kd"], False),
         (["--method", "app"], False),
         (["--method", "app", "--w-task", 0], False),
-        (["--method", "app", "--w-task", 0, "--w-kd", 0], True),  # the student's classifier
+        (["--method", "app", "--w-task", 0, "--w-kd", 0], True),  # the student's classifier is unused
     ],
 )
 def test_ddp_knows_whether_parameters_can_be_unused(tmp_path, monkeypatch, options, argv, expected):
-    """Otherwise a step would fail or wait; looking for unused parameters slows down every step."""
+    """DDP would fail or hang on undeclared unused parameters; searching for them slows every step."""
 
     class Called(Exception):
         pass
@@ -189,7 +189,7 @@ def test_killed_rank_ends_the_job(tmp_path, options):
 
 @pytest.mark.gpu
 def test_nccl_with_one_rank(tmp_path, options):
-    """With one GPU there is one rank, but collectives use NCCL."""
+    """One GPU means one rank, but the collectives still use NCCL."""
     on_gpu = [word if word != "cpu" else "cuda" for word in options]
     command = [word if word != "--nproc_per_node=2" else "--nproc_per_node=1" for word in TORCHRUN]
     command += [imagenet.__file__, *on_gpu, "--epochs", 2, "--out", tmp_path / "run"]

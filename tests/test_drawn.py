@@ -47,7 +47,7 @@ def test_dataset_has_crowds_empty_images_and_overlapping_objects(folder):
 
 
 def test_boxes_match_the_pixels_of_their_objects(monkeypatch):
-    """Checked for the last object, which nothing occludes."""
+    """Checks the last object of each image, which nothing occludes."""
     last = {}
 
     def paste(image, *args):

@@ -1,4 +1,4 @@
-"""ablations/exit_branches.py and the branches it trains."""
+"""ablations/exit_branches.py and the branches that it trains."""
 
 import copy
 import csv
@@ -44,7 +44,7 @@ def net():
 
 @pytest.fixture(scope="module")
 def trained(net, data, tmp_path_factory):
-    """The teacher's state before training, the branches, the content of branches.pt, and its folder."""
+    """The teacher's state before training, the branches, the contents of branches.pt, and its folder."""
     before, folder = copy.deepcopy(net.state_dict()), tmp_path_factory.mktemp("trained")
     return before, *branches.train_branches(settings(), folder, net, data), folder
 
@@ -200,7 +200,7 @@ def test_recalibrated_statistics_are_averages_over_a_full_pass(net, data, traine
 
 
 def naive_features(run, images):
-    """B_st^k(F_s^k), written out."""
+    """B_st^k(F_s^k), computed directly from the saved weights."""
     state = torch.load(run / "last.pt")
     student = build("resnet8", 20).eval()
     student.load_state_dict({key: value for key, value in state["student"].items() if ".path" not in key})
@@ -228,7 +228,7 @@ def test_student_features_are_bridged_pure_path_features(branch_runs):
     images, _ = next(eval_batches(data.test))
     assert any(".path2." in key for key in torch.load(cell.folder / "last.pt")["student"])
     features = branches.student_features(cell, data, loaded_teacher(branch_runs), torch.device("cpu"))
-    for actual in (features(images), features(images)):  # no running statistics change
+    for actual in (features(images), features(images)):  # running statistics do not change
         torch.testing.assert_close(actual, naive_features(cell.folder, images), rtol=1e-4, atol=1e-5)
     with pytest.raises(UserError, match="another resnet14"):
         branches.student_features(cell, data, build("resnet14", 20), torch.device("cpu"))
@@ -279,14 +279,14 @@ def test_results_are_kept_and_missing_files_are_reported(branch_runs, tmp_path, 
         assert "--branch-depth is 14 and was 8" in rerun("--branch-depth", "14", code=2)
     row = folder / "resnet14-resnet8-app-seed1.json"
     kept = row.read_text()
-    row.write_text(kept.replace('"of": [\n  "', '"of": [\n  "0'))  # as if of other branches
+    row.write_text(kept.replace('"of": [\n  "', '"of": [\n  "0'))  # as if measured with other branches
     output = rerun()
     assert "app-seed1: " in output
     assert "fcfd-seed1: " not in output
     assert "epoch   1" not in output
     assert row.read_text() == kept
 
-    for file in runs.rglob("*.pt*"):  # as in a clone, which has results but no weights
+    for file in runs.rglob("*.pt*"):  # as in a fresh clone: results, but no weights
         file.unlink()
     assert text in rerun()
     row.unlink()
@@ -296,7 +296,7 @@ def test_results_are_kept_and_missing_files_are_reported(branch_runs, tmp_path, 
         "resnet14-alone-seed1",
         "resnet14-resnet8-app-seed1",
         "resnet14-resnet8-fcfd-seed1",
-    )  # the branches are missing as well
+    )  # the branches are missing too
     assert message.endswith(f"train again: rm {' '.join(f'{runs}/{name}/result.json' for name in missing)}\n")
     assert message.count("\n") == 1
     with (

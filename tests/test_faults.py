@@ -1,4 +1,4 @@
-"""Runs that are killed, interrupted, out of disk space, or run twice: at most the current epoch is lost."""
+"""Runs that are killed, interrupted, started twice, or out of disk space lose at most the current epoch."""
 
 import os
 import resource
@@ -26,7 +26,7 @@ def options(teacher):
 
 @pytest.fixture(scope="module")
 def uninterrupted(options, tmp_path_factory):
-    """The folder of an uninterrupted run."""
+    """Output folder of an uninterrupted run."""
     folder = tmp_path_factory.mktemp("uninterrupted") / "run"
     assert cifar100.main([str(word) for word in (*options, "--out", folder)]) == 0
     return folder
@@ -41,7 +41,7 @@ def test_run_resumed_after_a_signal_is_bitwise_identical(tmp_path, capsys, optio
         assert process.returncode == CODES[signum]
     assert message.count("\n") == (signum != signal.SIGKILL)
     assert torch.load(out / "last.pt", weights_only=True)["epoch"] < 3
-    # Options that are not given are those of the run.
+    # Omitted options default to the stored ones.
     assert "epoch   1/3" not in call(capsys, "--student", "resnet8", "--resume", "--out", out)
     assert_bitwise_equal(uninterrupted, out)
     columns = ("epoch", "loss", "func_prime", "train_top1", "test_top1")
@@ -54,12 +54,12 @@ def test_second_process_is_rejected(tmp_path, capsys):
     with background_script(*alone):
         for resume in ([], ["--resume"]):
             assert "another process is using" in call(capsys, *alone, *resume, code=2)
-    call(capsys, *alone, "--resume", "--max-minutes", 1e-9)  # the lock ended with its process
+    call(capsys, *alone, "--resume", "--max-minutes", 1e-9)  # the lock was released with its process
 
 
 def test_second_process_for_the_same_teacher_is_rejected(tmp_path, capsys):
     pair = [*PAIR, "--epochs", 10**6]
-    with background_script(*pair, "--out", tmp_path / "one"):  # its teacher's first epoch
+    with background_script(*pair, "--out", tmp_path / "one"):  # waits for the teacher's first epoch
         message = call(capsys, *pair, "--out", tmp_path / "two", code=2)
     assert "(the teacher in" in message
     assert "another process is using" in message
@@ -91,7 +91,7 @@ def test_full_disk_keeps_the_last_checkpoint(tmp_path, capsys, options, uninterr
 
 
 def state_after(epoch):
-    """The state of a run of two epochs after `epoch`; each epoch is the best so far."""
+    """State of a two-epoch run after `epoch`; each epoch is the best so far."""
     log = [{"epoch": e, "test_top1": 10.0 * e, "test_top5": 50.0, "seconds": 1.0} for e in range(1, epoch + 1)]
     return {
         "config": {"epochs": 2},
@@ -105,7 +105,7 @@ def state_after(epoch):
 
 
 def save_epoch(out, epoch):
-    """As Run.end_epoch does."""
+    """Save an epoch as Run.end_epoch does."""
     state = state_after(epoch)
     checkpoint.save(state, out / "last.pt")
     publish(out, state, {"student": state["student"]})
@@ -145,7 +145,7 @@ def test_run_killed_at_any_point_of_saving_can_resume(tmp_path, monkeypatch):
             assert (out / name).read_bytes() == (expected / name).read_bytes(), (point, name)
         if ended == 0:
             break
-    assert point == 2 * len(names)  # it was killed at each of them
+    assert point == 2 * len(names)  # killed once at each sync and rename
 
 
 def die_at_call(point, monkeypatch):
@@ -224,7 +224,7 @@ def test_swallowed_signal_ends_the_script_at_the_next_batch(capsys, signum, code
         sys.unraisablehook = hook
         signal.signal(signum, handler)
     assert capsys.readouterr().err.startswith("interrupted: ")
-    assert next_batch(iter([1])) == 1  # and it was cleared
+    assert next_batch(iter([1])) == 1  # the pending signal was cleared
 
 
 def test_line_breaks_in_errors_are_escaped(capsys):

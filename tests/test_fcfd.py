@@ -1,4 +1,4 @@
-"""Properties that test_parity.py and test_naive.py do not cover: what is skipped, shared, and left unchanged."""
+"""Properties not covered by test_parity.py and test_naive.py: what is skipped, shared, or left unchanged."""
 
 import copy
 from collections import Counter
@@ -14,7 +14,7 @@ from common.multipath_bn import track_paths
 from common.paths import MixedPath, candidate_paths, sample_paths
 from common.run.optimizer import sgd
 
-PAIRS = [  # (teacher, student): the ten published pairs, and one with features of equal size
+PAIRS = [  # (teacher, student): the ten published pairs, and one with equal feature sizes
     ("wrn_40_2", "wrn_16_2"),
     ("wrn_40_2", "wrn_40_1"),
     ("resnet56", "resnet20"),
@@ -157,7 +157,7 @@ def test_the_last_position_only_feeds_the_classifier():
 
 
 def test_mixed_paths_use_batch_statistics_when_the_teacher_does_not():
-    """--teacher-bn running: p_t and F_t use the running statistics, which do not change; those of mixed paths do."""
+    """With --teacher-bn running, p_t and F_t use frozen running statistics; mixed paths still update their own."""
     teacher, student, bridges = pair()
     teacher.eval()
     images, _ = batch()
@@ -173,7 +173,7 @@ def test_mixed_paths_use_batch_statistics_when_the_teacher_does_not():
 
 
 def test_trainable_teacher_is_trained_by_mixed_paths_but_not_as_a_target():
-    """App. F: a mixed path trains every module that it passes through, including the teacher's early stages."""
+    """App. F: a mixed path trains every module it passes through, including the teacher's early stages."""
     teacher, student, bridges = pair()
     teacher.requires_grad_(True)
     images, labels = batch()
@@ -211,7 +211,7 @@ def test_plan_paths():
     used = {name: weights[name] for name in EQ_9}
     assert plan_paths(weights, 4) == (used, candidate_paths(4), 2)
     assert plan_paths(weights, 4, num_paths=0) == (used, candidate_paths(4), 0)
-    # A path that leaves the last stage only has logits, so it does not feed L2 terms.
+    # A path that leaves the last stage has only logits, so it does not feed L2 terms.
     planned, paths, num_paths = plan_paths(weights, 4, [4])
     assert planned == {name: value for name, value in used.items() if name != "func_l2"}
     assert (paths, num_paths) == (candidate_paths(4, [4]), 2)
@@ -225,7 +225,7 @@ def test_plan_paths_rejects_settings_that_cannot_be_trained():
     weights = term_weights(EQ_9, w_l2=5, w_kl=1)
     with pytest.raises(ValueError, match="func_l2"):
         plan_paths(weights, 4, [4], required=["func_l2"])
-    plan_paths(weights | {"func_l2": 0}, 4, [4], required=["func_l2"])  # without a weight it is not needed
+    plan_paths(weights | {"func_l2": 0}, 4, [4], required=["func_l2"])  # not required without a weight
     with pytest.raises(ValueError, match="4 candidates"):
         plan_paths(weights, 4, num_paths=5)
     with pytest.raises(ValueError, match=r"outside 2\.\.4"):

@@ -18,7 +18,7 @@ B, SIZE = 2, 16
 
 
 class Pair:
-    """Networks and bridges as in training, the formula's quantities, and the counted FLOPs of a step."""
+    """Networks and bridges as in training, the formula's inputs, and the counted FLOPs of a step."""
 
     def __init__(self, pair, counter):
         self.teacher, self.student = (build(name, 10) for name in pair.split("-"))
@@ -76,7 +76,7 @@ def test_student_formula_matches_the_count(name):
 
 
 def test_forward_flops_match_a_hand_count():
-    """resnet8 at 32x32: a stem and three blocks of two 3x3 convolutions; the second and third have a 1x1 shortcut."""
+    """resnet8 at 32x32: a stem and three blocks of two 3x3 convolutions; blocks two and three have 1x1 shortcuts."""
     with torch.device("meta"):
         teacher, student = build("resnet14", 100), build("resnet8", 100)
         bridges = build_bridges(teacher, student, 32)
@@ -103,11 +103,11 @@ def test_forward_flops_match_a_hand_count():
 )
 @pytest.mark.parametrize(("input_grad", "weight_grad"), [(True, True), (True, False), (False, True)])
 def test_counter_counts_each_gradient(layer, c_in, input_grad, weight_grad):
-    """Each gradient of a layer costs as much as its forward pass, with groups too."""
+    """Each gradient of a layer costs as much as its forward pass, also with groups."""
     x = torch.randn(B, c_in, 8, 8, requires_grad=input_grad)
     layer.requires_grad_(weight_grad)
     with torch.no_grad():
-        positions = x if isinstance(layer, nn.ConvTranspose2d) else layer(x)  # one per position of the kernel
+        positions = x if isinstance(layer, nn.ConvTranspose2d) else layer(x)  # one entry per kernel position
     once = 2 * B * positions[0, 0].numel() * layer.weight.numel()
     with flops.counter() as counter:
         layer(x).sum().backward()

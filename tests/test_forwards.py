@@ -1,6 +1,6 @@
-"""The forward pass of every network family against an implementation on its state dict, without modules.
+"""The forward pass of every network family against a functional implementation on its state dict.
 
-Neither keys nor shapes show where a ReLU, a shortcut or a shuffle is: a shared checkpoint could load and be wrong.
+Keys and shapes do not show where ReLUs, shortcuts, and shuffles are: a checkpoint could load and still be wrong.
 """
 
 import pytest
@@ -174,7 +174,7 @@ def test_forward_matches_a_functional_implementation(name, forward, size):
     torch.manual_seed(0)
     net = build(name, 10).eval()
     for layer in net.modules():
-        if isinstance(layer, nn.BatchNorm2d):  # random, with variances that keep the scale
+        if isinstance(layer, nn.BatchNorm2d):  # random, with variances near 1 to keep the scale
             for tensor, low, high in (("weight", 0.7, 1.3), ("bias", -0.4, 0.4), ("running_mean", -0.3, 0.3)):
                 nn.init.uniform_(getattr(layer, tensor), low, high)
             nn.init.uniform_(layer.running_var, 0.5, 1.5)

@@ -1,4 +1,4 @@
-"""Reading images from files: independent of the number of workers, each image once over all ranks."""
+"""Reading images from files, independent of the number of workers and split over ranks."""
 
 import shutil
 import signal
@@ -25,7 +25,7 @@ def folder(tmp_path_factory):
 
 
 def epochs(folder, workers, which=(0, 1)):
-    """The batches of some epochs, from one loader, as in training."""
+    """Batches of several epochs from one loader, as in training."""
     shard = Shard(21, 8, seed=3)
     loader = train_loader(ImageFiles(list_files(folder).train, 32, seed=3), shard, workers, CPU)
     batches = []
@@ -98,7 +98,7 @@ def test_shards_partition_the_batches_of_an_epoch(world):
     shards = [list(Shard(26, 8, 5, rank, world, epoch=2)) for rank in range(world)]
     whole = [[i for _, i in batch] for batch in Shard(26, 8, 5, epoch=2)]
     assert sorted(i for batch in whole for i in batch) == list(range(26))
-    # The last batch has two images: enough for one rank only.
+    # The last batch has two images, enough for only one rank.
     assert Shard(26, 8, 5, 0, world).sizes == [8, 8, 8, 2][: 4 if world == 1 else 3]
     for b, size in enumerate(Shard(26, 8, 5, 0, world).sizes):
         parts = [[i for _, i in shard[b]] for shard in shards]

@@ -1,4 +1,4 @@
-"""imagenet.py, as run from the command line, on small folders of JPEGs; test_distributed.py uses several ranks."""
+"""imagenet.py, run from the command line on small folders of JPEGs; test_distributed.py uses several ranks."""
 
 import contextlib
 import json
@@ -40,7 +40,7 @@ def folder(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def teacher(folder, tmp_path_factory):
-    """A resnet18 that the script trained on these three classes."""
+    """Checkpoint of a resnet18 trained on the same three classes."""
     out = tmp_path_factory.mktemp("teacher") / "run"
     options = ["--data-dir", folder, "--student", "resnet18", *SMALL, "--epochs", 1, "--out", out]
     assert imagenet.main([str(option) for option in options]) == 0
@@ -54,7 +54,7 @@ def pair(folder, teacher):
 
 @pytest.fixture(scope="module")
 def main_run(tmp_path_factory, folder, pair):
-    """Two epochs of FCFD in a subprocess with worker processes, in another working directory: the run, its output."""
+    """Two epochs of FCFD in a subprocess with workers and another working directory: its folder and output."""
     cwd = tmp_path_factory.mktemp("main")
     printed = run_script(cwd, *pair, "--workers", 2, "--epochs", 2, module=imagenet)
     return cwd / "runs" / f"{folder.name}-32px-resnet18-MobileNetV1-fcfd-2ep-seed1", printed
@@ -62,7 +62,7 @@ def main_run(tmp_path_factory, folder, pair):
 
 @pytest.fixture(scope="module")
 def first_epoch(tmp_path_factory, pair):
-    """The same run without workers, stopped after its first epoch; and the epochs of the batches that it read."""
+    """The same run without workers, stopped after its first epoch, and the epochs whose batches it read."""
     out, options = tmp_path_factory.mktemp("first") / "run", [*pair, "--epochs", 2, "--max-minutes", 1e-9]
     with recorded_epochs() as epochs:
         assert imagenet.main([str(word) for word in (*options, "--out", out)]) == 0
@@ -113,7 +113,7 @@ def test_distillation_and_evaluation(tmp_path, main_run, capsys, folder):
     assert f"MobileNetV1 saved to runs/{out.name}/student.pth" in printed
     shared = torch.load(out / "student.pth", weights_only=True)
     assert list(shared["model"]) == list(build_imagenet("MobileNetV1", 3).state_dict())
-    shutil.copytree(folder / "val", tmp_path / "val")  # without train/, which a test does not need
+    shutil.copytree(folder / "val", tmp_path / "val")  # train/ is not needed
     printed = run(capsys, "--data-dir", tmp_path, "--student", "MobileNetV1", *SMALL, "--evaluate", out / "student.pth")
     assert f"MobileNetV1 {result['last']['top1']:.2f} % top-1, 100.00 % top-5 on 15 test images" in printed
 
@@ -122,7 +122,7 @@ def test_run_resumed_with_other_workers_is_bitwise_identical(capsys, main_run, f
     with recorded_epochs() as epochs:
         run(capsys, "--student", "MobileNetV1", "--resume", "--workers", 2, "--out", stopped)
     assert_bitwise_equal(main_run[0], stopped)
-    assert (set(first_epoch[1]), set(epochs)) == ({0}, {1})  # each epoch has its own order and augmentation
+    assert (set(first_epoch[1]), set(epochs)) == ({0}, {1})  # each call read only its own epoch
 
 
 @pytest.mark.parametrize(
@@ -160,7 +160,7 @@ def test_resume_rejects_changed_settings(capsys, stopped):
 
 
 def test_two_steps_match_a_manual_loop(tmp_path, capsys, folder, teacher, pair):
-    """The script against a loop with SGD by hand; no setting has its default."""
+    """The script against a loop with hand-written SGD; no setting has its default value."""
     weights = {"task": 0.9, "kd": 0.8, "app": 0.2, "func_l2": 0.3, "func_kl": 0.7, "func_prime": 0.6}
     options = [word for term, w in weights.items() for word in (f"--w-{term.replace('_', '-')}", w)]
     options += [
@@ -193,7 +193,7 @@ def test_two_steps_match_a_manual_loop(tmp_path, capsys, folder, teacher, pair):
     velocity, losses = {}, []
     for paths, (images, labels) in zip(sample_paths(candidate_paths(5), 3, 2, 5, 0), loader, strict=True):
         terms = fcfd_terms(forward_paths(net_t, student, bridges, images, paths), labels, 3.0)
-        warm = {"app": 0.5, "func_l2": 0.5}  # the first epoch of 1/20 of 40
+        warm = {"app": 0.5, "func_l2": 0.5}  # the warm-up takes 1/20 of 40 epochs
         loss = sum(w * warm.get(name, 1) * terms[name] for name, w in weights.items())
         losses.append(loss.item())
         trained = [p for net in (student, bridges) for p in net.parameters()]
@@ -376,7 +376,7 @@ def test_damaged_image_ends_the_run(tmp_path, capsys):
 def test_signals_to_the_run_and_its_workers(tmp_path, folder, target, signum, code, expected):
     options = ["--data-dir", folder, "--student", "resnet18", *SMALL, "--workers", 2, "--epochs", 10**6]
     with background_script(*options, "--out", tmp_path / "run", module=imagenet) as process:
-        if target == "all":  # as by a cluster, or Ctrl-C in a terminal
+        if target == "all":  # like a cluster, or Ctrl-C in a terminal
             os.killpg(process.pid, signum)
         else:
             workers = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()

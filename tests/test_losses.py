@@ -1,4 +1,4 @@
-"""KL, DKD and L2 against their definitions."""
+"""KL, DKD, and L2 against their definitions."""
 
 import math
 
@@ -52,7 +52,7 @@ def test_kl_is_finite_when_a_probability_underflows():
 def test_dkd_matches_its_definition_in_float64():
     torch.manual_seed(0)
     logits, target, labels = 5 * torch.randn(16, 10), 5 * torch.randn(16, 10), torch.randint(10, (16,))
-    labels[:2] = torch.tensor([0, 9])  # the first and the last class, which have no classes on one side
+    labels[:2] = torch.tensor([0, 9])  # the first and last classes have neighbors on only one side
     assert_dkd_matches(logits, target, 4.0, labels, tckd=1.0, nckd=2.0)
     assert_dkd_matches(logits, target, 1.0, labels, tckd=0.7, nckd=0.0)
     assert_dkd_matches(logits, target, 1.0, labels, tckd=0.0, nckd=3.0)

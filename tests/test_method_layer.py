@@ -1,4 +1,4 @@
-"""The method's modules can be copied into another project, and importing them loads nothing they do not need."""
+"""The method's modules can be copied into another project, and importing them loads only what they need."""
 
 import ast
 import os
@@ -42,7 +42,7 @@ for simkd in (False, True):
 
 
 def python(code, cwd):
-    """Run code in a process that only finds modules in `cwd` and installed ones; returns its output."""
+    """Run code in a process that finds only installed modules and those in `cwd`; returns its output."""
     environment = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
     command = [sys.executable, "-c", f"import sys\n{code}"]  # the working directory is on sys.path
     completed = subprocess.run(command, cwd=cwd, env=environment, capture_output=True, text=True, timeout=300)

@@ -1,4 +1,4 @@
-"""The networks match the parameter names and shapes of the CIFAR checkpoints that the field shares."""
+"""The networks match the parameter names and shapes of commonly shared CIFAR checkpoints."""
 
 import json
 from pathlib import Path
@@ -20,9 +20,9 @@ def test_all_listed_networks_exist():
 def test_network_matches_shared_checkpoints(name):
     net, listed = build(name, 100), LISTED[name]
     assert sum(p.numel() for p in net.parameters()) == listed["parameters"]
-    # A checkpoint of the listed keys and shapes loads strictly.
+    # A checkpoint with the listed keys and shapes loads strictly.
     net.load_state_dict({key: torch.ones(shape) for key, shape in listed["state_dict"].items()})
-    # The order of the keys matters too: optimizer states refer to parameters by position.
+    # Key order matters too: optimizer states refer to parameters by position.
     assert list(build(name, 100).state_dict()) == list(listed["state_dict"])
 
 

@@ -1,4 +1,4 @@
-"""BatchNorm with shared affine parameters and separate statistics per path."""
+"""BatchNorm with shared affine parameters and separate statistics for each path."""
 
 import copy
 
@@ -51,7 +51,7 @@ def test_weight_and_bias_are_shared():
 
 
 def test_buffers_keep_their_identity_and_are_restored_after_an_error():
-    """They are updated in place, as a captured CUDA graph requires."""
+    """Buffers are updated in place, as captured CUDA graphs require."""
     net = batch_norm()
     own, other = net[0].running_mean, net[0].path2.running_mean
     with pytest.raises(ValueError, match="expected 4D"), on_path(net, 2):

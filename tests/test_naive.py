@@ -1,4 +1,4 @@
-"""The method against a slow and simple implementation: every path is run alone, on copies, and nothing is shared."""
+"""FCFD against a slow, simple implementation that runs each path separately on fresh copies."""
 
 import copy
 from collections import defaultdict
@@ -103,12 +103,12 @@ def pair(teacher_name, student_name):
     torch.manual_seed(3)
     teacher, student = build(teacher_name, 10), build(student_name, 10)
     bridges = build_bridges(teacher, student, 32)
-    for net in (teacher, student, bridges):  # no BatchNorm has its initial weights, which would hide mistakes
+    for net in (teacher, student, bridges):  # initial BatchNorm weights would hide mistakes
         for layer in net.modules():
             if isinstance(layer, nn.BatchNorm2d):
                 nn.init.uniform_(layer.weight, 0.5, 1.5)
                 nn.init.normal_(layer.bias, 0, 0.2)
-            if isinstance(layer, nn.Linear):  # large logits: otherwise rounding errors would dominate the KL
+            if isinstance(layer, nn.Linear):  # with small logits, rounding errors would dominate the KL
                 nn.init.normal_(layer.weight, 0, 6 / layer.in_features**0.5)
     teacher.requires_grad_(False)
     return teacher, student, bridges
@@ -145,7 +145,7 @@ def test_terms_and_gradients_match_the_naive_implementation(teacher_name, studen
         if parameter.grad is not None
     }
     assert ours.keys() == naive.gradients.keys()
-    # The absolute tolerance is for gradients that are zero up to rounding, such as those of a bias before a BatchNorm.
+    # The absolute tolerance is for gradients that are zero up to rounding, such as that of a bias before a BatchNorm.
     largest = max(gradient.abs().max() for gradient in ours.values())
     for key, gradient in ours.items():
         difference = (gradient - naive.gradients[key]).abs().max()

@@ -1,4 +1,4 @@
-"""ablations/num_paths.py: its rows, and which costs are measured again. Times themselves are not tested."""
+"""ablations/num_paths.py: its rows, and which costs are remeasured. Timings are not tested."""
 
 import csv
 import json
@@ -48,7 +48,7 @@ def test_sizes_stop_at_the_smallest_number_of_candidates():
 
 @pytest.fixture
 def measure(tmp_path, monkeypatch):
-    """`complexity.measured` with instant measurements: the result, and the pairs that were measured."""
+    """Calls `complexity.measured` with fake measurements; returns its result and the pairs it measured."""
     measured = []
 
     def fake_time(rows, c):
@@ -81,7 +81,7 @@ def test_existing_costs_are_kept(measure, tmp_path):
     assert json.loads((tmp_path / "cost.json").read_text()) == both
     assert measure(B)[1] == []
     assert measure(A, sizes=[0])[1] == []
-    more, measured = measure(A, sizes=[0, 1, 2])  # all again, since steps of a pair take turns
+    more, measured = measure(A, sizes=[0, 1, 2])  # a pair's steps are interleaved, so all are remeasured
     assert measured == [(A, [0, 1, 2])]
     assert sorted((row["pair"], row["num_paths"]) for row in more["rows"]) == [(A, 0), (A, 1), (A, 2), (B, 0), (B, 1)]
 

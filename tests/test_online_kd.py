@@ -1,4 +1,4 @@
-"""online_kd.py, as run from the command line."""
+"""online_kd.py, run from the command line."""
 
 import json
 import re
@@ -47,7 +47,7 @@ def main_run(tmp_path_factory):
 
 def test_main_run_writes_its_files(main_run):
     folder, printed = main_run
-    assert list(folder.parent.iterdir()) == [folder]  # no teacher was trained first
+    assert list(folder.parent.iterdir()) == [folder]  # no separate teacher run
     names = ["best.pt", "config.yaml", "last.pt", "log.csv", "result.json", "student.pth", "student_best.pth"]
     assert sorted(path.name for path in folder.iterdir()) == [*names, "teacher.pth", "teacher_best.pth"]
     rows, state = read_log(folder), last_state(folder)
@@ -56,7 +56,7 @@ def test_main_run_writes_its_files(main_run):
     assert all(float(row[term]) > 0 for row in rows for term in TERMS)
     assert (config["temperature"], config["w_app"], config["num_paths"], config["positions"]) == (4, 5, 2, [2, 3])
     assert [config[f"w_{term}"] for term in TERMS] == [1, 1, 5, 5, 1, 1, 1, 1]
-    assert result["teacher"] is None  # the teacher was not trained before
+    assert result["teacher"] is None  # no pretrained teacher
     for (role, prefix), network in zip(ROLES.items(), ("resnet8", "resnet14"), strict=True):
         accuracies = [float(row[f"{prefix}test_top1"]) for row in rows]
         best = result[f"{prefix}best"]
@@ -98,7 +98,7 @@ def test_student_is_not_reused_as_an_offline_teacher(tmp_path, capsys):
         (
             ["--method", "dml", "--teacher", "vgg8"],
             {"task", "kd", "teacher_task", "teacher_kd"},
-        ),  # five stages and four
+        ),  # five and four stages
         (["--method", "dml", "--teacher", "resnet8"], {"task", "kd", "teacher_task", "teacher_kd"}),
         (["--method", "kd"], {"task", "kd", "teacher_task"}),
         (["--method", "kd", "--w-app", 1], {"task", "kd", "teacher_task", "app"}),
@@ -140,7 +140,7 @@ def test_kd_trains_the_teacher_independently(tmp_path, capsys):
     ],
 )
 def test_each_term_trains_exactly_its_modules(tmp_path, capsys, term, in_student, in_teacher):
-    """One step on one term, with mixed paths at k = 2: all modules on a path are trained, targets are not."""
+    """One step on one term, with mixed paths at k = 2, trains all modules on a path and no targets."""
     weights = [word for other in TERMS for word in (option(other), int(other == term))]
     call(capsys, *ONE_STEP, *weights, "--positions", 2, "--out", tmp_path)
     torch.manual_seed(1)
@@ -156,7 +156,7 @@ def test_each_term_trains_exactly_its_modules(tmp_path, capsys, term, in_student
 
 
 def reference_losses(teacher, student, bridges, images, labels, paths, temperature):
-    """All terms as in the paper, correct predictions of both networks, and the buffers after the pure paths."""
+    """All terms as in the paper, the hits of both networks, and the buffers after the pure paths."""
 
     def kl(logits, target):
         p, q = F.softmax(target.detach() / temperature, 1), F.softmax(logits / temperature, 1)
@@ -194,13 +194,13 @@ def reference_losses(teacher, student, bridges, images, labels, paths, temperatu
 
 
 def test_two_epochs_match_a_manual_loop(tmp_path, capsys):
-    """The script against a loop with losses, SGD and statistics by hand; no setting has its default."""
+    """The script against a loop with hand-written losses, SGD, and statistics; no setting has its default value."""
     weights = dict(zip(TERMS, (0.9, 0.8, 2.0, 3.0, 0.7, 0.6, 1.1, 0.5), strict=True))
     options = [word for term, w in weights.items() for word in (option(term), w)]
     options += ["--epochs", 24, "--lr", 0.002, "--temperature", 3, "--num-paths", 3, "--seed", 5, "--subset", 40]
     options += ["--out", tmp_path, "--max-minutes", 1e-9]
     call(capsys, *PAIR, *options)
-    call(capsys, *PAIR, *options, "--resume")  # stopped after each epoch: two are done
+    call(capsys, *PAIR, *options, "--resume")  # each call stops after one epoch
 
     torch.manual_seed(5)
     student, teacher = build("resnet8", 20), build("resnet14", 20)
@@ -245,7 +245,7 @@ def test_two_epochs_match_a_manual_loop(tmp_path, capsys):
 
 @pytest.fixture(scope="module")
 def killed(main_run, tmp_path_factory):
-    """The same run, killed after its first epoch."""
+    """The folder of the same run, killed after its first epoch."""
     folder = tmp_path_factory.mktemp("killed") / "run"
     command = [sys.executable, online_kd.__file__, *PAIR, "--epochs", "3", "--out", str(folder)]
     with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
@@ -309,7 +309,7 @@ def test_resume_rejects_changed_settings_by_name(main_run, capsys):
 def test_diverging_run_keeps_the_last_good_epoch(tmp_path, capsys, monkeypatch):
     options = [*PAIR, "--method", "dml", "--epochs", 3, "--out", tmp_path]
     call(capsys, *options, "--max-minutes", 1e-9)
-    config = tmp_path / "config.yaml"  # the time limit is that of the last call
+    config = tmp_path / "config.yaml"  # stores the time limit of the last call
     before, settings = {path: path.read_bytes() for path in tmp_path.iterdir()}, yaml.safe_load(config.read_text())
     monkeypatch.setattr(online_kd, "learning_rate", lambda args, epoch: 1e30)
     assert "epoch 2, step 2" in call(capsys, *options, "--resume", code=1)

@@ -9,7 +9,7 @@ OPTIONS = {"momentum": 0.9, "weight_decay": 0.1, "nesterov": True}
 
 
 def reference_sgd(weights, gradients, lr):
-    """SGD with Nesterov momentum on one tensor; None is a step without a gradient."""
+    """SGD with Nesterov momentum on one tensor; None means a step without a gradient."""
     velocity = torch.zeros_like(weights)
     for gradient in gradients:
         if gradient is not None:

@@ -1,4 +1,4 @@
-"""forward_paths and fcfd_terms against one training step of the published implementation, number by number."""
+"""forward_paths and fcfd_terms against every number of a training step of the published implementation."""
 
 import pytest
 import torch
@@ -14,7 +14,7 @@ DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)]
 RELATIVE = {"cpu": 1e-5, "cuda": 1e-4}
 
 
-# A KL of 0.01 is the difference of sums near 2.3, times T^2 = 16: its rounding error in float32.
+# Float32 rounding error of a KL of 0.01, a difference of sums near 2.3, times T^2 = 16.
 KL_ROUNDING = 3e-6
 
 
@@ -38,7 +38,7 @@ def step(request, parity):
     student.load_state_dict(parity["student"])
     for name, weights in parity["bridges"].items():
         direction, k = name.split(".")
-        if name != "t2s.4":  # on no path, so it is not built here
+        if name != "t2s.4":  # not on any path, so it is not built
             getattr(bridges, direction)[k].load_state_dict(weights)
     teacher.requires_grad_(False)
     for net in (teacher, student):

@@ -1,4 +1,4 @@
-"""The documentation matches the code, and its examples work."""
+"""The documentation matches the code, and its examples run."""
 
 import importlib
 import re
@@ -20,8 +20,8 @@ from common.models import build
 from common.run.cost import added_cost
 
 ROOT = Path(cifar100.__file__).parent
-TORCHRUN = "--nnodes --node_rank --nproc_per_node --master_addr --master_port"  # options of torchrun
-EXAMPLE_OPTIONS = ("--w-cosine",)  # the option of the README's worked loss term
+TORCHRUN = "--nnodes --node_rank --nproc_per_node --master_addr --master_port"  # torchrun's options
+EXAMPLE_OPTIONS = ("--w-cosine",)  # from the README's example loss term
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md")), ROOT / "ablations" / "README.md"]
 README, ABLATIONS_README = PAGES[0].read_text(), PAGES[-1].read_text()
 TEXT = "\n".join(page.read_text() for page in PAGES)
@@ -63,11 +63,11 @@ def test_training_loop_runs_verbatim(tmp_path, monkeypatch):
 
 
 def test_example_term_can_be_added(project_copy, teacher):
-    """It trains, is logged, and is warmed up; the other scripts have its option too."""
+    """The term is trained, logged, and warmed up; the other scripts have its option too."""
     with open(project_copy / "common" / "fcfd.py", "a") as file:
         file.write(f"\n\n{TERM}")
     options = f"--teacher resnet14 --student resnet8 --teacher-ckpt {teacher / 'student.pth'} --w-cosine 2 {SMALL}"
-    # A twelfth of 24 epochs is the warm-up; the run stops after the first epoch.
+    # The warm-up takes 1/12 of 24 epochs; the run stops after the first epoch.
     python(project_copy, "cifar100.py", *options.split(), "--epochs", 24, "--max-minutes", 1e-9)
     [row] = read_log(project_copy / "runs" / "student")
     weights = {"task": 1, "kd": 1, "app": 2.5, "func_l2": 2.5, "func_kl": 1, "func_prime": 1, "cosine": 0.5 * 2}
@@ -75,7 +75,7 @@ def test_example_term_can_be_added(project_copy, teacher):
     assert float(row["loss"]) == pytest.approx(sum(w * float(row[name]) for name, w in weights.items()), rel=1e-4)
     code = "from contextlib import suppress\nimport imagenet, online_kd\nfor script in (imagenet, online_kd):"
     code += "\n    with suppress(SystemExit):\n        script.parse_args(['--help'])"
-    assert python(project_copy, "-c", code).count("--w-cosine") >= 2 * 2  # in the usage line and in the list of options
+    assert python(project_copy, "-c", code).count("--w-cosine") >= 2 * 2  # in the usage and in the list of options
 
 
 def test_example_network_can_be_added(project_copy):
@@ -91,7 +91,7 @@ def test_named_files_and_functions_exist():
     named = rf"((?:common|docs|ablations|results)/[\w/.-]+|(?:{scripts})\.py|requirements[\w-]*\.txt)"
     for path in re.findall(rf"`{named}`|python {named}", TEXT):
         name = "".join(path)
-        assert (ROOT / name).exists() or name == "common/models/tiny.py", name  # that one is the reader's to write
+        assert (ROOT / name).exists() or name == "common/models/tiny.py", name  # the reader writes this one
     rows = re.findall(r"\| (`\w[^|]*`) in `([\w/.]+\.py)` \|", README)
     assert len(rows) >= 9
     for names, path in rows:
@@ -116,7 +116,7 @@ def test_named_options_exist(capsys):
 
 
 def test_commands_use_their_scripts_options(capsys):
-    """Each line that calls a script matches its --help, and cifar100.py's where that takes its options too."""
+    """Options in commands are in the script's --help, or in cifar100.py's if the script takes its options."""
 
     def options_of(module):
         with pytest.raises(SystemExit):

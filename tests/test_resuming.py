@@ -1,4 +1,4 @@
-"""Resuming cifar100.py: stored options, options that contradict them, and a last.pt that was edited or damaged."""
+"""Resuming cifar100.py: stored options, conflicting options, and edited or damaged last.pt files."""
 
 import shutil
 from functools import partial
@@ -17,7 +17,7 @@ NETWORKS = ["--teacher", "resnet14", "--student", "resnet8"]
 
 @pytest.fixture(scope="module")
 def uninterrupted(teacher, tmp_path_factory):
-    """Two epochs with settings that are not the defaults."""
+    """Output folder of two epochs with non-default settings."""
     out = tmp_path_factory.mktemp("uninterrupted") / "run"
     argv = [*PAIR, *FEW_IMAGES, *SETTINGS, "--teacher-ckpt", teacher / "student.pth", "--out", out]
     assert cifar100.main(list(map(str, argv))) == 0
@@ -26,7 +26,7 @@ def uninterrupted(teacher, tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def after_one_epoch(teacher, tmp_path_factory):
-    """The same run, stopped after its first epoch; its teacher's checkpoint was deleted afterwards."""
+    """The same run, stopped after its first epoch; its teacher's checkpoint is deleted."""
     folder = tmp_path_factory.mktemp("stopped")
     file = shutil.copy(teacher / "student.pth", folder / "teacher.pth")
     argv = [*PAIR, *FEW_IMAGES, *SETTINGS, "--teacher-ckpt", file, "--max-minutes", 1e-9, "--out", folder / "run"]
@@ -51,7 +51,7 @@ def test_resume_uses_stored_options_and_needs_no_teacher_file(capsys, uninterrup
 
 
 def test_options_may_repeat_the_stored_ones(capsys, uninterrupted, stopped):
-    """In another order, as another form of the number, and with another path to the teacher's folder."""
+    """In another order and number format."""
     same = ["--positions", 2, 3, "--lr", "1e-2", "--w-app", 2.0, "--method", "fcfd"]
     call(capsys, *PAIR, *FEW_IMAGES, *same, "--epochs", 2, "--seed", 7, "--out", stopped, "--resume")
     assert_bitwise_equal(uninterrupted, stopped)
@@ -177,7 +177,7 @@ DAMAGE = {
 
 @pytest.mark.parametrize("damage", DAMAGE)
 def test_damaged_last_pt_is_rejected_and_kept(capsys, monkeypatch, stopped, damage):
-    monkeypatch.setattr(cifar100, "train_batches", None)  # it must not train
+    monkeypatch.setattr(cifar100, "train_batches", None)  # must not be called
     state = torch.load(stopped / "last.pt", weights_only=True)
     DAMAGE[damage](state)
     torch.save(state, stopped / "last.pt")
@@ -192,7 +192,7 @@ def test_damaged_last_pt_is_rejected_and_kept(capsys, monkeypatch, stopped, dama
     "edit", [partial(set_config, epochs=2), partial(set_config, w_app=2), partial(set_config, some_new_option=1)]
 )
 def test_intact_state_resumes(capsys, stopped, edit):
-    """So that the tests above do not pass for another reason."""
+    """Control for the tests above."""
     state = torch.load(stopped / "last.pt", weights_only=True)
     edit()(state)
     torch.save(state, stopped / "last.pt")

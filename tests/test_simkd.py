@@ -1,4 +1,4 @@
-"""FCFD with SimKD's projector and the teacher's classifier, and with DKD, against simple implementations on copies."""
+"""FCFD with SimKD's projector and the teacher's classifier, and with DKD, against naive implementations."""
 
 import copy
 from functools import partial
@@ -28,7 +28,7 @@ PAIRS = [  # (teacher, student, shape of the projected feature)
 
 
 def build_pair(teacher_name, student_name):
-    """(teacher, student with SimKD, copy of the student without it, bridges), with random BatchNorm weights."""
+    """Teacher, SimKD student, copy of the student without SimKD, and bridges, with random BatchNorm weights."""
     teacher, student, _ = pair(teacher_name, student_name)
     plain = copy.deepcopy(student)
     student = build_simkd(student, teacher, 32)
@@ -42,7 +42,7 @@ def build_pair(teacher_name, student_name):
 
 
 class NaiveSimKD:
-    """The combination as functions of tensors on copies; `seen` holds the inputs of the projector's BatchNorms."""
+    """Runs FCFD with SimKD on copies, with a functional projector; `seen` holds the inputs of its BatchNorms."""
 
     def __init__(self, teacher, student, plain, bridges, images):
         self.teacher, self.plain, self.bridges = (copy.deepcopy(net) for net in (teacher, plain, bridges))
@@ -146,7 +146,7 @@ def test_step_matches_the_naive_implementation(teacher_name, student_name, shape
             state = layer.state_dict()
             assert state[f"{path}num_batches_tracked"] == 1
             close(state[f"{path}running_mean"], 0.1 * x.mean((0, 2, 3)))
-            start = 0.9 if path == "" else 0  # the network's own start at 1, those of a path at 0
+            start = 0.9 if path == "" else 0  # running variances start at 1, those of a path at 0
             close(state[f"{path}running_var"], start + 0.1 * x.var((0, 2, 3)))
 
 
@@ -161,7 +161,7 @@ def test_simkd_keeps_the_students_initial_weights_but_not_its_classifier():
     assert all(torch.equal(state[key], value) for key, value in own.items())
     rest = [key for key in state if key not in own]
     assert all(key.startswith("projector.") or key in ("classifier.weight", "classifier.bias") for key in rest)
-    with torch.no_grad():  # as if its checkpoint were loaded later
+    with torch.no_grad():  # as if the teacher's checkpoint were loaded later
         teacher.classifier.weight.fill_(2)
     assert torch.equal(wrapped.state_dict()["classifier.weight"], torch.full((10, 512), 2.0))
     convs = [layer for layer in wrapped.projector if isinstance(layer, nn.Conv2d)]
@@ -188,7 +188,7 @@ def test_inference_uses_the_pure_path_and_a_plain_network_is_saved():
 
 @pytest.mark.parametrize(
     ("teacher_name", "student_name", "macs"),
-    [  # the projector's multiply-adds on its map
+    [  # multiply-adds of the projector
         ("resnet14", "resnet8", 8 * 8 * (64 * 32 + 9 * 32 * 32 + 32 * 64)),
         ("vgg13", "MobileNetV2", 2 * 2 * (1280 * 256 + 9 * 256 * 256 + 256 * 512)),
     ],
@@ -207,7 +207,7 @@ def test_added_cost_matches_a_hand_count(teacher_name, student_name, macs):
 def test_cost_of_a_published_network():
     parameters, flops = inference_cost(build("resnet8x4", 100), 32)
     assert parameters == 1233540
-    # stem, then per group: two convolutions and the shortcut, by hand; the classifier
+    # Stem; two convolutions and a shortcut per group; classifier.
     macs = 32 * 32 * (27 * 32 + 9 * 32 * 64 + 9 * 64 * 64 + 32 * 64)
     macs += 16 * 16 * (9 * 64 * 128 + 9 * 128 * 128 + 64 * 128)
     macs += 8 * 8 * (9 * 128 * 256 + 9 * 256 * 256 + 128 * 256) + 256 * 100

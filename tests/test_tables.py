@@ -1,4 +1,4 @@
-"""ablations/tables.py and rows.py, and the tables that consist only of rows: Tab. 5, 10, 13 and 14."""
+"""ablations/tables.py and rows.py, and the tables that they define completely: Tab. 5, 10, 13, and 14."""
 
 import csv
 import json
@@ -17,7 +17,7 @@ PAIR = ("resnet32x4", "resnet8x4")
 
 
 def settings(tmp_path, script, pair="resnet32x4-resnet8x4", *options):
-    """The texts in the first columns of each row, and all settings of its run."""
+    """Each row's leading cells and the settings of its run."""
     argv = ["--pairs", pair, "--out", str(tmp_path), "--epochs", "3", "--dataset", "synthetic", *options]
     args, given = tables.parse_args(argv, "", "some", [])
     runs = grid(args, given, [row for _, row in script.ROWS])
@@ -186,7 +186,7 @@ def test_online_runs_show_their_teacher():
 
 @pytest.fixture(scope="module")
 def smoke(tmp_path_factory):
-    """Every script with --smoke and a shared folder of runs, so that nothing is trained twice."""
+    """Every script with --smoke and a shared runs folder, so that nothing is trained twice."""
     folder = tmp_path_factory.mktemp("tables")
     for script in SCRIPTS:
         out = folder / script.__name__

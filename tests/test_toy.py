@@ -1,4 +1,4 @@
-"""ablations/toy.py: the ring and the outputs of its points."""
+"""ablations/toy.py: the points on the ring and their outputs."""
 
 import json
 import math
@@ -11,7 +11,7 @@ from ablations import toy
 
 
 def reference_output(f1, f2):
-    """The output of the later part from the formula in the docstring, in plain floats."""
+    """The output for feature (f1, f2), from the formula in toy.py's docstring."""
     z = [2 * f1 - f2 + 1, -f1 + 2 * f2, f1 / 2 + f2 - 2]
     total = sum(math.exp(value) for value in z)
     return [math.exp(value) / total for value in z]

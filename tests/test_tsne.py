@@ -75,7 +75,7 @@ def test_only_the_first_ten_classes_are_kept():
 
 
 class Plane:
-    """Replaces TSNE: the first two coordinates."""
+    """Stands in for TSNE: returns the first two coordinates."""
 
     def __init__(self, perplexity, init, random_state):
         assert perplexity <= 30
@@ -144,7 +144,7 @@ def test_smoke_uses_existing_runs_and_branches(branch_runs, tmp_path, capsys):
 def test_missing_packages_are_reported_before_anything_runs(tmp_path, capsys, monkeypatch, module, name):
     pytest.importorskip("matplotlib")
     monkeypatch.setitem(sys.modules, module, None)
-    with pytest.raises(SystemExit):  # needs neither
+    with pytest.raises(SystemExit):  # --help needs neither package
         tsne.main(["--help"])
     capsys.readouterr()
     message = call(capsys, *SMOKE, "--out", tmp_path / "out", module=tsne, code=2)

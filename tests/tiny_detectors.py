@@ -1,4 +1,4 @@
-"""Small detectors for tests, torchvision's Faster R-CNN with a narrow ROI head, and small COCO-format datasets."""
+"""Small Faster R-CNN detectors with narrow ROI heads, and small COCO-format datasets."""
 
 import json
 
@@ -18,7 +18,7 @@ def faster_rcnn(backbone, num_classes, **options):
 
 
 def shrink(monkeypatch):
-    """Make `build_detector` build detectors with this ROI head."""
+    """Make `build_detector` use the narrow ROI head."""
     monkeypatch.setattr(detectors, "FasterRCNN", faster_rcnn)
 
 
