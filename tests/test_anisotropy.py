@@ -19,7 +19,7 @@ from common.models import build
 
 @pytest.fixture(scope="module")
 def run(tmp_path_factory):
-    """A run of cifar100.py: resnet8 alone, one epoch."""
+    """A one-epoch run of cifar100.py: resnet8 without a teacher."""
     folder = tmp_path_factory.mktemp("runs") / "resnet8-alone-seed1"
     assert cifar100.main(["--student", "resnet8", *SMALL, "--epochs", "1", "--out", str(folder)]) == 0
     return folder
