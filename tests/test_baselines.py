@@ -437,11 +437,11 @@ def test_published_settings():
 
 def test_student_initialization_matches_cifar100():
     torch.manual_seed(5)
-    alone = build("resnet8", 20).state_dict()
+    plain = build("resnet8", 20).state_dict()
     for name in METHODS:
         student = networks(name)[0]
         own = student.student if name == "simkd" else student
-        assert all(torch.equal(value, alone[key]) for key, value in own.state_dict().items())
+        assert all(torch.equal(value, plain[key]) for key, value in own.state_dict().items())
 
 
 @pytest.mark.parametrize(

@@ -54,9 +54,9 @@ def test_crops_and_flips_match_torchvision():
     one = images[0].permute(2, 0, 1)
     theirs = [transform(one) for _ in range(n)]
     counts = [Counter(map(crop_parameters, batch)) for batch in (ours, theirs)]
-    every = {(top, left, flip) for top in range(9) for left in range(9) for flip in (False, True)}
+    all_crops = {(top, left, flip) for top in range(9) for left in range(9) for flip in (False, True)}
     for count in counts:
-        assert set(count) == every
+        assert set(count) == all_crops
         chi_square = sum((m - 100) ** 2 / 100 for m in count.values())
         assert 100 < chi_square < 240  # 161 degrees of freedom: mean 161, standard deviation 18
     padded = functional.pad(one, [PAD])

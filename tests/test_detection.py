@@ -458,7 +458,7 @@ def test_invalid_input_exits_with_one_line_error(tmp_path, capsys, monkeypatch, 
 
 def test_error_for_a_teacher_with_other_classes_says_how_to_train_one(tmp_path, capsys, folder, teacher):
     other = write_coco(
-        tmp_path / "other", [(1, "a.png", 96, 96)] * 1, [(1, 1, [9, 9, 40, 40]), (1, 2, [9, 9, 20, 20])]
+        tmp_path / "other", [(1, "a.png", 96, 96)], [(1, 1, [9, 9, 40, 40]), (1, 2, [9, 9, 20, 20])]
     ).parents[1]
     write_coco(other, [(1, "a.png", 96, 96)], [(1, 1, [9, 9, 40, 40])], split="val")
     options = ["--data-dir", other, *PAIR[:4], "--scratch", *SMALL, "--teacher-ckpt", teacher, "--batch-size", 1]

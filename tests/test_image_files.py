@@ -41,8 +41,8 @@ def test_batches_do_not_depend_on_workers_or_earlier_epochs(folder):
             for (images, labels), (images_0, labels_0) in zip(ours, theirs, strict=True):
                 assert torch.equal(images, images_0)
                 assert torch.equal(labels, labels_0)
-    alone = epochs(folder, workers=2, which=[1])[0]  # as after resuming
-    assert all(torch.equal(a[0], b[0]) for a, b in zip(alone, reference[1], strict=True))
+    resumed = epochs(folder, workers=2, which=[1])[0]  # as after resuming
+    assert all(torch.equal(a[0], b[0]) for a, b in zip(resumed, reference[1], strict=True))
 
 
 def test_augmentation_is_seeded_and_leaves_the_global_generator_unchanged(folder):

@@ -152,11 +152,11 @@ def test_step_matches_the_naive_implementation(teacher_name, student_name, shape
 
 def test_simkd_keeps_the_students_initial_weights_but_not_its_classifier():
     torch.manual_seed(5)
-    alone = build("MobileNetV2", 10)
+    plain = build("MobileNetV2", 10)
     torch.manual_seed(5)
     student, teacher = build("MobileNetV2", 10), build("vgg13", 10)
     wrapped = build_simkd(student, teacher, 32)
-    own = {f"student.{key}": value for key, value in alone.state_dict().items() if not key.startswith("classifier")}
+    own = {f"student.{key}": value for key, value in plain.state_dict().items() if not key.startswith("classifier")}
     state = wrapped.state_dict()
     assert all(torch.equal(state[key], value) for key, value in own.items())
     rest = [key for key in state if key not in own]
