@@ -46,14 +46,13 @@ def test_evaluate_reproduces_the_accuracy_of_a_simkd_run(capsys, simkd):
     last = json.loads((simkd / "result.json").read_text())["last"]
     printed = call(capsys, *PAIR, "--simkd", "--evaluate", simkd / "student.pth")
     assert f"resnet8 {last['top1']:.2f} % top-1, {last['top5']:.2f} % top-5 on 60 test images" in printed
-    assert re.search(r"^SimKD: projector and teacher's classifier add 13.6k parameters \(\+17", printed, re.M)
 
 
 def test_resumed_simkd_run_is_bitwise_identical(tmp_path, capsys, teacher, simkd):
     options = ["--simkd", "--kd-loss", "dkd", "--max-minutes", 1e-9]
     printed = run(capsys, teacher, tmp_path, *options, epochs=2)
     assert "resnet14-resnet8-fcfd-dkd-simkd" in printed
-    assert "SimKD: projector and teacher's classifier add" in printed
+    assert re.search(r"^SimKD: projector and teacher's classifier add 13.6k parameters \(\+17", printed, re.M)
     call(capsys, *PAIR, "--resume", "--out", tmp_path, "--epochs", 2)  # the other options are stored
     assert_bitwise_equal(simkd, tmp_path)
 
