@@ -28,7 +28,7 @@ from common.paths import sample_paths
 from common.run import earlier_runs
 from common.run.checkpoint import load_network
 from common.run.device import AMP, open_device
-from common.run.errors import LossNotFiniteError, UserError, exit_code, user_errors
+from common.run.errors import NonFiniteLossError, UserError, exit_code, user_errors
 from common.run.evaluation import evaluate
 from common.run.optimizer import sgd
 from common.run.options import PUBLISHED, Parser, option, set_defaults
@@ -72,7 +72,7 @@ def parse_args(argv: list[str] | None = None, stored: dict | None = None) -> Nam
     args.out = args.out or f"runs/{run_name(args)}"
     if args.resume and stored is None:
         # If the run stopped while training its teacher, start the run and resume the teacher's training.
-        if not (args.teacher and earlier_runs.only_teacher_begun(Path(args.out), teacher_folder(args))):
+        if not (args.teacher and earlier_runs.stopped_during_teacher(Path(args.out), teacher_folder(args))):
             return parse_args(argv, stored_options(args))
         args.resume = False
 
@@ -234,7 +234,7 @@ def find_teacher(args: Namespace, data: Data) -> str | None:
         teacher_args = parse_args([*teacher_argv, *["--resume"] * (folder / "last.pt").exists()])
         teacher_args.deadline = args.deadline
         return str(folder / "student.pth") if train(teacher_args, data) else None
-    except (UserError, LossNotFiniteError) as error:
+    except (UserError, NonFiniteLossError) as error:
         raise type(error)(f"(the teacher in {folder}) {error}") from error
 
 

@@ -30,11 +30,11 @@ from common.detection.fcfd import TERMS, detection_terms, forward_detectors, lev
 from common.detection.images import BoxedImages, batches, load
 from common.detection.records import add_row, all_reduce_mean, format_metrics, print_row, publish, report, save
 from common.detection.weights import inherit, load_backbone, load_coco_v1, load_detector, trained_size
-from common.randomness import seed_of
+from common.randomness import derive_seed
 from common.run.device import AMP, open_device
 from common.run.distributed import broadcast, rank, world_size
 from common.run.earlier_runs import find_network
-from common.run.errors import LossNotFiniteError, OtherNetworkError, UserError, exit_code
+from common.run.errors import NetworkMismatchError, NonFiniteLossError, UserError, exit_code
 from common.run.optimizer import sgd
 from common.run.options import PUBLISHED, Parser, option, set_defaults
 from common.run.run import Run, stored_options
@@ -149,8 +149,8 @@ def load_teacher(teacher: FasterRCNN, args: Namespace, data: CocoData) -> None:
         elif args.teacher == "resnet50":
             file = load_coco_v1(teacher, data.categories)
         else:
-            raise OtherNetworkError(f"there is no trained {args.teacher} in {parent}")
-    except OtherNetworkError as error:
+            raise NetworkMismatchError(f"there is no trained {args.teacher} in {parent}")
+    except NetworkMismatchError as error:
         command = f"python detection.py --data-dir {args.data_dir} --student {args.teacher}"
         command += f" --iterations {args.iterations}" + f" --subset {args.subset}" * bool(args.subset)
         command += " --scratch" * args.scratch + f" --out {parent / args.teacher}" * (parent != Path("runs"))
@@ -229,7 +229,7 @@ def train(args: Namespace, device: torch.device) -> None:
             images, targets = map(list, zip(*next(samples), strict=True))
             waited = time.monotonic() - began
             # torchvision samples each image's size and the boxes to train the RPN and the ROI head on.
-            torch.manual_seed(seed_of(args.seed, iteration, "step", rank()))
+            torch.manual_seed(derive_seed(args.seed, iteration, "step", rank()))
             for group in optimizer.param_groups:
                 group["lr"] = learning_rate(args, iteration)
             step.train()
@@ -245,7 +245,7 @@ def train(args: Namespace, device: torch.device) -> None:
             values = {"loss": loss, **terms}
             numbers = torch.stack([value.detach().float() for value in values.values()]).tolist()
             if not math.isfinite(numbers[0]):
-                raise LossNotFiniteError(f"in iteration {iteration + 1}")
+                raise NonFiniteLossError(f"in iteration {iteration + 1}")
             numbers = dict(zip(values, numbers, strict=True))
             numbers |= {"steps": 1, "seconds": time.monotonic() - began, "waited": waited}
             state["sums"] = {name: state["sums"].get(name, 0.0) + value for name, value in numbers.items()}
@@ -278,7 +278,7 @@ def evaluate_checkpoint(args: Namespace) -> None:
         raise UserError("--evaluate runs in one process: start it without torchrun")
     if "min_size" not in args.given:
         args.min_size = trained_size(args.evaluate) or args.min_size
-    device = open_device(args.device, one_size=False)
+    device = open_device(args.device, fixed_size=False)
     if args.teacher:  # to find an earlier run's teacher by its training images
         data = load_coco(args.data_dir, None, args.test_subset)
     else:
@@ -305,7 +305,7 @@ def main(argv: list[str] | None = None) -> int:
         if args.evaluate:
             return evaluate_checkpoint(args)
         with process_group(args.device) as name:
-            device = open_device(name, one_size=False)
+            device = open_device(name, fixed_size=False)
             if args.resume:
                 args = parse_args(argv, stored_options(args, "detection", "iteration") | {"device": args.device})
             train(args, device)

@@ -29,7 +29,7 @@ from common.run.checkpoint import load_network
 from common.run.device import AMP, open_device
 from common.run.distributed import all_reduce, rank, world_size
 from common.run.downloads import torchvision_weights
-from common.run.errors import OtherNetworkError, UserError, exit_code, user_errors
+from common.run.errors import NetworkMismatchError, UserError, exit_code, user_errors
 from common.run.evaluation import accuracy, count_hits
 from common.run.optimizer import sgd
 from common.run.options import PUBLISHED, Parser, option, set_defaults
@@ -147,7 +147,7 @@ def load_teacher(teacher: StagedNet, args: Namespace, num_classes: int) -> None:
     file = args.teacher_ckpt or torchvision_weights(args.teacher, "IMAGENET1K_V1")
     try:
         load_network(teacher, file, args.teacher)
-    except OtherNetworkError as error:
+    except NetworkMismatchError as error:
         raise UserError(f"{error}; {remedy}") from error
     except UserError as error:
         raise UserError(f"{error}" if args.teacher_ckpt else f"{error}; delete it to download it again") from error

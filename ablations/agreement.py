@@ -31,7 +31,7 @@ TEMPERATURE = 4.0
 DIGITS = {"accuracy": 2, "agreement": 2, "kl": 3}  # decimals in the table
 
 
-def config_of(run: Path) -> dict:
+def load_config(run: Path) -> dict:
     """The settings of a run.
 
     Raises:
@@ -44,9 +44,9 @@ def config_of(run: Path) -> dict:
 
 
 @torch.no_grad()
-def logits_of(run: Path, test: ImageSet, num_classes: int) -> Tensor:
+def compute_logits(run: Path, test: ImageSet, num_classes: int) -> Tensor:
     """Logits [n, num_classes] of a run's trained network for the n test images."""
-    config = config_of(run)
+    config = load_config(run)
     net = build(config["student"], num_classes)
     if config.get("simkd"):
         net = build_simkd(net, build(config["teacher"], num_classes), SIZE)
@@ -74,15 +74,17 @@ def main(argv: list[str] | None = None) -> int:
         parser.add_argument("--data-dir", metavar="DIR", help="default: that of the teacher's run")
         parser.add_argument("--out", metavar="FILE", default="results/agreement/table.md")
         args = parser.parse(argv)
-        config = config_of(args.teacher)
+        config = load_config(args.teacher)
         for run in args.runs:
-            if config_of(run)["fingerprint"] != config["fingerprint"]:
+            if load_config(run)["fingerprint"] != config["fingerprint"]:
                 raise UserError(f"{run} used other data than {args.teacher}: pass runs on the same images")
         subsets = config.get("subset"), config.get("test_subset")
         data = load_data(config["dataset"], args.data_dir or config["data_dir"], *subsets)
-        teacher = logits_of(args.teacher, data.test, len(data.classes))
+        teacher = compute_logits(args.teacher, data.test, len(data.classes))
         found = {
-            name: [measure(logits_of(run, data.test, len(data.classes)), teacher, data.test.labels) for run in runs]
+            name: [
+                measure(compute_logits(run, data.test, len(data.classes)), teacher, data.test.labels) for run in runs
+            ]
             for name, runs in series(args.runs).items()
         }
         rows = []

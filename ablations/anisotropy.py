@@ -29,8 +29,8 @@ from torch import Tensor
 from tqdm import tqdm
 
 import cifar100
-from ablations.agreement import config_of
-from ablations.cells import Cell, markdown, mean_and_deviation, run_cells, with_needed
+from ablations.agreement import load_config
+from ablations.cells import Cell, markdown, mean_and_deviation, run_cells, with_dependencies
 from ablations.figures import COLORS, load_pyplot, save_figure
 from ablations.tables import data_name
 from ablations.toy import kl_nats
@@ -241,7 +241,7 @@ def find_data(c: Namespace) -> Data:
         UserError: the network is unknown; the data cannot be loaded, or is not the run's; a setting is out of range.
     """
     if c.run:
-        config = config_of(c.run)
+        config = load_config(c.run)
         c.network, moved = config["student"], {"data_dir": c.data_dir} if "data_dir" in c.given else {}
         c.data = {key: config.get(key) for key in DATA} | moved
     with user_errors():
@@ -268,7 +268,7 @@ def find_weights(c: Namespace) -> tuple[dict[str, Path], list[Cell]]:
         name, folder = f"{data}-{c.network}", c.runs or Path("results/runs") / data
         given = c.data | {"student": c.network, "epochs": c.epochs} | {"device": c.device}
         cells = [Cell(folder / f"{c.network}-alone-seed{n}", given | {"seed": n}) for n in sorted({*c.seeds})]
-        files = {f"{c.network}, seed {cell.given['seed']}": cell.network for cell in with_needed(cells)}
+        files = {f"{c.network}, seed {cell.given['seed']}": cell.network for cell in with_dependencies(cells)}
     c.out = c.out or Path("results/anisotropy") / name
     return files, cells
 

@@ -27,10 +27,10 @@ from common.models import StagedNet, pool
 from common.models.resnet import group
 from common.models.staged import init_fan_out
 from common.multipath_bn import track_paths
-from common.randomness import generator, seed_of
+from common.randomness import derive_seed, generator
 from common.run.checkpoint import load, save, write_atomically
 from common.run.device import AMP, open_device
-from common.run.errors import LossNotFiniteError, UserError, user_errors
+from common.run.errors import NonFiniteLossError, UserError, user_errors
 from common.run.evaluation import evaluate
 from common.run.folder import made_with, open_folder, read_state
 from common.run.optimizer import sgd
@@ -80,7 +80,7 @@ def build_branches(teacher: StagedNet, c: Namespace, num_classes: int) -> nn.Mod
         raise UserError(f"the teacher has {n} stages: exit branches need 3 to 5")
     branches = {}
     for k, feature in teacher_features(teacher, torch.zeros(1, 3, SIZE, SIZE)).items():
-        torch.manual_seed(seed_of(c.seed, 0, f"branch {k}"))
+        torch.manual_seed(derive_seed(c.seed, 0, f"branch {k}"))
         shape = (feature.shape[1], n - int(k), c.branch_depth, c.branch_widths)
         branches[k] = Branch(*shape, num_classes, pre_relu=not teacher.post_relu)
     return nn.ModuleDict(branches)
@@ -111,7 +111,7 @@ def train_branches(c: Namespace, folder: Path, teacher: StagedNet, data: Data) -
 
     Raises:
         UserError: branches.pt has other settings, or is another kind of file.
-        LossNotFiniteError: training diverged.
+        NonFiniteLossError: training diverged.
     """
     file, device = folder / "branches.pt", open_device(c.device)
     state = load(file) if file.exists() else {}
@@ -159,7 +159,7 @@ def train_branches(c: Namespace, folder: Path, teacher: StagedNet, data: Data) -
 
         row = {"epoch": epoch + 1, "lr": lr, **{name: value.item() for name, value in sums.items()}}
         if not all(tensor.isfinite().all() for tensor in (*sums.values(), *branches.state_dict().values())):
-            raise LossNotFiniteError(f"in epoch {epoch + 1} of the branches in {folder}")
+            raise NonFiniteLossError(f"in epoch {epoch + 1} of the branches in {folder}")
         if epoch + 1 == c.branch_epochs:
             state["top1"], state["top1_recalibrated"] = (
                 accuracies(each, features, data.test)

@@ -64,7 +64,7 @@ class Cell:
         keys = {"device", "amp"} - self.given.keys()
         kept = {key: value for key, value in stored.items() if key in keys and isinstance(value, str)}
         with user_errors():
-            args = self.script.parse_args(words_of(kept | self.given | {"out": self.folder}))
+            args = self.script.parse_args(to_argv(kept | self.given | {"out": self.folder}))
             self.script.build_networks(args, num_classes=10)
         settings, teacher = settings_of(args), stored.get("teacher_ckpt")
         if self.after:
@@ -84,10 +84,10 @@ class Cell:
         if (self.folder / "last.pt").exists():
             given |= {"resume": True}
             given.pop("teacher_ckpt", None)  # last.pt contains the teacher
-        return [sys.executable, str(self.script.__file__), *words_of(given)]
+        return [sys.executable, str(self.script.__file__), *to_argv(given)]
 
 
-def words_of(given: dict[str, Any]) -> list[str]:
+def to_argv(given: dict[str, Any]) -> list[str]:
     """Options by name, as the words of a command line."""
     words = []
     for name, value in given.items():
@@ -112,7 +112,7 @@ def first_difference(stored: dict[str, Any], settings: dict[str, Any]) -> str | 
     return None
 
 
-def with_needed(cells: Iterable[Cell]) -> list[Cell]:
+def with_dependencies(cells: Iterable[Cell]) -> list[Cell]:
     """The cells and those they depend on, without duplicates, after checking their settings and data.
 
     Raises:
@@ -140,7 +140,7 @@ def with_needed(cells: Iterable[Cell]) -> list[Cell]:
 
 
 def run_cells(cells: list[Cell], jobs: int = 1, devices: Iterable[str] = (), networks_of: Iterable[Cell] = ()) -> None:
-    """Run the unfinished ones of `cells` (from `with_needed`), `jobs` at a time on each of `devices`.
+    """Run the unfinished ones of `cells` (from `with_dependencies`), `jobs` at a time on each of `devices`.
 
     Without `devices`, each run chooses its own, as cifar100.py does. A run's output goes to output.log in its folder.
     Interrupted runs are resumed. If a run fails, those that depend on it are skipped and the others continue.

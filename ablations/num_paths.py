@@ -24,7 +24,7 @@ import torch
 
 import cifar100
 from ablations import complexity, tables
-from ablations.cells import markdown, mean_and_deviation, with_needed, words_of
+from ablations.cells import markdown, mean_and_deviation, to_argv, with_dependencies
 from ablations.rows import Row, grid
 from common.models import build
 from common.paths import candidate_paths
@@ -44,7 +44,7 @@ def row_of(num_paths: int) -> Row:
     return Row({"method": "fcfd"} | ({} if num_paths == 2 else {"num_paths": num_paths}))
 
 
-def sizes_of_s(pairs: list[str]) -> list[int]:
+def path_counts(pairs: list[str]) -> list[int]:
     """|S| from 0 to the number of candidate paths, the smallest one of all pairs."""
     with torch.device("meta"):
         students = [build(pair.split("-")[1], num_classes=2) for pair in pairs]
@@ -62,7 +62,7 @@ def cost_settings(pairs: list[str], given: dict[str, Any], repeats: int | None, 
     """The options of complexity.py that measure the steps of these runs."""
     options = {"pairs": pairs, "batch_size": given.get("batch_size", cifar100.SETTINGS["batch_size"])}
     options |= {"amp": given.get("amp"), "repeats": repeats, "device": device}
-    return complexity.parse_args(words_of({key: value for key, value in options.items() if value is not None}))
+    return complexity.parse_args(to_argv({key: value for key, value in options.items() if value is not None}))
 
 
 def steps(pairs: list[str], sizes: list[int]) -> list[list[complexity.Row]]:
@@ -107,9 +107,9 @@ def main(argv: list[str] | None = None) -> int:
         check_settings(given)
         repeats = args.repeats or (2 if args.smoke else None)
         c = cost_settings(args.pairs, given, repeats, args.devices[0] if args.devices else None)
-        sizes = sizes_of_s(c.pairs)[: 3 if args.smoke else None]
+        sizes = path_counts(c.pairs)[: 3 if args.smoke else None]
         cells = grid(args, given, [row_of(n) for n in sizes])
-        with_needed(cells.values())  # raises before anything is measured
+        with_dependencies(cells.values())  # raises before anything is measured
         for folder in (args.out, args.runs):
             folder.mkdir(parents=True, exist_ok=True)
         with locked(args.runs):  # concurrent runs would slow down the steps

@@ -14,7 +14,7 @@ from typing import Any
 
 import cifar100
 import online_kd
-from ablations.cells import Cell, words_of
+from ablations.cells import Cell, to_argv
 from common.fcfd import TERMS
 from common.run.errors import UserError, user_errors
 from common.run.options import option
@@ -120,13 +120,13 @@ def options_of(row: Row, given: dict[str, Any], teacher: str | None, student: st
     l2 = given.get("w_func_l2", published["w_l2"])
     options = {"teacher": teacher, "student": student} if teacher else {"student": student}
     options |= {key: given.get(key, l2) if value == PAIRS_L2 else value for key, value in row.settings.items()}
-    weights = vars(row.script.parse_args(words_of(options)))
+    weights = vars(row.script.parse_args(to_argv(options)))
     mixed = any(weights.get(f"w_{name}") for name, term in TERMS.items() if term.delta is not None)
     for key, value in given.items():
         in_use = bool(weights.get(key)) if key.startswith("w_") else mixed or key not in ("num_paths", "positions")
         if in_use and key not in options:
             with contextlib.suppress(UserError):  # the script does not accept the option for this row
-                args = row.script.parse_args(words_of(options | {key: value}))
+                args = row.script.parse_args(to_argv(options | {key: value}))
                 if key.startswith("w_"):  # nor a weight of a term that reads none of the row's paths
                     with user_errors():
                         row.script.build_networks(args, num_classes=2)

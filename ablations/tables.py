@@ -14,7 +14,7 @@ from typing import Any
 import torch
 
 import cifar100
-from ablations.cells import markdown, mean_and_deviation, run_cells, with_needed
+from ablations.cells import markdown, mean_and_deviation, run_cells, with_dependencies
 from ablations.rows import Cells, Row, assignment, grid
 from common.models import build
 from common.run.checkpoint import write_atomically
@@ -104,10 +104,10 @@ def run(args: Namespace, cells: Cells, finish: Callable[[list[dict]], None]) -> 
     """Complete the runs. Then, even if some failed, call `finish` with the `numbers` of the finished ones.
 
     Raises:
-        UserError: as `with_needed`, `numbers` and `run_cells`.
+        UserError: as `with_dependencies`, `numbers` and `run_cells`.
         OSError: a folder cannot be created or written to.
     """
-    runs = with_needed(cells.values())
+    runs = with_dependencies(cells.values())
     numbers(cells)  # raises before anything is trained
     for folder in (args.runs, args.out):
         folder.mkdir(parents=True, exist_ok=True)

@@ -34,7 +34,7 @@ from common.bridges import feature_shapes
 from common.data.batches import SIZE, Data, ImageSet, eval_batches, train_batches
 from common.data.sources import load_data
 from common.models import NETWORKS, StagedNet, build
-from common.randomness import seed_of
+from common.randomness import derive_seed
 from common.run import earlier_runs
 from common.run.checkpoint import load_network
 from common.run.cost import cost_line
@@ -81,7 +81,7 @@ def parse_args(argv: list[str] | None = None, stored: dict | None = None) -> Nam
     args.out = args.out or f"runs/{cifar100.run_name(Namespace(**vars(args), kd_loss='kl', simkd=False))}"
     if args.resume and stored is None:
         # A run that stopped while its teacher was trained has not begun yet: it starts, and the teacher resumes.
-        if not earlier_runs.only_teacher_begun(Path(args.out), cifar100.teacher_folder(args)):
+        if not earlier_runs.stopped_during_teacher(Path(args.out), cifar100.teacher_folder(args)):
             return parse_args(argv, stored_options(args, "baselines"))
         args.resume = False
 
@@ -218,7 +218,7 @@ def train(args: Namespace, data: Data | None = None) -> bool:
         for epoch in run.epochs():
             lr = optimizer.param_groups[0]["lr"] = cifar100.learning_rate(args, epoch)
             weights = {"task": 1, "distill": args.weight * warmup(args, epoch)}
-            generator.manual_seed(seed_of(args.seed, epoch, "negatives"))
+            generator.manual_seed(derive_seed(args.seed, epoch, "negatives"))
             for net in networks:
                 net.train(net is not teacher)
             batches = train_batches(indices, batch_size, args.seed, epoch, channels_last)

@@ -8,10 +8,10 @@ import torch
 
 def generator(seed: int, epoch: int, purpose: str) -> torch.Generator:
     """A CPU generator that depends only on its arguments; different purposes have independent streams."""
-    return torch.Generator().manual_seed(seed_of(seed, epoch, purpose))
+    return torch.Generator().manual_seed(derive_seed(seed, epoch, purpose))
 
 
-def seed_of(seed: int, epoch: int, purpose: str, *more: int) -> int:
+def derive_seed(seed: int, epoch: int, purpose: str, *more: int) -> int:
     """A 63-bit seed derived from all arguments; `more` can be an image index, for example."""
     entropy = [seed, epoch, zlib.crc32(purpose.encode()), *more]
     words = np.random.SeedSequence(entropy).generate_state(2, np.uint32)

@@ -271,8 +271,8 @@ def test_damaged_numbers_and_other_images_are_rejected(tmp_path, capsys, monkeyp
         assert "numbers.json is damaged" in message
         assert message.count("\n") == 1
         assert (tmp_path / "numbers.json").read_text() == text
-    monkeypatch.setattr(anisotropy, "config_of", lambda run, config_of=anisotropy.config_of:
-                        config_of(run) | {"fingerprint": "another"})  # fmt: skip
+    monkeypatch.setattr(anisotropy, "load_config", lambda run, load_config=anisotropy.load_config:
+                        load_config(run) | {"fingerprint": "another"})  # fmt: skip
     assert "other images" in call(capsys, "--run", run, code=2, module=anisotropy)
 
 

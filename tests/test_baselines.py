@@ -18,7 +18,7 @@ from ablations.baselines.reviewkd import ReviewKD, hcl
 from common.data.batches import train_batches
 from common.data.sources import load_data
 from common.models import build
-from common.randomness import generator, seed_of
+from common.randomness import derive_seed, generator
 
 call = partial(running.call, module=train_baseline)
 METHODS = ("reviewkd", "crd", "simkd")
@@ -319,7 +319,7 @@ def test_two_epochs_match_a_manual_loop(tmp_path, capsys, monkeypatch, teacher, 
     for epoch in range(2):
         warm = (epoch + 1) / 2 if name == "reviewkd" else 1  # over 1/12 of 24 epochs
         order = torch.randperm(40, generator=generator(5, epoch, "data"))
-        negatives_rng = torch.Generator().manual_seed(seed_of(5, epoch, "negatives"))
+        negatives_rng = torch.Generator().manual_seed(derive_seed(5, epoch, "negatives"))
         logged, hits = [], 0
         student.train()
         for step, (images, labels) in enumerate(train_batches(data.train, 32, 5, epoch, True)):

@@ -9,7 +9,7 @@ import pytest
 
 import cifar100
 from ablations import cells, compare, rows, tables
-from ablations.cells import Cell, mean_and_deviation, run_cells, with_needed
+from ablations.cells import Cell, mean_and_deviation, run_cells, with_dependencies
 from common.data.sources import load_data
 from common.run.errors import UserError
 from common.run.folder import locked
@@ -157,7 +157,7 @@ def test_everything_is_checked_before_anything_runs(fake, tmp_path):
     ]
     for cell, message in wrong:
         with pytest.raises(UserError, match=message):
-            with_needed([fake("good"), cell])
+            with_dependencies([fake("good"), cell])
 
 
 def test_runs_on_other_images_are_rejected(fake, tmp_path):
@@ -165,10 +165,10 @@ def test_runs_on_other_images_are_rejected(fake, tmp_path):
     (tmp_path / "there").mkdir()
     config = {"student": "resnet8", "epochs": 1, "dataset": "synthetic", "data_dir": "elsewhere"}
     (tmp_path / "there" / "config.yaml").write_text(json.dumps(config | {"fingerprint": fingerprint}))
-    assert len(with_needed([fake("there")])) == 1
+    assert len(with_dependencies([fake("there")])) == 1
     (tmp_path / "there" / "config.yaml").write_text(json.dumps(config | {"fingerprint": "other"}))
     with pytest.raises(UserError, match="used other images"):
-        with_needed([fake("there")])
+        with_dependencies([fake("there")])
 
 
 def test_students_of_another_teacher_are_rejected(fake, tmp_path):

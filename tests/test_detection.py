@@ -19,7 +19,7 @@ from torch import nn
 from torchvision import models
 
 import detection
-from common.detection import drawn
+from common.detection import synthetic
 from common.detection.boxes import COLORS
 from common.detection.coco import load_coco
 from common.detection.detectors import build_detector
@@ -27,7 +27,7 @@ from common.detection.evaluation import METRICS
 from common.detection.fcfd import TASK_LOSSES, TERMS, detection_terms, forward_detectors, level_bridges
 from common.detection.images import BoxedImages, batches, load
 from common.detection.records import add_row
-from common.randomness import seed_of
+from common.randomness import derive_seed
 
 pytest.importorskip("pycocotools")
 
@@ -47,8 +47,8 @@ def run(capsys, *args, code=0):
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("drawn") / "data"
-    drawn.write(folder, {"train": 9, "val": 3})
+    folder = tmp_path_factory.mktemp("coco") / "data"
+    synthetic.write(folder, {"train": 9, "val": 3})
     return folder
 
 
@@ -114,7 +114,7 @@ def test_trains_and_distills_a_detector(tmp_path, capsys, monkeypatch, folder):
     assert result["best"]["AP"] == max(float(row["AP"]) for row in rows if row["AP"])
     assert set(result["teacher"]) == set(METRICS)
     shared = torch.load(out / "student.pth", weights_only=True)
-    assert shared["classes"] == list(drawn.CLASSES)
+    assert shared["classes"] == list(synthetic.CLASSES)
     assert list(shared["model"]) == list(build_detector("mobilenet_v2", 4, [96], scratch=True).state_dict())
     assert len(list((out / "boxes").iterdir())) == 2
 
@@ -314,7 +314,7 @@ def test_two_steps_match_a_manual_loop(tmp_path, capsys, folder, teacher, pair):
     samples = load(BoxedImages(data.train, 5), batches(data.train, 2, 5, 0, 2), 0, torch.device("cpu"))
     velocity, losses = {}, []
     for step, batch in enumerate(samples):
-        torch.manual_seed(seed_of(5, step, "step", 0))
+        torch.manual_seed(derive_seed(5, step, "step", 0))
         images, targets = [image for image, _ in batch], [target for _, target in batch]
         flow = forward_detectors(net_t.eval(), student.train(), bridges.train(), images, targets)
         terms = detection_terms(flow, 3.0)

@@ -16,7 +16,7 @@ from common.detection.fcfd import (
     ROI_LEVELS,
     TASK_LOSSES,
     TERMS,
-    Answer,
+    RoiOutput,
     detection_terms,
     distance,
     forward_detectors,
@@ -92,7 +92,7 @@ class Naive:
         rows = torch.cat(rows)
         return rows[:, : K + 1], rows[:, K + 1 :].view(len(rows), K + 1, 4)
 
-    def answers(self, which, teacher, student, bridges):
+    def outputs(self, which, teacher, student, bridges):
         with torch.no_grad():
             levels_t = teacher.backbone(self.pixels)
             target = self.head(teacher, levels_t)
@@ -111,7 +111,7 @@ class Naive:
             levels_t, levels_s = teacher.backbone(self.pixels), student.backbone(self.pixels)
             loss = sum(((bridges.s2t[level](levels_s[level]) - levels_t[level]) ** 2).mean() for level in LEVELS)
         else:
-            (logits, offsets), (logits_t, offsets_t) = self.answers(which, *nets)
+            (logits, offsets), (logits_t, offsets_t) = self.outputs(which, *nets)
             p, log_p = logits_t.softmax(1), logits.log_softmax(1)
             loss = (p * (p.log() - log_p)).sum() / len(p)
             loss = loss + sum(((offsets[:, k] - offsets_t[:, k]) ** 2).mean() for k in range(1, K + 1)) / K
@@ -196,14 +196,14 @@ def test_only_needed_bridges_are_built():
 def test_distance_matches_a_hand_computed_value():
     """Two proposals and two classes; background offsets are ignored."""
     p, q = torch.tensor([[0.5, 0.25, 0.25], [0.2, 0.2, 0.6]]), torch.tensor([[0.125, 0.375, 0.5], [0.2, 0.2, 0.6]])
-    target, answer = (Answer(x.log() + 3, torch.zeros(2, 12)) for x in (p, q))
+    target, output = (RoiOutput(x.log() + 3, torch.zeros(2, 12)) for x in (p, q))
     target.offsets[:, :4] = 100.0
-    answer.offsets[1, 11] = 2.0
+    output.offsets[1, 11] = 2.0
     kl = (0.5 * math.log(4) + 0.25 * math.log(2 / 3) + 0.25 * math.log(1 / 2)) / 2
-    assert distance(answer, target).item() == pytest.approx(kl + 2.0**2 / 16)
+    assert distance(output, target).item() == pytest.approx(kl + 2.0**2 / 16)
     softened = [x.sqrt() / x.sqrt().sum(1, keepdim=True) for x in (p, q)]  # T = 2
     kl = (softened[0] * (softened[0] / softened[1]).log()).sum().item() / 2
-    assert distance(answer, target, temperature=2).item() == pytest.approx(4 * kl + 2.0**2 / 16)
+    assert distance(output, target, temperature=2).item() == pytest.approx(4 * kl + 2.0**2 / 16)
 
 
 def test_images_without_boxes_can_be_trained_on(pair):

@@ -12,7 +12,7 @@ from running import background_torchrun, call, kill_one_rank, read_log, torchrun
 from tiny_detectors import shrink
 
 import detection
-from common.detection import drawn
+from common.detection import synthetic
 from common.detection.evaluation import METRICS
 from common.detection.fcfd import TERMS
 
@@ -24,8 +24,8 @@ SMALL = ["--scratch", "--min-size", 96, "--rois", 16, "--batch-size", 4, "--work
 @pytest.fixture(scope="module")
 def options(tmp_path_factory):
     """Nine training images, so that batches of four span epochs, and five test images."""
-    folder = tmp_path_factory.mktemp("drawn") / "data"
-    drawn.write(folder, {"train": 9, "val": 5})
+    folder = tmp_path_factory.mktemp("coco") / "data"
+    synthetic.write(folder, {"train": 9, "val": 5})
     return ["--data-dir", folder, "--student", "mobilenet_v2", *SMALL]
 
 

@@ -12,7 +12,7 @@ from torchvision.ops import FrozenBatchNorm2d
 
 from common.detection.detectors import DETECTORS, LEVELS, build_detector
 from common.detection.weights import inherit, load_backbone, load_coco_v1, load_detector, trained_size
-from common.run.errors import OtherNetworkError, UserError
+from common.run.errors import NetworkMismatchError, UserError
 
 COCO = FasterRCNN_ResNet50_FPN_Weights.COCO_V1.meta["categories"]
 CATEGORIES = {i: name for i, name in enumerate(COCO) if i and name != "N/A"}  # COCO's 80, with their ids
@@ -105,7 +105,7 @@ def test_backbone_loads_classification_weights(tmp_path, name):
 
 def test_mismatched_backbone_is_rejected(tmp_path):
     torch.save(models.resnet18().state_dict(), tmp_path / "net.pth")
-    with pytest.raises(OtherNetworkError, match=r"net.pth does not match mobilenet_v2"):
+    with pytest.raises(NetworkMismatchError, match=r"net.pth does not match mobilenet_v2"):
         load_backbone(build_detector("mobilenet_v2", 3, [128]), "mobilenet_v2", tmp_path / "net.pth")
 
 
@@ -183,7 +183,7 @@ def test_detector_for_other_classes_loads_only_if_outputs_are_category_ids(tmp_p
     torch.save({"model": theirs.state_dict()}, file)
     if not accepted:
         with pytest.raises(
-            OtherNetworkError, match=f"teacher.pth is a detector for {outputs - 1} classes, but the data has 3"
+            NetworkMismatchError, match=f"teacher.pth is a detector for {outputs - 1} classes, but the data has 3"
         ):
             load_detector(ours, file, "resnet18", {2: "a", 5: "b", 9: "c"})
         return
@@ -207,7 +207,7 @@ def test_classes_are_matched_by_the_names_in_the_file(tmp_path, wanted, rows):
     images = torch.rand(1, 3, 64, 64)
     for a, b in zip(box_outputs(ours, images), box_outputs(theirs, images), strict=True):
         torch.testing.assert_close(a, b[:, rows])
-    with pytest.raises(OtherNetworkError, match=r"net.pth is a detector for other classes: it lacks 'd'"):
+    with pytest.raises(NetworkMismatchError, match=r"net.pth is a detector for other classes: it lacks 'd'"):
         load_detector(build_detector("resnet18", 3, [128]), tmp_path / "net.pth", "resnet18", {1: "a", 2: "b", 3: "d"})
 
 
@@ -222,19 +222,19 @@ def test_trained_size_is_read_from_the_checkpoint(tmp_path, saved, size):
 def test_weights_of_other_networks_are_rejected(tmp_path):
     net = build_detector("resnet18", 3, [128])
     torch.save(models.resnet18().state_dict(), tmp_path / "classifier.pth")
-    with pytest.raises(OtherNetworkError, match=r"classifier.pth is not a resnet18 detector: it lacks roi_heads"):
+    with pytest.raises(NetworkMismatchError, match=r"classifier.pth is not a resnet18 detector: it lacks roi_heads"):
         load_detector(net, tmp_path / "classifier.pth", "resnet18", {1: "a", 2: "b", 3: "c"})
     torch.save(build_detector("mobilenet_v2", 3, [128]).state_dict(), tmp_path / "other.pth")
-    with pytest.raises(OtherNetworkError, match=r"other.pth does not match resnet18"):
+    with pytest.raises(NetworkMismatchError, match=r"other.pth does not match resnet18"):
         load_detector(net, tmp_path / "other.pth", "resnet18", {1: "a", 2: "b", 3: "c"})
     weights = build_detector("resnet18", 9, [128]).state_dict()
     weights["roi_heads.box_predictor.bbox_pred.bias"] = torch.zeros(7)
     torch.save(weights, tmp_path / "odd.pth")
-    with pytest.raises(OtherNetworkError, match=r"odd.pth"):
+    with pytest.raises(NetworkMismatchError, match=r"odd.pth"):
         load_detector(net, tmp_path / "odd.pth", "resnet18", {2: "a", 5: "b", 9: "c"})
     weights["roi_heads.box_predictor.cls_score.weight"] = torch.zeros(0, 16)
     torch.save(weights, tmp_path / "odd.pth")
-    with pytest.raises(OtherNetworkError, match=r"odd.pth"):
+    with pytest.raises(NetworkMismatchError, match=r"odd.pth"):
         load_detector(net, tmp_path / "odd.pth", "resnet18", {2: "a", 5: "b", 9: "c"})
     with pytest.raises(UserError, match=r"odd.pth is a detector: --backbone-ckpt takes a classification network"):
         load_backbone(net, "resnet18", tmp_path / "odd.pth")

@@ -20,7 +20,7 @@ from common.data.sources import load_data
 from common.models import build
 from common.models.resnet import ResNet
 from common.randomness import generator
-from common.run.errors import LossNotFiniteError, UserError
+from common.run.errors import NonFiniteLossError, UserError
 from common.run.folder import locked
 
 SMOKE = ["--smoke", "--devices", "cpu"]
@@ -160,7 +160,7 @@ def test_mismatched_branches_are_rejected(net, data, trained, tmp_path, monkeypa
         branches.train_branches(settings(), tmp_path, net, data)
     (tmp_path / "branches.pt").unlink()
     monkeypatch.setattr(branches, "LR", 1e30)
-    with pytest.raises(LossNotFiniteError, match="in epoch 1"):
+    with pytest.raises(NonFiniteLossError, match="in epoch 1"):
         branches.train_branches(settings(), tmp_path, net, data)
     assert not any(tmp_path.iterdir())
 

@@ -13,7 +13,7 @@ from torchvision.transforms import functional
 
 from common.data.batches import normalize
 from common.data.image_files import MEAN, STD, ImageFiles, Shard, eval_loader, list_files, list_test_files, train_loader
-from common.randomness import seed_of
+from common.randomness import derive_seed
 from common.run.errors import UserError
 
 CPU = torch.device("cpu")
@@ -67,7 +67,7 @@ def test_augmentation_matches_torchvision(folder):
         assert ours.dtype == torch.uint8
         assert ours.shape == (32, 32, 3)
         with torch.random.fork_rng(devices=[]):  # torchvision's crop for the same seed
-            torch.manual_seed(seed_of(1, epoch, "augmentation", 0))
+            torch.manual_seed(derive_seed(1, epoch, "augmentation", 0))
             crop = transforms.RandomResizedCrop(32)(image)
         if np.array_equal(ours.numpy(), np.asarray(functional.hflip(crop))):
             seen["flipped"] += 1

@@ -39,9 +39,9 @@ def test_smoke(tmp_path, capsys):
 
 def test_sizes_stop_at_the_smallest_number_of_candidates():
     four, five = "resnet32x4-resnet8x4", "vgg13-vgg8"
-    assert num_paths.sizes_of_s([four]) == [0, 1, 2, 3, 4]
-    assert num_paths.sizes_of_s([five]) == [0, 1, 2, 3, 4, 5, 6]
-    assert num_paths.sizes_of_s([five, four]) == [0, 1, 2, 3, 4]
+    assert num_paths.path_counts([four]) == [0, 1, 2, 3, 4]
+    assert num_paths.path_counts([five]) == [0, 1, 2, 3, 4, 5, 6]
+    assert num_paths.path_counts([five, four]) == [0, 1, 2, 3, 4]
     names = [num_paths.row_of(n).name for n in range(4)]
     assert names == ["app", "fcfd-num_paths=1", "fcfd", "fcfd-num_paths=3"]
 

@@ -6,20 +6,20 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from common.detection import drawn
+from common.detection import synthetic
 from common.detection.coco import load_coco
 
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("drawn") / "data"
-    assert drawn.main([str(folder), "--train", "80", "--val", "5"]) == 0
+    folder = tmp_path_factory.mktemp("coco") / "data"
+    assert synthetic.main([str(folder), "--train", "80", "--val", "5"]) == 0
     return folder
 
 
 def test_dataset_is_in_coco_format(folder):
     data = load_coco(folder)
-    assert list(data.categories.values()) == list(drawn.CLASSES)
+    assert list(data.categories.values()) == list(synthetic.CLASSES)
     assert len(data.test) == 5
     assert data.notes == []
     for path, size in zip(data.train.files, data.train.sizes.tolist(), strict=True):
@@ -56,11 +56,11 @@ def test_boxes_match_the_pixels_of_their_objects(monkeypatch):
         last["after"] = image[0].copy()
         return inside
 
-    original = drawn.paste
-    monkeypatch.setattr(drawn, "paste", paste)
+    original = synthetic.paste
+    monkeypatch.setattr(synthetic, "paste", paste)
     checked = 0
     for number in range(20):
-        _, annotations = drawn.draw("train", number)
+        _, annotations = synthetic.draw("train", number)
         if not annotations or annotations[-1]["iscrowd"]:
             continue
         rows, columns = np.nonzero(np.abs(last["after"] - last["before"]).max(2) > 0.02)
@@ -73,7 +73,7 @@ def test_boxes_match_the_pixels_of_their_objects(monkeypatch):
 
 
 def test_smaller_datasets_are_prefixes_of_larger_ones(folder, tmp_path):
-    drawn.main([str(tmp_path / "small"), "--train", "4", "--val", "2"])
+    synthetic.main([str(tmp_path / "small"), "--train", "4", "--val", "2"])
     for split in ("train", "val"):
         small, large = (
             json.loads((path / "annotations" / f"instances_{split}.json").read_text())
@@ -91,7 +91,7 @@ def test_smaller_datasets_are_prefixes_of_larger_ones(folder, tmp_path):
 
 def test_existing_folder_is_not_changed(folder, capsys):
     before = sorted(folder.rglob("*"))
-    assert drawn.main([str(folder)]) == 2
+    assert synthetic.main([str(folder)]) == 2
     assert capsys.readouterr().err == f"error: {folder} already exists: choose a new folder, or remove it\n"
     assert sorted(folder.rglob("*")) == before
 
@@ -101,7 +101,7 @@ def test_existing_folder_is_not_changed(folder, capsys):
 )
 def test_invalid_input_exits_with_one_line_error(tmp_path, capsys, monkeypatch, options, expected):
     monkeypatch.chdir(tmp_path)
-    assert drawn.main(options) == 2
+    assert synthetic.main(options) == 2
     message = capsys.readouterr().err
     assert message.startswith("error: ")
     assert expected in message

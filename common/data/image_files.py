@@ -20,7 +20,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 from torchvision import transforms
 
-from ..randomness import generator, seed_of
+from ..randomness import derive_seed, generator
 from ..run.errors import UserError, raise_if_signaled
 from .batches import normalize
 from .folders import image_folders, open_rgb
@@ -104,7 +104,7 @@ class ImageFiles(Dataset):
             warnings.simplefilter("ignore")  # PIL warns about unusual but readable files
             image = open_rgb(path)
             if self.seed is not None:  # torchvision's transforms use PyTorch's global generator
-                torch.default_generator.manual_seed(seed_of(self.seed, epoch, "augmentation", index))
+                torch.default_generator.manual_seed(derive_seed(self.seed, epoch, "augmentation", index))
             try:
                 image = self.transform(image)
             except MemoryError as error:

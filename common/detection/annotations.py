@@ -49,7 +49,7 @@ class Annotations:
         return (self.clipped[:, 2:] - self.clipped[:, :2] > 0.01).all(1)
 
     @property
-    def overhanging(self) -> np.ndarray:
+    def extends_beyond_image(self) -> np.ndarray:
         """[m], bool: usable, but part of the box is outside the image by more than rounding error."""
         return self.usable & (np.abs(self.edges - self.clipped) > 0.5).any(1)
 

@@ -87,7 +87,7 @@ def load_coco(directory: str | Path, subset: int | None = None, test_subset: int
     for array in (trained.first, trained.boxes, trained.labels):
         digest.update(np.ascontiguousarray(array))
     notes = _note(train, "boxes dropped (no area, or outside their image)", ~train.usable)
-    notes += _note(train, "boxes clipped to their image", train.overhanging)
+    notes += _note(train, "boxes clipped to their image", train.extends_beyond_image)
     tested = _test_data(test, test_subset)
     return replace(tested, train=trained, fingerprint=digest.hexdigest(), notes=notes + tested.notes)
 

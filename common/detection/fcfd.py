@@ -33,7 +33,7 @@ TASK_LOSSES = ("loss_objectness", "loss_rpn_box_reg", "loss_classifier", "loss_b
 Levels = dict[str, Tensor]  # level -> [B, 256, H, W]
 
 
-class Answer(NamedTuple):
+class RoiOutput(NamedTuple):
     """Output of an ROI head for the R proposals of a batch; class 0 is the background."""
 
     logits: Tensor  # [R, K + 1]
@@ -46,13 +46,13 @@ class Flow:
 
     task: dict[str, Tensor]  # TASK_LOSSES
     student: Levels
-    student_answer: Answer
+    student_output: RoiOutput
     teacher: Levels = field(default_factory=dict)
-    teacher_answer: Answer | None = None
+    teacher_output: RoiOutput | None = None
     s2t: Levels = field(default_factory=dict)  # the student's levels in the teacher's space
     t2s: Levels = field(default_factory=dict)  # the teacher's levels in the student's space
-    s2t_answer: Answer | None = None  # the teacher's ROI head on s2t
-    t2s_answer: Answer | None = None  # the student's ROI head on t2s
+    s2t_output: RoiOutput | None = None  # the teacher's ROI head on s2t
+    t2s_output: RoiOutput | None = None  # the student's ROI head on t2s
 
 
 def level_bridges(terms: Iterable[str] = TERMS) -> Bridges:
@@ -91,27 +91,28 @@ def forward_detectors(
     # R: a mix of positive and negative proposals for each image, with the task's targets for the ROI head.
     proposals, _, target_labels, target_offsets = student.roi_heads.select_training_samples(proposals, targets)
 
-    def roi_output(detector: FasterRCNN, pyramid: Levels) -> Answer:
+    def roi_output(detector: FasterRCNN, pyramid: Levels) -> RoiOutput:
         heads = detector.roi_heads
-        return Answer(*heads.box_predictor(heads.box_head(heads.box_roi_pool(pyramid, proposals, batch.image_sizes))))
+        features = heads.box_head(heads.box_roi_pool(pyramid, proposals, batch.image_sizes))
+        return RoiOutput(*heads.box_predictor(features))
 
     flow = Flow(task, levels, roi_output(student, levels))
     flow.task["loss_classifier"], flow.task["loss_box_reg"] = fastrcnn_loss(
-        *flow.student_answer, target_labels, target_offsets
+        *flow.student_output, target_labels, target_offsets
     )
     if teacher is None:
         return flow
 
     with torch.no_grad():
         flow.teacher = teacher.backbone(batch.tensors)
-        flow.teacher_answer = roi_output(teacher, flow.teacher)
+        flow.teacher_output = roi_output(teacher, flow.teacher)
     if bridges is not None:
         flow.s2t = {level: net(flow.student[level]) for level, net in bridges.s2t.items()}
         flow.t2s = {level: net(flow.teacher[level]) for level, net in bridges.t2s.items()}
     if "func" in terms:
-        flow.s2t_answer = roi_output(teacher, flow.s2t)
+        flow.s2t_output = roi_output(teacher, flow.s2t)
     if "func_prime" in terms:
-        flow.t2s_answer = roi_output(student, flow.t2s)
+        flow.t2s_output = roi_output(student, flow.t2s)
     return flow
 
 
@@ -125,21 +126,21 @@ def detection_terms(flow: Flow, temperature: float = 1.0, terms: Iterable[str] =
     kd, func, func_prime: `distance` from the teacher's own output to the student's own (kd), to that of the teacher's
         ROI head on the student's levels (func), and to that of the student's ROI head on the teacher's (func_prime).
     """
-    target = flow.teacher_answer
+    target = flow.teacher_output
     compute = {
         "task": lambda: sum(loss.float() for loss in flow.task.values()),
-        "kd": lambda: distance(flow.student_answer, target, temperature),
+        "kd": lambda: distance(flow.student_output, target, temperature),
         "app": lambda: sum(l2(flow.s2t[level], flow.teacher[level]) for level in LEVELS),
-        "func": lambda: distance(flow.s2t_answer, target, temperature),
-        "func_prime": lambda: distance(flow.t2s_answer, target, temperature),
+        "func": lambda: distance(flow.s2t_output, target, temperature),
+        "func_prime": lambda: distance(flow.t2s_output, target, temperature),
     }
     return {name: compute[name]() for name in terms}
 
 
-def distance(answer: Answer, target: Answer, temperature: float = 1.0) -> Tensor:
+def distance(output: RoiOutput, target: RoiOutput, temperature: float = 1.0) -> Tensor:
     """KL of the class logits, averaged over proposals, plus L2 of the box offsets, averaged over all elements.
 
     Only offsets of the K classes are used. torchvision's ROI head also has four for the background, which are not
     trained or used.
     """
-    return kl(answer.logits, target.logits, temperature) + l2(answer.offsets[:, 4:], target.offsets[:, 4:])
+    return kl(output.logits, target.logits, temperature) + l2(output.offsets[:, 4:], target.offsets[:, 4:])

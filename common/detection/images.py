@@ -16,7 +16,7 @@ from torch.utils.data import DataLoader, Dataset
 
 from ..data.folders import open_rgb
 from ..data.image_files import ignore_interrupts, next_batch
-from ..randomness import generator, seed_of
+from ..randomness import derive_seed, generator
 from ..run.errors import UserError
 from .coco import Split
 
@@ -50,7 +50,7 @@ class BoxedImages(Dataset):
             )
         rows = slice(self.split.first[i], self.split.first[i + 1])
         boxes, labels = self.split.boxes[rows], self.split.labels[rows]
-        if self.seed is not None and seed_of(self.seed, iteration, "flip", position) % 2:
+        if self.seed is not None and derive_seed(self.seed, iteration, "flip", position) % 2:
             image = image[:, ::-1]
             boxes = np.stack([width - boxes[:, 2], boxes[:, 1], width - boxes[:, 0], boxes[:, 3]], 1)
         return np.ascontiguousarray(image), {"boxes": boxes, "labels": labels}
@@ -69,7 +69,7 @@ def batches(
     """
     tall = split.sizes[:, 1] > split.sizes[:, 0]
 
-    def endless() -> Iterator[list[int]]:
+    def infinite_batches() -> Iterator[list[int]]:
         pending: dict[bool, list[int]] = {False: [], True: []}
         for epoch in count():
             for i in torch.randperm(len(split), generator=generator(seed, epoch, "data")).tolist():
@@ -79,7 +79,7 @@ def batches(
                     yield list(group)
                     group.clear()
 
-    for iteration, batch in enumerate(islice(endless(), first, last), first):
+    for iteration, batch in enumerate(islice(infinite_batches(), first, last), first):
         yield [(iteration, position, i) for position, i in enumerate(batch)][rank::world]
 
 

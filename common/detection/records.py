@@ -11,7 +11,7 @@ from tqdm import tqdm
 
 from ..run import checkpoint
 from ..run.distributed import all_reduce, broadcast_buffers, rank, world_size
-from ..run.folder import keep_as_best, write_tables
+from ..run.folder import copy_to_best, write_tables
 from ..run.run import Run, peak_memory
 from .evaluation import METRICS
 from .fcfd import TASK_LOSSES, TERMS
@@ -47,7 +47,7 @@ def publish(run: Run) -> None:
     checkpoint.save(shared, out / "student.pth")
     if best.get("iteration") == state["iteration"]:
         checkpoint.save(shared, out / "student_best.pth")
-        keep_as_best(out)
+        copy_to_best(out)
     result = {
         "iteration": state["iteration"],
         "iterations": state["config"]["iterations"],

@@ -1,4 +1,4 @@
-"""A synthetic dataset in COCO format, for quick checks and tests: python -m common.detection.drawn DIR
+"""A synthetic dataset in COCO format, for quick checks and tests: python -m common.detection.synthetic DIR
 
 Cluttered images of 96 to 256 pixels with up to six objects of four classes, which overlap and vary in size, pose,
 texture and color. The clutter consists of small shapes with other outlines, which are not annotated. Some images are
@@ -109,7 +109,7 @@ def main(argv: list[str] | None = None) -> int:
 
     def script() -> None:
         parser = Parser(__doc__)
-        parser.prog = "python -m common.detection.drawn"
+        parser.prog = "python -m common.detection.synthetic"
         parser.add_argument("directory", type=Path, metavar="DIR")
         for split, n in SPLITS.items():
             parser.add_argument(f"--{split}", type=count, default=n, metavar="N", help="number of images")

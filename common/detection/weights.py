@@ -9,7 +9,7 @@ from torchvision.models.detection import FasterRCNN, FasterRCNN_ResNet50_FPN_Wei
 
 from ..run.checkpoint import load, load_weights, read_weights, weights_of
 from ..run.downloads import torchvision_weights
-from ..run.errors import OtherNetworkError, UserError
+from ..run.errors import NetworkMismatchError, UserError
 
 EPSILON = 1e-5  # of FrozenBatchNorm
 LAST_LAYERS = ("cls_score.weight", "cls_score.bias", "bbox_pred.weight", "bbox_pred.bias")
@@ -42,18 +42,18 @@ def load_detector(net: FasterRCNN, file: str | Path, name: str, categories: dict
 
     Raises:
         UserError: the file is invalid.
-        OtherNetworkError: it holds another detector, or one for other classes.
+        NetworkMismatchError: it holds another detector, or one for other classes.
     """
     content = load(file)
     weights = weights_of(content, file)
     if Path(file).name == COCO_V1.url.rpartition("/")[2]:
         weights = _convert_epsilon(weights)
     if missing := [key for key in PREDICTOR if not weights.get(key, torch.tensor(0)).ndim]:
-        raise OtherNetworkError(f"{file} is not a {name} detector: it lacks {missing[0]}")
+        raise NetworkMismatchError(f"{file} is not a {name} detector: it lacks {missing[0]}")
     rows = len(weights[PREDICTOR[0]])  # one per class, the background first
     if rows and not any(len(weights[key]) % rows for key in PREDICTOR):  # else load_weights reports the mismatch
         names = content.get("classes")
-        weights = _take_classes(weights, _labels(names if isinstance(names, list) else [], rows, file, categories))
+        weights = _select_classes(weights, _labels(names if isinstance(names, list) else [], rows, file, categories))
     load_weights(net, weights, file, name)
 
 
@@ -61,18 +61,18 @@ def _labels(names: list[str], rows: int, file: str | Path, categories: dict[int,
     """Labels of the data's classes in a file whose last layers have `rows` rows; `names`, its classes, may be empty."""
     if len(names) == rows - 1 == len(set(map(str, names))):
         if unknown := [name for name in categories.values() if name not in names]:
-            raise OtherNetworkError(f"{file} is a detector for other classes: it lacks {unknown[0]!r}")
+            raise NetworkMismatchError(f"{file} is a detector for other classes: it lacks {unknown[0]!r}")
         return [1 + names.index(name) for name in categories.values()]
     if rows - 1 == len(categories):
         return list(range(1, rows))
     if rows - 1 == max(categories) and min(categories) > 0:
         return list(categories)
-    raise OtherNetworkError(
+    raise NetworkMismatchError(
         f"{file} is a detector for {rows - 1} classes, but the data has {len(categories)}: they must match"
     )
 
 
-def _take_classes(weights: dict[str, Tensor], labels: Iterable[int]) -> dict[str, Tensor]:
+def _select_classes(weights: dict[str, Tensor], labels: Iterable[int]) -> dict[str, Tensor]:
     """The weights restricted to the background and the classes `labels`, in this order."""
     rows = torch.tensor([0, *labels])
     count = len(weights[PREDICTOR[0]])  # the last layers have one row per class, or four
@@ -101,13 +101,13 @@ def load_coco_v1(net: FasterRCNN, categories: dict[int, str]) -> Path:
 
     Raises:
         UserError: the file cannot be downloaded, or is damaged.
-        OtherNetworkError: the categories are not COCO's.
+        NetworkMismatchError: the categories are not COCO's.
     """
     names = COCO_V1.meta["categories"]  # by id
     if unknown := [name for i, name in categories.items() if not 0 < i < len(names) or names[i] != name]:
-        raise OtherNetworkError(f"torchvision's weights are for COCO's categories and lack {unknown[0]!r}")
+        raise NetworkMismatchError(f"torchvision's weights are for COCO's categories and lack {unknown[0]!r}")
     path = torchvision_weights("fasterrcnn_resnet50_fpn", COCO_V1.name)
-    load_weights(net, _take_classes(_convert_epsilon(read_weights(path)), categories), path, "resnet50")
+    load_weights(net, _select_classes(_convert_epsilon(read_weights(path)), categories), path, "resnet50")
     return path
 
 

@@ -15,7 +15,7 @@ import numpy as np
 import torch
 from torch import nn
 
-from .errors import OtherNetworkError, UserError
+from .errors import NetworkMismatchError, UserError
 
 STATE_DICT_KEYS = ("model", "state_dict", "net", "model_state_dict")  # in order of preference
 # Harmless types in published checkpoints, besides the weights, that weights_only loading must allow.
@@ -111,7 +111,7 @@ def load_weights(net: nn.Module, weights: dict[str, torch.Tensor], path: str | P
 
     Raises:
         UserError: the weights are those of a SimKD student (common/simkd.py), but `net` is a plain network.
-        OtherNetworkError: the weights are for another network or number of classes.
+        NetworkMismatchError: the weights are for another network or number of classes.
     """
     if any(key.startswith("projector.") for key in weights) and not hasattr(net, "projector"):
         raise UserError(f"{path} is a SimKD student, not a plain network: use --evaluate with --simkd and --teacher")
@@ -119,7 +119,7 @@ def load_weights(net: nn.Module, weights: dict[str, torch.Tensor], path: str | P
         net.load_state_dict(weights)
     except RuntimeError as error:
         difference = textwrap.shorten(str(error).partition("\n")[2], 200)
-        raise OtherNetworkError(f"{path} does not match {name} with this number of classes: {difference}") from error
+        raise NetworkMismatchError(f"{path} does not match {name} with this number of classes: {difference}") from error
 
 
 def _is_weight(item: tuple[Any, Any]) -> bool:

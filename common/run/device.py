@@ -19,12 +19,12 @@ def check_device(name: str) -> None:
         raise UserError(f"there is no device {name!r} here: try --device cpu") from error
 
 
-def open_device(name: str, one_size: bool = True) -> torch.device:
+def open_device(name: str, fixed_size: bool = True) -> torch.device:
     """Initialize the device "cpu", "cuda", "cuda:N" or "mps".
 
     Args:
-        one_size: whether all batches except an epoch's last have the same size. If so, cuDNN benchmarks its algorithms,
-            which it would have to repeat for every new size.
+        fixed_size: whether all batches except an epoch's last have the same size. If so, cuDNN benchmarks its
+            algorithms, which it would have to repeat for every new size.
 
     Raises:
         UserError: the device does not exist.
@@ -35,5 +35,5 @@ def open_device(name: str, one_size: bool = True) -> torch.device:
         torch.zeros(1, device=device)
     except (RuntimeError, AssertionError) as error:
         raise UserError(f"there is no device {name!r} here: try --device cpu") from error
-    torch.backends.cudnn.benchmark = one_size
+    torch.backends.cudnn.benchmark = fixed_size
     return device

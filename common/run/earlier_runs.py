@@ -35,7 +35,7 @@ def find_network(
     return None
 
 
-def only_teacher_begun(out: Path, folder: Path) -> bool:
+def stopped_during_teacher(out: Path, folder: Path) -> bool:
     """Whether the run in `out` stopped while training its teacher in `folder` or `folder`-<hash>."""
     folders = [folder, *folder.parent.glob(f"{glob.escape(folder.name)}-*")]
     return not (out / "last.pt").exists() and any(map(is_unfinished, folders))

@@ -17,7 +17,7 @@ class UserError(ValueError):
     """Invalid input. The message is one line with the problem and how to fix it; exit code 2."""
 
 
-class OtherNetworkError(UserError):
+class NetworkMismatchError(UserError):
     """A checkpoint is for another network or number of classes."""
 
 
@@ -30,7 +30,7 @@ def user_errors() -> Iterator[None]:
         raise UserError(str(error)) from error
 
 
-class LossNotFiniteError(ArithmeticError):
+class NonFiniteLossError(ArithmeticError):
     """Training cannot continue; earlier checkpoints are valid. Exit code 1."""
 
 
@@ -92,7 +92,7 @@ def _diagnose(error: BaseException, interrupted: str, smaller: str) -> tuple[int
     match error:
         case UserError():
             return 2, f"error: {text}"
-        case LossNotFiniteError():
+        case NonFiniteLossError():
             return 1, f"error: non-finite loss {text}; earlier checkpoints are kept"
         case KeyboardInterrupt():
             number = error.args[0] if isinstance(error, Terminated) else signal.SIGINT

@@ -124,21 +124,21 @@ def read_state(out: Path, script: str, unit: str) -> dict[str, Any]:
     return state
 
 
-def check_like(stored: Any, own: Any) -> None:
+def check_structure(stored: Any, own: Any) -> None:
     """Raise a ValueError unless `stored` has the structure of `own`, with tensors of the same shapes and types."""
     if isinstance(own, dict):
         # Other versions of PyTorch may lack a flag that is off by default.
         if not isinstance(stored, dict) or any(own[key] for key in own.keys() - stored.keys()):
             raise ValueError
         for key in own.keys() & stored.keys():
-            check_like(stored[key], own[key])
+            check_structure(stored[key], own[key])
             if key == "params" and stored[key] != own[key]:  # the optimizer's parameters, by index
                 raise ValueError
     elif isinstance(own, list):
         if not isinstance(stored, list) or len(stored) != len(own):
             raise ValueError
         for theirs, ours in zip(stored, own, strict=True):
-            check_like(theirs, ours)
+            check_structure(theirs, ours)
     elif torch.is_tensor(own):
         if not torch.is_tensor(stored) or (stored.shape, stored.dtype) != (own.shape, own.dtype):
             raise ValueError
@@ -164,11 +164,11 @@ def publish(out: Path, state: dict[str, Any], networks: dict[str, dict[str, torc
         if best["epoch"] == state["epoch"]:
             save(shared, out / f"{role}_best.pth")
     if state["best"]["epoch"] == state["epoch"]:
-        keep_as_best(out)
+        copy_to_best(out)
     write_tables(out, log, state["config"], result_of(state))
 
 
-def keep_as_best(out: Path) -> None:
+def copy_to_best(out: Path) -> None:
     """Copy last.pt to best.pt."""
     with open(out / "last.pt", "rb") as last:
         write_atomically(out / "best.pt", lambda file: shutil.copyfileobj(last, file))

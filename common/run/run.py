@@ -25,8 +25,8 @@ from torch import Tensor, nn
 from ..multipath_bn import plain_state_dict
 from .checkpoint import save
 from .distributed import all_reduce, broadcast, broadcast_buffers, rank, world_size
-from .errors import LossNotFiniteError, UserError
-from .folder import PREFIX, check_like, made_with, open_folder, print_epoch, publish, read_state, report
+from .errors import NonFiniteLossError, UserError
+from .folder import PREFIX, check_structure, made_with, open_folder, print_epoch, publish, read_state, report
 from .options import settings_of
 
 
@@ -121,7 +121,7 @@ class Run:
         if self.resumed:
             try:
                 for name, part in self.parts.items():
-                    check_like(self.state[name], part.state_dict())
+                    check_structure(self.state[name], part.state_dict())
                     part.load_state_dict(self.state[name])
             except (KeyError, RuntimeError, ValueError, TypeError, AttributeError) as error:
                 raise UserError(f"{self.out / 'last.pt'} does not fit this run: choose another --out") from error
@@ -154,19 +154,19 @@ class Run:
         """Read the meter, and broadcast rank 0's BatchNorm statistics.
 
         Raises:
-            LossNotFiniteError: a loss or a weight is not finite. Earlier checkpoints are kept.
+            NonFiniteLossError: a loss or a weight is not finite. Earlier checkpoints are kept.
         """
         broadcast_buffers(self.networks.values())
         meter.read(waited)
         epoch = self.state["epoch"] + 1
         if meter.first_bad < math.inf:
-            raise LossNotFiniteError(f"in epoch {epoch}, step {meter.first_bad + 1:.0f}")
+            raise NonFiniteLossError(f"in epoch {epoch}, step {meter.first_bad + 1:.0f}")
         self.check_weights(f"in the last step of epoch {epoch}")
 
     def check_weights(self, when: str) -> None:
-        """Raise LossNotFiniteError if a parameter or a buffer is not finite."""
+        """Raise NonFiniteLossError if a parameter or a buffer is not finite."""
         if not all(value.isfinite().all() for net in self.networks.values() for value in net.state_dict().values()):
-            raise LossNotFiniteError(when)
+            raise NonFiniteLossError(when)
 
     def end_epoch(self, meter: Meter, lr: float, **tested: dict[str, float]) -> None:
         """Add a row to the log, save everything and print a line.
