@@ -98,8 +98,10 @@ def run_name(args: Namespace) -> str:
     """The name of the default output folder."""
     data = f"folder-{Path(args.data_dir).resolve().name}" if args.dataset == "folder" else args.dataset
     subset = f"-subset{args.subset}" if args.subset else ""
-    method = f"{args.method}{'-dkd' * (args.kd_loss == 'dkd')}{'-simkd' * args.simkd}"
-    networks = f"{args.teacher}-{args.student}-{method}" if args.teacher else f"{args.student}-alone"
+    networks = f"{args.student}-alone"
+    if args.teacher:
+        networks = f"{args.teacher}-{args.student}-{args.method}"
+        networks += "-dkd" * (args.kd_loss == "dkd") + "-simkd" * args.simkd
     return f"{data}{subset}-{networks}-{args.epochs}ep-seed{args.seed}"
 
 
