@@ -121,7 +121,7 @@ def warmed_up(weights: dict[str, float], args: Namespace, epoch: int) -> dict[st
 def build_networks(args: Namespace, num_classes: int):
     """(student, teacher, bridges, candidate paths, weights by term). Teacher and bridges are None if not needed.
 
-    Resolves args.positions and args.num_paths.
+    Sets args.positions and args.num_paths.
 
     Raises:
         ValueError: the networks do not match, or an option is out of range.

@@ -6,7 +6,7 @@
 
 The steps are in ablations/steps.py. The unit is one forward and backward of the student alone, in plain eager NCHW
 float32. "plain" is FCFD's step in that form, omitted if the pair is trained in it anyway. Each step samples its own
-paths, so a median is over paths of different cost, too.
+paths, so its median is also over paths of different cost.
 
 FLOPs are of convolutions and linear layers; a multiply-add is two. They follow App. H's formula (ablations/flops.py) in
 expectation over S. Those of ReviewKD and CRD are counted in a step, CRD's with the product of each embedding and the

@@ -97,12 +97,12 @@ def grid(args: Namespace, given: dict[str, Any], rows: list[Row]) -> Cells:
     cells = {(pair, row.name, seed): cell(pair, row, seed) for pair, row, seed in product(args.pairs, rows, args.seeds)}
     used = {key for cell in cells.values() for each in (cell, cell.after) if each for key in each.given}
     if unused := [key for key in given if key not in used]:
-        raise UserError(f"{option(unused[0])} is of no use to any row: omit it")
+        raise UserError(f"{option(unused[0])} does not affect any row: omit it")
     return cells
 
 
 def check_given(given: dict[str, Any], rows: list[Row]) -> None:
-    """Raise a UserError for an option that would make the name of a row wrong.
+    """Raise a UserError for an option that would contradict the name of a row.
 
     The weight of a term that some rows omit may be given for the others.
     """

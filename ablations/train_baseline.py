@@ -54,9 +54,9 @@ SMOKE += ["--test-subset", "40", "--batch-size", "20", "--out", "results/baselin
 
 
 def parse_args(argv: list[str] | None = None, stored: dict | None = None) -> Namespace:
-    """The options as given, else those `stored` by the run that is resumed, else the published settings.
+    """Parse the options; defaults are those `stored` by the run being resumed, then the published settings.
 
-    With --smoke they are not resolved further, since --method may be missing; see `smoke_runs`.
+    With --smoke, --method may be missing, so `smoke_runs` sets the defaults.
     """
     argv = sys.argv[1:] if argv is None else argv
     smoke = "--smoke" in argv
@@ -80,7 +80,7 @@ def parse_args(argv: list[str] | None = None, stored: dict | None = None) -> Nam
 
     args.out = args.out or f"runs/{cifar100.run_name(Namespace(**vars(args), kd_loss='kl', simkd=False))}"
     if args.resume and stored is None:
-        # A run that stopped while its teacher was trained has not begun yet: it starts, and the teacher resumes.
+        # If the run stopped while training its teacher, start the run and resume the teacher's training.
         if not earlier_runs.stopped_during_teacher(Path(args.out), cifar100.teacher_folder(args)):
             return parse_args(argv, stored_options(args, "baselines"))
         args.resume = False
@@ -107,7 +107,7 @@ def smoke_runs(args: Namespace, argv: list[str] | None) -> list[Namespace]:
 
 
 def warmup(args: Namespace, epoch: int) -> float:
-    """The factor on the method's weight: ReviewKD's rises linearly during the warm-up, which shorter runs shorten."""
+    """The factor of the method's weight. ReviewKD's ramps up linearly during the warm-up, shorter in short runs."""
     if args.method != "reviewkd":
         return 1.0
     return min(1.0, (epoch + 1) / (SETTINGS["warmup_epochs"] * min(1, args.epochs / SETTINGS["epochs"])))
@@ -119,7 +119,7 @@ def build_networks(args: Namespace, num_classes: int) -> tuple[StagedNet, Staged
     Raises:
         ValueError: the networks do not fit the method.
     """
-    torch.manual_seed(args.seed)  # the same student starts every method, and cifar100.py
+    torch.manual_seed(args.seed)  # the same initial student for every method and in cifar100.py
     student, teacher = build(args.student, num_classes), build(args.teacher, num_classes).requires_grad_(False)
     if args.method == "simkd":
         student = build_simkd(student, teacher, SIZE)
@@ -176,7 +176,7 @@ def terms(
 
 
 def train(args: Namespace, data: Data | None = None) -> bool:
-    """Train to the last epoch, or until the time limit; whether it was the last epoch."""
+    """Train until the last epoch or the time limit, and return whether training finished."""
     with Run(args, "baselines", columns=("task", "distill")) as run:
         device = open_device(args.device)
         data = data or load_data(args.dataset, args.data_dir, args.subset, args.test_subset).to(device)

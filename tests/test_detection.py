@@ -26,7 +26,7 @@ from common.detection.detectors import build_detector
 from common.detection.evaluation import METRICS
 from common.detection.fcfd import TASK_LOSSES, TERMS, detection_terms, forward_detectors, level_bridges
 from common.detection.images import BoxedImages, batches, load
-from common.detection.records import add_row
+from common.detection.records import add_row, all_reduce_mean
 from common.randomness import derive_seed
 
 pytest.importorskip("pycocotools")
@@ -367,6 +367,10 @@ def test_log_rows_cover_the_iterations_since_the_last_row():
     row = {key: value for key, value in state["log"][0].items() if key not in (*METRICS, *TASK_LOSSES, *TERMS)}
     times = {"seconds": 8.0, "images_per_s": 1.6, "waiting_percent": 20.0, "peak_memory_mb": ""}
     assert row == {"iteration": 10, "lr": 0.1, "loss": 3.0, **times}
+
+
+def test_single_rank_needs_no_device_for_the_mean():
+    assert all_reduce_mean({"loss": 1.5}, torch.device("mps")) == {"loss": 1.5}  # MPS has no float64
 
 
 def test_1x_schedule():

@@ -242,7 +242,7 @@ def test_paper_tables_contain_known_methods():
         (["--pairs", "resnet14-vgg8"], "stages"),
         (["--method", "kd"], "--pairs"),
         (["--runs", ""], "--runs is empty"),
-        (["--pairs", "resnet14-resnet8", "--tckd", "2"], "--tckd is of no use to any row"),
+        (["--pairs", "resnet14-resnet8", "--tckd", "2"], "--tckd does not affect any row"),
         (["--pairs", "resnet14-resnet8", "--dataset", "synthetic", "--subset", "40"], "there are only 40"),
         (["--dataset", "folder", "--data-dir", "missing"], "missing"),
     ],

@@ -62,6 +62,8 @@ def publish(run: Run) -> None:
 
 def all_reduce_mean(values: dict[str, float], device: torch.device) -> dict[str, float]:
     """Average each number over all ranks."""
+    if world_size() == 1:
+        return values
     total = all_reduce(torch.tensor(list(values.values()), dtype=torch.float64, device=device))
     return dict(zip(values, (total / world_size()).tolist(), strict=True))
 

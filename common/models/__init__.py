@@ -41,5 +41,5 @@ def build(name: str, num_classes: int, networks: Mapping[str, tuple] = NETWORKS)
 
 
 def build_imagenet(name: str, num_classes: int) -> StagedNet:
-    """As `build`, an ImageNet network of five stages."""
+    """Like `build`, for an ImageNet network; all have five stages."""
     return build(name, num_classes, IMAGENET_NETWORKS)
