@@ -51,6 +51,20 @@ def call(capsys, *args, code=0, module=cifar100):
     return output.out if code == 0 else output.err
 
 
+def assert_invalid(capsys, defaults, options, expected, module=cifar100):
+    """The error is one line that contains `expected`, and nothing is written to the current folder.
+
+    `defaults` are pairs of an option and its value; those in `options` are left out.
+    """
+    pairs = zip(defaults[::2], defaults[1::2], strict=True)
+    kept = [word for pair in pairs if pair[0] not in options for word in pair]
+    message = call(capsys, *kept, *options, code=2, module=module)
+    assert message.startswith("error: ")
+    assert expected in message
+    assert message.count("\n") == 1
+    assert not os.listdir()
+
+
 @contextlib.contextmanager
 def background_torchrun(*args):
     """Start a job of two ranks, with one thread per rank."""

@@ -101,7 +101,7 @@ def test_measure_matches_a_float64_loop_over_images_and_directions(k):
             decades = math.log10(value / statistics.median_low(kl)) + anisotropy.DECADES
             histogram[int(decades * anisotropy.BINS / (2 * anisotropy.DECADES) + 1e-6)] += 1
     assert measured["histogram"] == histogram
-    assert max(measured["largest"]) > 1e-3  # far above rounding
+    assert max(measured["largest"]) > 1e-3  # far above rounding errors
 
 
 def test_results_do_not_depend_on_the_batch_size():

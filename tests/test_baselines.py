@@ -9,7 +9,7 @@ import running
 import torch
 import torch.nn.functional as F
 import yaml
-from running import PAIR, SMALL, assert_bitwise_equal, read_log
+from running import PAIR, SMALL, assert_bitwise_equal, assert_invalid, read_log
 
 import cifar100
 from ablations import train_baseline
@@ -470,11 +470,7 @@ def test_student_initialization_matches_cifar100():
 )
 def test_invalid_input_exits_with_one_line_error(tmp_path, capsys, monkeypatch, options, expected):
     monkeypatch.chdir(tmp_path)
-    message = call(capsys, *SMALL, *options, code=2)
-    assert message.startswith("error: ")
-    assert expected in message
-    assert message.count("\n") == 1
-    assert not list(tmp_path.iterdir())
+    assert_invalid(capsys, SMALL, options, expected, module=train_baseline)
 
 
 def test_single_class_is_rejected_before_training_a_teacher(tmp_path, capsys):

@@ -80,7 +80,7 @@ def test_unusable_boxes_are_dropped_or_clipped_and_counted(tmp_path):
         (1, 7, [5, 5, 0, 10]),  # no area
         (1, 7, [5, 5, 10, -3]),
         (1, 7, [60, 5, 10, 10]),  # outside
-        (1, 7, [20, 20, 30.2, 20]),  # extends beyond the image by rounding
+        (1, 7, [20, 20, 30.2, 20]),  # extends beyond the image by a rounding error
         (2, 3, [3, 3, 1, 20]),  # every box in this image is at most a pixel wide or high
         (2, 3, [3, 3, 20, 0.5]),
         (3, 3, [3, 3, 1, 20]),

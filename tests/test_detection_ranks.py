@@ -97,7 +97,7 @@ def test_evaluation_matches_a_single_process(trained, options, capsys, monkeypat
 
 
 @pytest.mark.parametrize("rank", [0, 1])
-def test_error_is_printed_once(tmp_path, capsys, monkeypatch, options, rank):
+def test_only_rank_0_prints_an_error_without_waiting(tmp_path, capsys, monkeypatch, options, rank):
     """Rank 1 waits before printing, so that torchrun can end it first; test_distributed.py runs torchrun."""
     for name, value in {"TORCHELASTIC_RUN_ID": "none", "RANK": rank, "WORLD_SIZE": 2}.items():
         monkeypatch.setenv(name, str(value))
@@ -105,8 +105,10 @@ def test_error_is_printed_once(tmp_path, capsys, monkeypatch, options, rank):
     waits = []
     monkeypatch.setattr(time, "sleep", waits.append)
     previous = signal.getsignal(signal.SIGTERM)
-    assert detection.main([*map(str, options), "--batch-size", "3", "--out", str(tmp_path / "run")]) == 2
-    signal.signal(signal.SIGTERM, previous)
+    try:
+        assert detection.main([*map(str, options), "--batch-size", "3", "--out", str(tmp_path / "run")]) == 2
+    finally:
+        signal.signal(signal.SIGTERM, previous)
     assert len(waits) == rank
     prefix = "(rank 1) " if rank else ""
     message = capsys.readouterr().err

@@ -131,7 +131,6 @@ def test_student_trains_without_a_teacher():
     terms["task"].backward()
     torch.optim.SGD(student.parameters(), 0.1).step()
     assert not torch.equal(student.fc.weight, before)
-    assert forward_paths(None, student, None, images, all_bridges=True).s2t == {}
 
 
 @pytest.mark.parametrize(("teacher_name", "student_name"), [("vgg8", "resnet8"), ("resnet8", "vgg8")])
@@ -143,7 +142,7 @@ def test_kd_works_with_different_numbers_of_stages(teacher_name, student_name):
     torch.testing.assert_close(flow.student_logits, student(images))
 
 
-def test_the_last_position_only_feeds_the_classifier():
+def test_the_last_position_feeds_only_the_classifier():
     teacher, student, bridges = pair(positions=[4])
     images, labels = batch()
     paths = [MixedPath(4, 1), MixedPath(4, 0)]

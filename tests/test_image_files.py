@@ -41,7 +41,7 @@ def test_batches_do_not_depend_on_workers_or_earlier_epochs(folder):
             for (images, labels), (images_0, labels_0) in zip(ours, theirs, strict=True):
                 assert torch.equal(images, images_0)
                 assert torch.equal(labels, labels_0)
-    resumed = epochs(folder, workers=2, which=[1])[0]  # as after resuming
+    resumed = epochs(folder, workers=2, which=[1])[0]  # as when resuming
     assert all(torch.equal(a[0], b[0]) for a, b in zip(resumed, reference[1], strict=True))
 
 
@@ -88,7 +88,7 @@ def test_evaluation_images_match_torchvision(folder):
     assert batch.is_contiguous(memory_format=torch.channels_last)
 
 
-def test_normalize_does_not_mix_up_moments():
+def test_normalize_caches_each_mean_and_std_separately():
     images = torch.randint(0, 256, (1, 4, 4, 3), dtype=torch.uint8)
     assert not torch.equal(normalize(images), normalize(images, mean=MEAN, std=STD))
 

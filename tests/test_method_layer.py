@@ -69,7 +69,7 @@ def test_importing_fcfd_loads_no_networks_or_script_modules():
 
 
 @pytest.mark.parametrize("file", FILES, ids=lambda file: str(file.relative_to(ROOT)))
-def test_modules_import_only_torch_numpy_and_each_other(file):
+def test_modules_import_only_torch_torchvision_numpy_and_each_other(file):
     def check_relative(module, level):
         folder = file.parents[level - 1]
         path = folder.joinpath(*module.split(".")) if module else folder

@@ -262,7 +262,7 @@ def test_invalid_input_exits_with_one_line_error(tmp_path, capsys, options, expe
         (positions, ["--positions", "2"], "--positions is set by the rows"),
         (positions, ["--pairs", "vgg13-vgg8"], "networks of 5 stages"),
         (components, ["--w-app", "0"], "--w-app 0: the rows choose"),
-        (components, ["--w-func-partial", "3"], "--w-func-partial is of no use"),
+        (components, ["--w-func-partial", "3"], "--w-func-partial does not affect any row"),
         (compare, ["--kd-loss", "dkd"], "--kd-loss is set by the rows"),
     ],
 )
