@@ -131,6 +131,7 @@ DAMAGE = {
     "a number as a choice": set_config(method=1),
     "a list as a number": set_config(lr=[0.01]),
     "text as a number": set_config(epochs="many"),
+    "a number as text": set_config(lr="0.05"),
     "a fraction as a count": set_config(epochs=2.5),
     "a number out of range": set_config(temperature=-1.0),
     "NaN as a weight": set_config(w_app=float("nan")),
