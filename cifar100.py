@@ -172,18 +172,17 @@ def train(args: Namespace, data: Data | None = None) -> bool:
 
         for net in filter(None, (student, teacher)):  # separate BatchNorm statistics for each mixed path
             track_paths(net, sorted({path.k for path in candidates}))
-        channels_last = student.channels_last and (teacher is None or teacher.channels_last)
         networks = nn.ModuleList(filter(None, (student, teacher, bridges)))
-        networks.to(device, memory_format=torch.channels_last if channels_last else torch.preserve_format)
+        networks.to(device, memory_format=torch.channels_last)  # faster than NCHW
         parameters = [p for p in networks.parameters() if p.requires_grad]
         optimizer = sgd(parameters, args.lr, momentum=0.9, weight_decay=5e-4, nesterov=True)
         scaler = torch.amp.GradScaler(device.type, enabled=args.amp == "fp16")
         # What last.pt holds; it is restored here if the run is resumed.
         run.track(student=student, teacher=teacher, bridges=bridges, optimizer=optimizer, scaler=scaler)
         if teacher:
-            tests = eval_batches(data.test, channels_last=channels_last)
-            run.state["teacher_accuracy"] = run.state["teacher_accuracy"] or evaluate(teacher, tests)
-            print(f"teacher: {run.state['teacher_accuracy']['top1']:.2f} % top-1 before distillation", flush=True)
+            tested = run.state["teacher_accuracy"] or evaluate(teacher, eval_batches(data.test))
+            run.state["teacher_accuracy"] = tested
+            print(f"teacher: {tested['top1']:.2f} % top-1 before distillation", flush=True)
 
         steps = math.ceil(len(data.train) / args.batch_size)
         for epoch in run.epochs():
@@ -191,7 +190,7 @@ def train(args: Namespace, data: Data | None = None) -> bool:
             warmed = warmed_up(weights, args, epoch)
             for net in networks:
                 net.train(net is not teacher or args.teacher_bn == "batch")
-            batches = train_batches(data.train, args.batch_size, args.seed, epoch, channels_last)
+            batches = train_batches(data.train, args.batch_size, args.seed, epoch)
             paths = sample_paths(candidates, args.num_paths or 0, steps, args.seed, epoch)
             meter = Meter(device)
             progress = tqdm(batches, f"epoch {epoch + 1}", steps, leave=False, disable=None)
@@ -208,7 +207,7 @@ def train(args: Namespace, data: Data | None = None) -> bool:
                 scaler.update()
                 meter.add(len(labels), loss, **terms, correct=(flow.student_logits.argmax(1) == labels).sum())
             run.finish_steps(meter)  # raises if a loss or a weight is not finite
-            run.end_epoch(meter, lr, student=evaluate(student, eval_batches(data.test, channels_last=channels_last)))
+            run.end_epoch(meter, lr, student=evaluate(student, eval_batches(data.test)))
     return run.finished
 
 

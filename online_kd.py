@@ -155,9 +155,8 @@ def train(args: Namespace) -> None:
 
         for net in (student, teacher):
             track_paths(net, sorted({path.k for path in candidates}))
-        channels_last = student.channels_last and teacher.channels_last
         networks = nn.ModuleList(filter(None, (student, teacher, bridges)))
-        networks.to(device, memory_format=torch.channels_last if channels_last else torch.preserve_format)
+        networks.to(device, memory_format=torch.channels_last)  # faster than NCHW
         optimizer = sgd(networks.parameters(), args.lr, momentum=0.9, weight_decay=5e-4, nesterov=True)
         scaler = torch.amp.GradScaler(device.type, enabled=args.amp == "fp16")
         # What last.pt holds; it is restored here if the run is resumed.
@@ -168,7 +167,7 @@ def train(args: Namespace) -> None:
             lr = optimizer.param_groups[0]["lr"] = learning_rate(args, epoch)
             warmed = warmed_up(weights, args, epoch)
             networks.train()
-            batches = train_batches(data.train, args.batch_size, args.seed, epoch, channels_last)
+            batches = train_batches(data.train, args.batch_size, args.seed, epoch)
             paths = sample_paths(candidates, args.num_paths, steps, args.seed, epoch)
             meter = Meter(device)
             progress = tqdm(batches, f"epoch {epoch + 1}", steps, leave=False, disable=None)
@@ -187,7 +186,7 @@ def train(args: Namespace) -> None:
                 meter.add(len(labels), loss, **terms, correct=correct, teacher_correct=teacher_correct)
             run.finish_steps(meter)  # raises if a loss or a weight is not finite
             tests = {"student": student, "teacher": teacher}  # each with the BatchNorm statistics of its pure path
-            tests = {k: evaluate(net, eval_batches(data.test, channels_last=channels_last)) for k, net in tests.items()}
+            tests = {k: evaluate(net, eval_batches(data.test)) for k, net in tests.items()}
             run.end_epoch(meter, lr, **tests)
 
 

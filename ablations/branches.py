@@ -122,10 +122,9 @@ def train_branches(c: Namespace, folder: Path, teacher: StagedNet, data: Data) -
     c.fingerprint, c.teacher_weights = data.fingerprint, digest(teacher)
     check_branch_settings(folder, stored, c)
 
-    memory_format = torch.channels_last if teacher.channels_last else torch.preserve_format
     branches = build_branches(teacher.cpu(), c, len(data.classes))
     for net in (teacher.requires_grad_(False), branches):
-        net.to(device, memory_format=memory_format)
+        net.to(device, memory_format=torch.channels_last)
     features = partial(teacher_features, teacher)
     amp = AMP[c.amp]
     optimizer = sgd(branches.parameters(), LR, momentum=0.9, weight_decay=5e-4, nesterov=True)
@@ -144,7 +143,7 @@ def train_branches(c: Namespace, folder: Path, teacher: StagedNet, data: Data) -
         optimizer.param_groups[0]["lr"] = lr
         branches.train()
         sums = {name: torch.zeros((), device=device) for k in branches for name in (f"loss_{k}", f"train_top1_{k}")}
-        for images, labels in train_batches(data.train, c.batch_size, c.seed, epoch, teacher.channels_last):
+        for images, labels in train_batches(data.train, c.batch_size, c.seed, epoch):
             with torch.autocast(device.type, amp, enabled=amp is not None):
                 logits = {k: branches[k](feature) for k, feature in features(images).items()}
             losses = {k: F.cross_entropy(each.float(), labels) for k, each in logits.items()}

@@ -5,8 +5,8 @@
     python ablations/complexity.py --methods kd dkd reviewkd crd fcfd    Tab. 11: several methods
 
 The steps are in ablations/steps.py. The unit is one forward and backward of the student alone, in plain eager NCHW
-float32. "plain" is FCFD's step in that form, omitted if the pair is trained in it anyway. Each step samples its own
-paths, so its median is also over paths of different cost.
+float32. "plain" is FCFD's step in that form. Each step samples its own paths, so its median is also over paths of
+different cost.
 
 FLOPs are of convolutions and linear layers; a multiply-add is two. They follow App. H's formula (ablations/flops.py) in
 expectation over S. Those of ReviewKD and CRD are counted in a step, CRD's with the product of each embedding and the
@@ -30,7 +30,7 @@ import torch
 from ablations import flops
 from ablations.cells import markdown
 from ablations.measure import median_seconds, peak_memory
-from ablations.steps import CLASSES, IMAGES, build_step, uses_channels_last
+from ablations.steps import CLASSES, IMAGES, build_step
 from common.bridges import build_bridges
 from common.data.batches import SIZE
 from common.models import NETWORKS, build
@@ -129,7 +129,7 @@ def rows_of(pair: str, args: Namespace) -> list[Row]:
             rows += [Row(pair, kind, n) for n in sizes]
         elif kind != "plain":
             rows.append(Row(pair, kind))
-        elif uses_channels_last(pair) or args.amp != "off":
+        else:
             rows.append(Row(pair, kind, 2 if 2 in sizes else sizes[-1]))
     return rows
 

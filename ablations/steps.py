@@ -5,8 +5,7 @@ kd, dkd, app, fcfd      the step of cifar100.py: forward along all paths, loss t
 plain                   the step of fcfd in eager NCHW float32
 reviewkd, crd           the step of train_baseline.py; CRD's banks are those of CIFAR-100
 
-All but "alone" and "plain" are in the form of training: channels_last where both families gain from it, and autocast.
-(PyTorch's float32 convolutions use TF32 on CUDA.)
+All but "alone" and "plain" are in the form of training: channels_last and autocast.
 """
 
 from argparse import Namespace
@@ -57,10 +56,9 @@ def build_step(pair: str, kind: str, num_paths: int | None, args: Namespace) -> 
     if kind == "alone":
         return alone_step(build(student, CLASSES).to(args.device), images, labels)
 
-    channels_last, amp = uses_channels_last(pair), args.amp
+    memory_format, amp = torch.channels_last, args.amp
     if kind == "plain":
-        channels_last, amp = False, "off"
-    memory_format = torch.channels_last if channels_last else torch.contiguous_format
+        memory_format, amp = torch.contiguous_format, "off"
     images = images.contiguous(memory_format=memory_format)
     words = [f"--teacher={teacher}", f"--student={student}", *OPTIONS[kind]]
     words += [] if num_paths is None else [f"--num-paths={num_paths}"]
@@ -71,12 +69,6 @@ def build_step(pair: str, kind: str, num_paths: int | None, args: Namespace) -> 
     for net in networks:
         net.to(args.device, memory_format=memory_format)
     return training_step(networks, loss, torch.device(args.device), amp, nesterov=kind not in BASELINES)
-
-
-def uses_channels_last(pair: str) -> bool:
-    """Whether cifar100.py trains the pair in the channels_last memory format."""
-    with torch.device("meta"):
-        return all(build(name, CLASSES).channels_last for name in pair.split("-"))
 
 
 def alone_step(student: nn.Module, images: Tensor, labels: Tensor) -> Step:

@@ -201,16 +201,15 @@ def train(args: Namespace, data: Data | None = None) -> bool:
             load_network(teacher, args.teacher_ckpt, args.teacher)
 
         networks = [student, teacher, method]
-        channels_last = student.channels_last and teacher.channels_last
         for net in networks:
-            net.to(device, memory_format=torch.channels_last if channels_last else torch.preserve_format)
+            net.to(device, memory_format=torch.channels_last)
         parameters = [p for net in networks for p in net.parameters() if p.requires_grad]
         optimizer = sgd(parameters, args.lr, momentum=0.9, weight_decay=5e-4)
         scaler = torch.amp.GradScaler(device.type, enabled=args.amp == "fp16")
         run.track(student=student, teacher=teacher, method=method, optimizer=optimizer, scaler=scaler)
-        tests = eval_batches(data.test, channels_last=channels_last)
-        run.state["teacher_accuracy"] = run.state["teacher_accuracy"] or evaluate(teacher, tests)
-        print(f"teacher: {run.state['teacher_accuracy']['top1']:.2f} % top-1 before distillation", flush=True)
+        tested = run.state["teacher_accuracy"] or evaluate(teacher, eval_batches(data.test))
+        run.state["teacher_accuracy"] = tested
+        print(f"teacher: {tested['top1']:.2f} % top-1 before distillation", flush=True)
 
         indices = ImageSet(data.train.images, torch.arange(n, device=device))  # CRD needs them; they yield the labels
         generator = torch.Generator(device)
@@ -221,7 +220,7 @@ def train(args: Namespace, data: Data | None = None) -> bool:
             generator.manual_seed(derive_seed(args.seed, epoch, "negatives"))
             for net in networks:
                 net.train(net is not teacher)
-            batches = train_batches(indices, batch_size, args.seed, epoch, channels_last)
+            batches = train_batches(indices, batch_size, args.seed, epoch)
             meter = Meter(device)
             for images, index in tqdm(batches, f"epoch {epoch + 1}", steps, leave=False, disable=None):
                 labels = data.train.labels[index]
@@ -235,7 +234,7 @@ def train(args: Namespace, data: Data | None = None) -> bool:
                 scaler.update()
                 meter.add(len(labels), loss, **losses, correct=(logits.argmax(1) == labels).sum())
             run.finish_steps(meter)
-            run.end_epoch(meter, lr, student=evaluate(student, eval_batches(data.test, channels_last=channels_last)))
+            run.end_epoch(meter, lr, student=evaluate(student, eval_batches(data.test)))
     return run.finished
 
 

@@ -19,7 +19,7 @@ class SimKDStudent(StagedNet):
     """A student whose stage N ends with the projector, and whose classifier is the teacher's classifier module.
 
     F^N is the projected feature, post-ReLU, in the teacher's space. The classifier of `student` is removed in place.
-    Earlier stages, `post_relu` and `channels_last` are the student's.
+    Earlier stages and `post_relu` are the student's.
 
     Attributes:
         student, projector, classifier: the parts; the state dict holds all three.
@@ -30,7 +30,7 @@ class SimKDStudent(StagedNet):
     def __init__(self, student: StagedNet, projector: nn.Module, classifier: nn.Module):
         super().__init__()
         self.num_stages = student.num_stages
-        self.post_relu, self.channels_last = student.post_relu, student.channels_last
+        self.post_relu = student.post_relu
         own = next(name for name, module in student.named_modules() if module is student.classifier_layer)
         student.set_submodule(own, nn.Identity())  # not trained, counted or saved
         self.student, self.projector, self.classifier = student, projector, classifier

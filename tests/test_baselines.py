@@ -322,7 +322,7 @@ def test_two_epochs_match_a_manual_loop(tmp_path, capsys, monkeypatch, teacher, 
         negatives_rng = torch.Generator().manual_seed(derive_seed(5, epoch, "negatives"))
         logged, hits = [], 0
         student.train()
-        for step, (images, labels) in enumerate(train_batches(data.train, 32, 5, epoch, True)):
+        for step, (images, labels) in enumerate(train_batches(data.train, 32, 5, epoch)):
             index = order[32 * step : 32 * (step + 1)]
             losses, logits = train_baseline.terms(method, net, student, images, labels, index, negatives_rng)
             loss = losses.get("task", 0) + 0.7 * warm * losses["distill"]

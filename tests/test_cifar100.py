@@ -186,7 +186,7 @@ def test_two_epochs_match_a_manual_loop(tmp_path, capsys, teacher, teacher_bn):
     for epoch in range(2):
         warm = (epoch + 1) / 2  # 1/12 of 24 epochs
         paths = sample_paths(candidate_paths(4), 3, 2, 5, epoch)
-        for step, (images, labels) in enumerate(train_batches(data.train, 32, 5, epoch, True)):
+        for step, (images, labels) in enumerate(train_batches(data.train, 32, 5, epoch)):
             terms = fcfd_terms(forward_paths(net_t, student, bridges, images, paths[step]), labels, 3.0, weights)
             l2_terms = ("app", "func_l2", "func_partial", "func_prime_l2")
             factors = {name: w * (warm if name in l2_terms else 1) for name, w in weights.items()}

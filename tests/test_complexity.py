@@ -64,10 +64,7 @@ def test_options_select_rows():
     assert kinds("--methods", *methods, "fcfd") == (compared, "results/complexity/methods")
     assert kinds("--methods", "fcfd", "--num-paths", "0", "4")[0] == [("alone", None), ("fcfd", 0), ("fcfd", 4)]
     assert complexity.parse_args(["--pairs", "all"]).pairs == list(cifar100.SETTINGS["pairs"])
-    assert kinds("--num-paths", "1", pair="resnet32x4-ShuffleV1")[0] == [
-        ("alone", None),
-        ("fcfd", 1),
-    ]  # trains without channels_last anyway
+    assert kinds("--num-paths", "1", pair="resnet32x4-ShuffleV1")[0] == [("alone", None), ("fcfd", 1), ("plain", 1)]
 
 
 def test_memory_is_reproducible():

@@ -89,12 +89,9 @@ def test_order_and_augmentation_depend_only_on_seed_and_epoch():
     assert not torch.equal(epoch(1, 2), epoch(2, 2))
 
 
-def test_memory_format_does_not_change_values():
-    for batches in (lambda cl: train_batches(numbered(20), 8, 0, 0, cl), lambda cl: eval_batches(numbered(20), 8, cl)):
-        for (x, _), (y, _) in zip(batches(False), batches(True), strict=True):
-            assert torch.equal(x, y)
-            assert x.is_contiguous()
-            assert y.is_contiguous(memory_format=torch.channels_last)
+def test_batches_are_in_channels_last_format():
+    for images, _ in (*train_batches(numbered(20), 8, 0, 0), *eval_batches(numbered(20), 8)):
+        assert images.is_contiguous(memory_format=torch.channels_last)
 
 
 def test_normalize_matches_torchvision():

@@ -214,7 +214,7 @@ def test_two_epochs_match_a_manual_loop(tmp_path, capsys):
         warm = (epoch + 1) / 2  # 1/12 of 24 epochs
         paths = sample_paths(candidate_paths(4), 3, 2, 5, epoch)
         hits, logged = np.zeros(2), []
-        for step, (images, labels) in enumerate(train_batches(data.train, 32, 5, epoch, True)):
+        for step, (images, labels) in enumerate(train_batches(data.train, 32, 5, epoch)):
             terms, hit, pure = reference_losses(teacher, student, nets["bridges"], images, labels, paths[step], 3.0)
             factors = {name: w * (warm if name in ("app", "func_l2") else 1) for name, w in weights.items()}
             loss = sum(factors[name] * value for name, value in terms.items())

@@ -55,9 +55,7 @@ class Data:
         return Data(self.train.to(device), self.test.to(device), self.classes, self.fingerprint)
 
 
-def train_batches(
-    data: ImageSet, batch_size: int, seed: int, epoch: int, channels_last: bool = False
-) -> Iterator[tuple[Tensor, Tensor]]:
+def train_batches(data: ImageSet, batch_size: int, seed: int, epoch: int) -> Iterator[tuple[Tensor, Tensor]]:
     """Shuffled, augmented, normalized batches (images float32 [B, 3, 32, 32], labels [B]); the last may be smaller."""
     n, device = len(data), data.labels.device
     rng = generator(seed, epoch, "data")
@@ -72,21 +70,20 @@ def train_batches(
         index = order[batch]
         # One gather selects, crops and flips the images.
         images = data.padded[index[:, None, None], rows[batch, :, None], columns[batch, None, :]]
-        yield normalize(images, channels_last), data.labels[index]
+        yield normalize(images), data.labels[index]
 
 
-def eval_batches(data: ImageSet, batch_size: int = 500, channels_last: bool = False) -> Iterator[tuple[Tensor, Tensor]]:
+def eval_batches(data: ImageSet, batch_size: int = 500) -> Iterator[tuple[Tensor, Tensor]]:
     """Normalized batches in dataset order: (images float32 [B, 3, 32, 32], labels [B])."""
     for i in range(0, len(data), batch_size):
         batch = slice(i, i + batch_size)
-        yield normalize(data.images[batch], channels_last), data.labels[batch]
+        yield normalize(data.images[batch]), data.labels[batch]
 
 
-def normalize(images: Tensor, channels_last: bool = False, mean: tuple = MEAN, std: tuple = STD) -> Tensor:
-    """uint8 [B, H, W, 3] -> float32 [B, 3, H, W]: (image / 255 - mean) / std per channel."""
+def normalize(images: Tensor, mean: tuple = MEAN, std: tuple = STD) -> Tensor:
+    """uint8 [B, H, W, 3] -> float32 [B, 3, H, W] in channels_last format: (image / 255 - mean) / std per channel."""
     mean, std = _moments(images.device, mean, std)
-    images = ((images / 255 - mean) / std).permute(0, 3, 1, 2)
-    return images if channels_last else images.contiguous()
+    return ((images / 255 - mean) / std).permute(0, 3, 1, 2)
 
 
 @cache

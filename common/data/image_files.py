@@ -197,7 +197,7 @@ class DeviceBatches:
             if batch is None:
                 return
             images, labels = (tensor.to(self.device, non_blocking=True) for tensor in batch)
-            yield normalize(images, channels_last=True, mean=MEAN, std=STD), labels
+            yield normalize(images, MEAN, STD), labels
 
 
 def ignore_interrupts(_worker: int) -> None:

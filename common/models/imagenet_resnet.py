@@ -11,7 +11,6 @@ class ImageNetResNet(StagedNet):
 
     num_stages = 5
     post_relu = True
-    channels_last = True  # not measured: imagenet.py always uses it
 
     def __init__(self, name: str, num_classes: int):
         super().__init__()

@@ -27,7 +27,6 @@ class MobileNetV1(StagedNet):
 
     num_stages = 5
     post_relu = True
-    channels_last = True  # not measured: imagenet.py always uses it
 
     def __init__(self, num_classes: int):
         super().__init__()

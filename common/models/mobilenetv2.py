@@ -39,7 +39,6 @@ class MobileNetV2(StagedNet):
 
     num_stages = 5
     post_relu = False
-    channels_last = False
 
     def __init__(self, num_classes: int):
         super().__init__()

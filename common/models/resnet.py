@@ -37,7 +37,6 @@ class ResNet(StagedNet):
 
     num_stages = 4
     post_relu = True
-    channels_last = True
 
     def __init__(self, depth: int, widths: tuple[int, int, int, int], num_classes: int):
         super().__init__()

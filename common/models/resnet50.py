@@ -36,7 +36,6 @@ class ResNet50(StagedNet):
 
     num_stages = 5
     post_relu = True
-    channels_last = True
 
     def __init__(self, num_classes: int):
         super().__init__()

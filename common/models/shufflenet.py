@@ -45,7 +45,6 @@ class ShuffleV1(StagedNet):
 
     num_stages = 4
     post_relu = False
-    channels_last = False
 
     def __init__(self, num_classes: int, groups: int = 3, widths: tuple[int, ...] = (240, 480, 960)):
         super().__init__()
@@ -122,7 +121,6 @@ class ShuffleV2(StagedNet):
 
     num_stages = 4
     post_relu = True
-    channels_last = False
 
     def __init__(self, num_classes: int, widths: tuple[int, ...] = (116, 232, 464)):
         super().__init__()

@@ -10,18 +10,16 @@ from torch import Tensor, nn
 class StagedNet(nn.Module, ABC):
     """A network M = C . M^N . ... . M^1 whose intermediate features F^k = M^k(F^(k-1)) can be exchanged.
 
-    Subclasses set the first three attributes and implement `stage` and `classifier_layer`.
+    Subclasses set the first two attributes and implement `stage` and `classifier_layer`.
 
     Attributes:
         num_stages: N; the stem is stage 1.
         post_relu: whether the features F^k are taken after their ReLU. If not, stage k + 1 applies it.
-        channels_last: whether this family trains faster in channels_last memory format (measured on the CPU).
         projected: whether stage N ends with SimKD's projector into the teacher's feature space (common/simkd.py).
     """
 
     num_stages: int
     post_relu: bool
-    channels_last: bool
     projected: bool = False
 
     @abstractmethod

@@ -13,7 +13,6 @@ class VGG(StagedNet):
 
     num_stages = 5
     post_relu = False
-    channels_last = True
 
     def __init__(self, convs_per_stage: int, num_classes: int):
         super().__init__()

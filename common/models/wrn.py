@@ -31,7 +31,6 @@ class WideResNet(StagedNet):
 
     num_stages = 4
     post_relu = False
-    channels_last = True
 
     def __init__(self, depth: int, widen: int, num_classes: int):
         super().__init__()
