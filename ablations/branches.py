@@ -132,7 +132,6 @@ def train_branches(c: Namespace, folder: Path, teacher: StagedNet, data: Data) -
     if state:
         for name, part in {"branches": branches, "optimizer": optimizer, "scaler": scaler}.items():
             part.load_state_dict(state[name])
-        optimizer.param_groups[0]["fused"] = device.type == "cuda"
     else:
         state = {"settings": vars(c), "epoch": 0, "log": []}
 

@@ -44,3 +44,21 @@ def test_overflow_in_the_first_step_has_no_effect():
         scaler.step(optimizer)
         scaler.update()
     torch.testing.assert_close(parameter.detach(), reference_sgd(torch.ones(1000), [torch.ones(1000)], 0.1))
+
+
+@pytest.mark.parametrize("fused", [False, True])
+def test_loaded_buffers_have_the_memory_format_of_their_parameters(fused):
+    """Fused SGD on CUDA fails if they do not."""
+    torch.manual_seed(0)
+    start = torch.randn(4, 3, 2, 2)
+    first, second = (torch.nn.Parameter(start.clone()) for _ in range(2))
+    saved = sgd([first], 0.1, fused=fused, **OPTIONS)
+    first.grad = torch.randn_like(first)
+    saved.step()
+    second.data = first.detach().to(memory_format=torch.channels_last)
+    loaded = sgd([second], 0.1, **OPTIONS)
+    loaded.load_state_dict(saved.state_dict())
+    assert not loaded.param_groups[0]["fused"]  # the parameter is on the CPU
+    buffer = loaded.state[second]["momentum_buffer"]
+    assert buffer.stride() == second.stride() != start.stride()
+    assert torch.equal(buffer, saved.state[first]["momentum_buffer"])

@@ -1,12 +1,24 @@
 """SGD for parameters that have no gradient in some steps."""
 
 from collections.abc import Iterable
+from typing import Any
 
 import torch
 from torch import nn
 
 
-def sgd(parameters: Iterable[nn.Parameter] | list[dict], lr: float, **options) -> torch.optim.SGD:
+class SGD(torch.optim.SGD):
+    """Loads a state saved on another device or in another memory format."""
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        super().load_state_dict(state)
+        for group in self.param_groups:
+            group["fused"] = all(parameter.is_cuda for parameter in group["params"])
+        for parameter, own in self.state.items():  # fused SGD requires buffers with the strides of their parameters
+            own["momentum_buffer"] = torch.empty_like(parameter).copy_(own["momentum_buffer"])
+
+
+def sgd(parameters: Iterable[nn.Parameter] | list[dict], lr: float, **options) -> SGD:
     """torch.optim.SGD, fused on CUDA, with momentum buffers initialized to zero; takes the same arguments.
 
     A parameter without a gradient, such as a bridge whose path was not sampled, is not updated: no weight decay, no
@@ -15,7 +27,7 @@ def sgd(parameters: Iterable[nn.Parameter] | list[dict], lr: float, **options) -
     """
     parameters = list(parameters)
     first = parameters[0]["params"][0] if isinstance(parameters[0], dict) else parameters[0]
-    optimizer = torch.optim.SGD(parameters, lr, **{"fused": first.is_cuda} | options)
+    optimizer = SGD(parameters, lr, **{"fused": first.is_cuda} | options)
     for group in optimizer.param_groups:
         for parameter in group["params"]:
             optimizer.state[parameter]["momentum_buffer"] = torch.zeros_like(parameter)

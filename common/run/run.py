@@ -125,8 +125,6 @@ class Run:
                     part.load_state_dict(self.state[name])
             except (KeyError, RuntimeError, ValueError, TypeError, AttributeError) as error:
                 raise UserError(f"{self.out / 'last.pt'} does not fit this run: choose another --out") from error
-            for group in self.parts["optimizer"].param_groups:
-                group["fused"] = self.device.type == "cuda"  # the run may have started on another device
         self.state["config"] = self.config()
         if self.resumed and self.unit == "epoch":
             self.publish()  # the run may have been killed between writing last.pt and the other files
