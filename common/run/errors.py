@@ -10,6 +10,8 @@ from collections.abc import Callable, Iterator
 
 import torch.distributed as dist
 
+# In messages of PyTorch, the operating system, cuBLAS (which allocates when it is first used) and cuDNN.
+OUT_OF_MEMORY = ("out of memory", "allocate memory", "alloc_failed", "allocation_failed", "cublascreate")
 AFTER_INTERRUPT = "finished epochs are kept; continue with --resume (without it if none finished)"
 
 
@@ -88,7 +90,7 @@ def _diagnose(error: BaseException, interrupted: str, smaller: str) -> tuple[int
     """Exit code and message for an exception; code None for a bug, whose traceback must be shown."""
     text = str(error)
     lowered = text.lower()
-    out_of_memory = isinstance(error, MemoryError) or "out of memory" in lowered or "allocate memory" in lowered
+    out_of_memory = isinstance(error, MemoryError) or any(sign in lowered for sign in OUT_OF_MEMORY)
     match error:
         case UserError():
             return 2, f"error: {text}"
