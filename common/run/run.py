@@ -128,8 +128,7 @@ class Run:
         self.state["config"] = self.config()
         if self.resumed and self.unit == "epoch":
             self.publish()  # the run may have been killed between writing last.pt and the other files
-        if self.device.type == "cuda":
-            torch.cuda.reset_peak_memory_stats(self.device)
+        reset_peak_memory(self.device)
 
     def config(self) -> dict[str, Any]:
         """The content of config.yaml."""
@@ -190,6 +189,7 @@ class Run:
         self.state["epoch"] = epoch
         self.save()
         self.publish()
+        reset_peak_memory(self.device)  # cuDNN's search for algorithms counts in the first epoch only
         if rank() == 0:
             print_epoch(self.state)
 
@@ -215,6 +215,11 @@ def stored_options(args: Namespace, script: str = "cifar100", unit: str = "epoch
     """
     stored = broadcast(read_state(Path(args.out), script, unit)["config"] if rank() == 0 else None)
     return stored | {"out": args.out}
+
+
+def reset_peak_memory(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)
 
 
 def peak_memory(device: torch.device) -> float | str:
