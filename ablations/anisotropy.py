@@ -280,7 +280,6 @@ def main(argv: list[str] | None = None) -> int:
         c = parse_args(argv)
         load_pyplot()
         open_device(c.device)
-        torch.backends.cudnn.allow_tf32 = False  # its rounding error is as large as the effect of a mild direction
         data = find_data(c)
         files, cells = find_weights(c)
         c.out.mkdir(parents=True, exist_ok=True)

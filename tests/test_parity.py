@@ -9,6 +9,7 @@ from common.losses import kl, l2
 from common.models import build
 from common.multipath_bn import track_paths
 from common.paths import MixedPath, candidate_paths
+from common.run.device import open_device
 
 DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)]
 RELATIVE = {"cpu": 1e-5, "cuda": 1e-4}
@@ -29,9 +30,8 @@ def assert_close(value, expected, device, scale=None):
 def step(request, parity):
     device = request.param
     threads = torch.get_num_threads()
-    tf32 = torch.backends.cuda.matmul.allow_tf32, torch.backends.cudnn.allow_tf32
     torch.set_num_threads(1)
-    torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = False
+    open_device(device)  # makes float32 convolutions on CUDA precise
     teacher, student = build("resnet14", 10), build("resnet8", 10)
     bridges = build_bridges(teacher, student, 32)
     teacher.load_state_dict(parity["teacher"])
@@ -53,7 +53,6 @@ def step(request, parity):
     total.backward()
     yield device, teacher, student, bridges, flow, terms, total
     torch.set_num_threads(threads)
-    torch.backends.cuda.matmul.allow_tf32, torch.backends.cudnn.allow_tf32 = tf32
 
 
 def test_logits(step, parity):

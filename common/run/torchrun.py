@@ -9,6 +9,7 @@ import torch.distributed as dist
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
+from .device import check_device
 from .distributed import world_size
 from .errors import UserError
 
@@ -18,7 +19,7 @@ def process_group(device: str) -> Iterator[str]:
     """Context manager that joins the process group and yields this process's device: under torchrun, its own GPU.
 
     Raises:
-        UserError: there are more local processes than GPUs, or `device` names a specific GPU.
+        UserError: there is no GPU, there are more local processes than GPUs, or `device` names a specific GPU.
     """
     if not dist.is_torchelastic_launched():
         yield device
@@ -26,9 +27,8 @@ def process_group(device: str) -> Iterator[str]:
     if device not in ("cpu", "cuda"):
         raise UserError(f"--device {device}: under torchrun use cpu, or cuda to give each process its own GPU")
     if device == "cuda":
+        check_device(device)
         local_rank, num_gpus = int(os.environ["LOCAL_RANK"]), torch.cuda.device_count()
-        if not num_gpus:
-            raise UserError("there is no device 'cuda' here: try --device cpu")
         if local_rank >= num_gpus:
             raise UserError(f"there are only {num_gpus} GPUs here: start torchrun with --nproc_per_node={num_gpus}")
         device = f"cuda:{local_rank}"
