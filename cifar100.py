@@ -27,7 +27,7 @@ from common.multipath_bn import track_paths
 from common.paths import sample_paths
 from common.run import earlier_runs
 from common.run.checkpoint import load_network
-from common.run.device import AMP, open_device
+from common.run.device import AMP, describe_device, open_device
 from common.run.errors import NonFiniteLossError, UserError, exit_code, user_errors
 from common.run.evaluation import evaluate
 from common.run.optimizer import sgd
@@ -69,7 +69,7 @@ def parse_args(argv: list[str] | None = None, stored: dict | None = None) -> Nam
     parser.add_run_options()
     args = parser.parse(argv, stored)
 
-    args.out = args.out or f"runs/{run_name(args)}"
+    args.out = args.out or earlier_runs.default_out(run_name(args), args)
     if args.resume and stored is None:
         # If the run stopped while training its teacher, start the run and resume the teacher's training.
         if not (args.teacher and earlier_runs.stopped_during_teacher(Path(args.out), teacher_folder(args))):
@@ -95,7 +95,7 @@ def parse_args(argv: list[str] | None = None, stored: dict | None = None) -> Nam
 
 
 def run_name(args: Namespace) -> str:
-    """The name of the default output folder."""
+    """The name of the default output folder, without the precision."""
     data = f"folder-{Path(args.data_dir).resolve().name}" if args.dataset == "folder" else args.dataset
     subset = f"-subset{args.subset}" if args.subset else ""
     networks = f"{args.student}-alone"
@@ -155,7 +155,7 @@ def train(args: Namespace, data: Data | None = None) -> bool:
         run.check_data(data.fingerprint, len(data.train))
         with user_errors():
             student, teacher, bridges, candidates, weights = build_networks(args, len(data.classes))
-        print(f"{run_name(args)}: {data}; {args.device}, amp {args.amp}; {args.out}")
+        print(f"{run_name(args)}: {data}; {describe_device(args)}; {args.out}")
         if teacher:
             if f"{args.teacher}-{args.student}" not in SETTINGS["pairs"]:
                 print(f"{args.teacher}-{args.student} is not a published pair; using the default settings")
@@ -242,7 +242,7 @@ def find_teacher(args: Namespace, data: Data) -> str | None:
 def teacher_folder(args: Namespace) -> Path:
     """Where to train the teacher first: the default folder of that run, next to --out."""
     alone = {"teacher": None, "student": args.teacher, "epochs": args.teacher_epochs or args.epochs}
-    return Path(args.out).parent / run_name(Namespace(**vars(args) | alone))
+    return Path(args.out).parent / f"{run_name(Namespace(**vars(args) | alone))}-{args.amp}"
 
 
 def evaluate_checkpoint(args: Namespace) -> None:

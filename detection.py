@@ -31,9 +31,9 @@ from common.detection.images import BoxedImages, batches, load
 from common.detection.records import add_row, all_reduce_mean, format_metrics, print_row, publish, report, save
 from common.detection.weights import inherit, load_backbone, load_coco_v1, load_detector, trained_size
 from common.randomness import derive_seed
-from common.run.device import AMP, open_device
+from common.run.device import AMP, describe_device, open_device
 from common.run.distributed import broadcast, rank, world_size
-from common.run.earlier_runs import find_network
+from common.run.earlier_runs import default_out, find_network
 from common.run.errors import NetworkMismatchError, NonFiniteLossError, UserError, exit_code
 from common.run.optimizer import sgd
 from common.run.options import PUBLISHED, Parser, option, set_defaults
@@ -80,7 +80,7 @@ def parse_args(argv: list[str] | None = None, stored: dict | None = None) -> Nam
     args = parser.parse(argv, stored)
 
     args.min_size = sorted(set(args.min_size))
-    args.out = args.out or f"runs/{run_name(args)}"
+    args.out = args.out or default_out(run_name(args), args)
     if args.resume and stored is None:
         return args  # main() reads the stored options once the ranks can communicate
     if args.scratch and "backbone_ckpt" in args.given:
@@ -98,7 +98,7 @@ def parse_args(argv: list[str] | None = None, stored: dict | None = None) -> Nam
 
 
 def run_name(args: Namespace) -> str:
-    """The name of the default output folder."""
+    """The name of the default output folder, without the precision."""
     data = Path(args.data_dir).resolve().name + (f"-subset{args.subset}" if args.subset else "")
     networks = f"{args.teacher}-{args.student}-{args.method}" if args.teacher else f"{args.student}-alone"
     start = "-inherit" * args.inherit + "-scratch" * args.scratch
@@ -187,8 +187,8 @@ def train(args: Namespace, device: torch.device) -> None:
         data = load_coco(args.data_dir, args.subset, args.test_subset)
         run.check_data(data.fingerprint, len(data.train))
         weights = {name: getattr(args, f"w_{name}") for name in TERMS if getattr(args, f"w_{name}")}
-        where = f"{args.device}, {world_size()} rank{'s' * (world_size() > 1)}, amp {args.amp}; {args.out}"
-        print(f"{run_name(args)}: {data}; {where}")
+        ranks = f"{world_size()} rank{'s' * (world_size() > 1)}"
+        print(f"{run_name(args)}: {data}; {describe_device(args)}; {ranks}; {args.out}")
         print(f"weights {weights}", *data.notes, sep="\n")
         student, teacher = build_networks(args, data, load_weights=not run.resumed and rank() == 0)
         step = Step(args, list(weights), student, teacher).to(device, memory_format=torch.channels_last)

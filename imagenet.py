@@ -26,9 +26,10 @@ from common.models import IMAGENET_NETWORKS, StagedNet, build_imagenet
 from common.multipath_bn import track_paths
 from common.paths import MixedPath, sample_paths
 from common.run.checkpoint import load_network
-from common.run.device import AMP, open_device
+from common.run.device import AMP, describe_device, open_device
 from common.run.distributed import all_reduce, rank, world_size
 from common.run.downloads import torchvision_weights
+from common.run.earlier_runs import default_out
 from common.run.errors import NetworkMismatchError, UserError, exit_code, user_errors
 from common.run.evaluation import accuracy, count_hits
 from common.run.optimizer import sgd
@@ -71,7 +72,7 @@ def parse_args(argv: list[str] | None = None, stored: dict | None = None) -> Nam
     parser.add_run_options()
     args = parser.parse(argv, stored)
 
-    args.out = args.out or f"runs/{run_name(args)}"
+    args.out = args.out or default_out(run_name(args), args)
     if args.resume and stored is None:
         return args  # main() reads the stored options once the ranks can communicate
     if args.teacher:
@@ -91,7 +92,7 @@ def parse_args(argv: list[str] | None = None, stored: dict | None = None) -> Nam
 
 
 def run_name(args: Namespace) -> str:
-    """The name of the default output folder."""
+    """The name of the default output folder, without the precision."""
     data = Path(args.data_dir).resolve().name + (f"-subset{args.subset}" if args.subset else "")
     size = "" if args.image_size == IMAGE_SIZE else f"-{args.image_size}px"
     networks = f"{args.teacher}-{args.student}-{args.method}" if args.teacher else f"{args.student}-alone"
@@ -178,8 +179,8 @@ def train(args: Namespace, device: torch.device) -> None:
         run.check_data(data.fingerprint, len(data.train))
         with user_errors():
             student, teacher, bridges, candidates, weights = build_networks(args, len(data.classes))
-        ranks = f"{args.device}, {world_size()} rank{'s' * (world_size() > 1)}"
-        print(f"{run_name(args)}: {data}; {ranks}, amp {args.amp}; {args.out}")
+        ranks = f"{world_size()} rank{'s' * (world_size() > 1)}"
+        print(f"{run_name(args)}: {data}; {describe_device(args)}; {ranks}; {args.out}")
         if teacher:
             if f"{args.teacher}-{args.student}" not in SETTINGS["pairs"]:
                 print(f"{args.teacher}-{args.student} is not a published pair; using the default settings")

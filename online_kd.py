@@ -39,7 +39,8 @@ from common.fcfd import (
 from common.models import NETWORKS, build
 from common.multipath_bn import track_paths
 from common.paths import sample_paths
-from common.run.device import AMP, open_device
+from common.run.device import AMP, describe_device, open_device
+from common.run.earlier_runs import default_out
 from common.run.errors import exit_code, user_errors
 from common.run.evaluation import evaluate
 from common.run.optimizer import sgd
@@ -87,7 +88,7 @@ def parse_args(argv: list[str] | None = None, stored: dict | None = None) -> Nam
     parser.add_run_options()
     args = parser.parse(argv, stored)
 
-    args.out = args.out or f"runs/{run_name(args)}"
+    args.out = args.out or default_out(run_name(args), args)
     if args.resume and stored is None:
         return parse_args(argv, stored_options(args, "online_kd"))
     lr = SETTINGS["lr"].get(args.student, SETTINGS["lr"]["other"])
@@ -99,7 +100,7 @@ def parse_args(argv: list[str] | None = None, stored: dict | None = None) -> Nam
 
 
 def run_name(args: Namespace) -> str:
-    """The name of the default output folder."""
+    """The name of the default output folder, without the precision."""
     data = f"folder-{Path(args.data_dir).resolve().name}" if args.dataset == "folder" else args.dataset
     subset = f"-subset{args.subset}" if args.subset else ""
     return f"{data}{subset}-{args.teacher}-{args.student}-online-{args.method}-{args.epochs}ep-seed{args.seed}"
@@ -148,7 +149,7 @@ def train(args: Namespace) -> None:
         run.check_data(data.fingerprint, len(data.train))
         with user_errors():
             student, teacher, bridges, candidates, weights = build_networks(args, len(data.classes))
-        print(f"{run_name(args)}: {data}; {args.device}, amp {args.amp}; {args.out}")
+        print(f"{run_name(args)}: {data}; {describe_device(args)}; {args.out}")
         if f"{args.teacher}-{args.student}" not in SETTINGS["pairs"]:
             print(f"{args.teacher}-{args.student} is not a published pair; using the default settings")
         print(f"weights {weights}, temperature {args.temperature:g}, {args.num_paths} of {len(candidates)} paths")

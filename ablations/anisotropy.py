@@ -1,7 +1,7 @@
 """Anisotropy of features (Sec. 1.3): how much a network's output depends on the direction of a perturbation.
 
     python ablations/anisotropy.py                                        resnet32x4, trained first
-    python ablations/anisotropy.py --run runs/cifar100-resnet32x4-alone-240ep-seed1
+    python ablations/anisotropy.py --run runs/cifar100-resnet32x4-alone-240ep-seed1-fp16
     python ablations/anisotropy.py --network resnet32x4 --ckpt FILE
 
 The feature F^k of a test image is perturbed along random directions, by --length times its own L2 norm. The directions
@@ -39,10 +39,10 @@ from common.data.sources import balanced_subset, load_data
 from common.models import NETWORKS, StagedNet, build
 from common.randomness import generator
 from common.run.checkpoint import load_network, write_atomically
-from common.run.device import open_device
+from common.run.device import default_amp, default_device, open_device
 from common.run.errors import UserError, exit_code, user_errors
 from common.run.folder import locked
-from common.run.options import Parser, default_device, option
+from common.run.options import Parser, option
 from common.run.types import count, count_or_zero, name_in, positive
 
 DATA = ("dataset", "data_dir", "subset", "test_subset")  # settings of cifar100.py
@@ -217,7 +217,12 @@ def parse_args(argv: list[str] | None) -> Namespace:
     parser.add_data_options()
     add("--epochs", type=count, metavar="N", default=cifar100.SETTINGS["epochs"], help="training epochs")
     add("--seeds", nargs="+", type=count_or_zero, metavar="SEED", default=[1], help="of training, one network each")
-    add("--runs", metavar="DIR", type=Path, help="where training runs go (default: results/runs/<dataset>-<epochs>ep)")
+    add(
+        "--runs",
+        metavar="DIR",
+        type=Path,
+        help="where to train (default: results/runs/<dataset>-<epochs>ep-<precision>)",
+    )
     add("--positions", nargs="+", type=int, metavar="K", help="features F^k to perturb (default: 2..N)")
     add("--directions", type=count, metavar="N", default=512, help="random directions")
     add("--length", type=positive, metavar="R", default=0.5, help="of perturbations, relative to a feature's L2 norm")
@@ -264,9 +269,10 @@ def find_weights(c: Namespace) -> tuple[dict[str, Path], list[Cell]]:
         name = c.run.resolve().name if c.run else f"{c.network}-{c.ckpt.stem}"
         files, cells = {name: c.ckpt or c.run / "student.pth"}, []
     else:
-        data = data_name(c.data | {"epochs": c.epochs})
+        amp = default_amp(c.device)[0]
+        data = data_name(c.data | {"epochs": c.epochs, "amp": amp})
         name, folder = f"{data}-{c.network}", c.runs or Path("results/runs") / data
-        given = c.data | {"student": c.network, "epochs": c.epochs} | {"device": c.device}
+        given = c.data | {"student": c.network, "epochs": c.epochs, "device": c.device, "amp": amp}
         cells = [Cell(folder / f"{c.network}-alone-seed{n}", given | {"seed": n}) for n in sorted({*c.seeds})]
         files = {f"{c.network}, seed {cell.given['seed']}": cell.network for cell in with_dependencies(cells)}
     c.out = c.out or Path("results/anisotropy") / name

@@ -118,7 +118,6 @@ def train_branches(c: Namespace, folder: Path, teacher: StagedNet, data: Data) -
     if file.exists() and not (isinstance(state, dict) and {"settings", "epoch", "log", "branches"} <= state.keys()):
         raise UserError(f"{file} is not a checkpoint of exit branches: remove it, or choose another --runs")
     stored = state.get("settings", {})
-    c.amp = c.amp or stored.get("amp") or ("fp16" if device.type == "cuda" else "off")
     c.fingerprint, c.teacher_weights = data.fingerprint, digest(teacher)
     check_branch_settings(folder, stored, c)
 
@@ -177,7 +176,7 @@ def check_branch_settings(folder: Path, stored: dict[str, Any], c: Namespace) ->
     """Raise a UserError if the `stored` settings of the branches in `folder` differ from those that `c` has."""
     if "teacher_weights" in c and stored.get("teacher_weights", c.teacher_weights) != c.teacher_weights:
         raise UserError(f"the branches in {folder} are for another teacher: remove them, or choose another --runs")
-    if difference := first_difference(stored, {key: value for key, value in vars(c).items() if key != "amp" or value}):
+    if difference := first_difference(stored, vars(c)):
         raise UserError(
             f"{folder} holds branches with other settings: {difference}; remove the folder, or choose another --runs"
         )

@@ -61,8 +61,8 @@ class Cell:
         if stored is None and read_result(self.folder) and not (self.folder / "last.pt").exists():
             raise UserError(f"{self.folder / 'config.yaml'} is missing or damaged: restore it, or remove the folder")
         stored = stored or {}
-        keys = {"device", "amp"} - self.given.keys()
-        kept = {key: value for key, value in stored.items() if key in keys and isinstance(value, str)}
+        device = stored.get("device")
+        kept = {"device": device} if isinstance(device, str) and "device" not in self.given else {}
         with user_errors():
             args = self.script.parse_args(to_argv(kept | self.given | {"out": self.folder}))
             self.script.build_networks(args, num_classes=10)

@@ -36,10 +36,10 @@ from common.data.batches import SIZE
 from common.models import NETWORKS, build
 from common.paths import candidate_paths, sample_paths
 from common.run.checkpoint import write_atomically
-from common.run.device import AMP, open_device
+from common.run.device import AMP, default_device, open_device
 from common.run.errors import exit_code, user_errors
 from common.run.folder import made_with
-from common.run.options import PUBLISHED, Parser, default_device, set_defaults
+from common.run.options import PUBLISHED, Parser, set_defaults
 from common.run.types import count, count_or_zero, name_in
 
 KINDS = {  # of steps, with their titles in the table
@@ -85,7 +85,7 @@ def parse_args(argv: list[str] | None = None) -> Namespace:
     add("--batch-size", type=count, default=64, metavar="N", help="images per step")
     add("--repeats", type=count, default=11, metavar="N", help="steps behind each time")
     add("--device", default=default_device(), help="cpu, cuda, cuda:N or mps")
-    add("--amp", choices=AMP, help="precision of autocast (default: fp16 on CUDA, else off)")
+    add("--amp", choices=AMP, help="precision of autocast (default: as in cifar100.py)")
     add("--out", metavar="DIR", help="default: results/complexity, or results/complexity/methods with --methods")
     add("--smoke", action="store_true", help="measure every method on two small networks, in seconds")
     args = parser.parse([*SMOKE, *argv] if "--smoke" in argv else argv)

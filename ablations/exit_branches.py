@@ -47,10 +47,10 @@ from common.data.batches import Data
 from common.data.sources import load_data
 from common.models import StagedNet, build
 from common.run.checkpoint import load_network
-from common.run.device import open_device
+from common.run.device import default_device, open_device
 from common.run.errors import UserError, exit_code
 from common.run.folder import locked, made_with
-from common.run.options import Parser, default_device
+from common.run.options import Parser
 from common.run.types import count
 
 PAIRS = ["resnet32x4-resnet8x4"]

@@ -46,7 +46,8 @@ def parse_args(
 ) -> tuple[Namespace, dict[str, Any]]:
     """The options of a table's script, and by name those of cifar100.py that were given.
 
-    The latter always include "dataset", "data_dir" and "epochs".
+    The latter always include "dataset", "data_dir", "epochs" and "amp". The default precision is that of the first of
+    --devices, for all runs.
 
     Args:
         description: the script's docstring.
@@ -63,8 +64,8 @@ def parse_args(
     add("--teacher-epochs", type=count, metavar="N", help="default: --epochs")
     add("--jobs", type=number(int, 1, 1000), metavar="N", default=1, help="runs at a time on each device")
     add("--devices", nargs="+", metavar="DEVICE", help="default: the one that cifar100.py chooses")
-    add("--out", metavar="DIR", help=f"default: results/{table}/<dataset>-<epochs>ep")
-    add("--runs", metavar="DIR", help="default: --out if given, else results/runs/<dataset>-<epochs>ep")
+    add("--out", metavar="DIR", help=f"default: results/{table}/<dataset>-<epochs>ep-<precision>")
+    add("--runs", metavar="DIR", help="default: --out if given, else results/runs/<dataset>-<epochs>ep-<precision>")
     add("--smoke", action="store_true", help="end-to-end check with two small networks, in seconds")
     more_options(parser)
     args, words = parser.parse_known_args(argv)
@@ -82,8 +83,9 @@ def parse_args(
         if name in names:
             parser.error(f"{name} is for a single run: use --pairs, --seeds or --devices")
     any_run = ["--teacher=resnet14", "--student=resnet8", "--kd-loss=dkd"]  # accepts every option
-    options = vars(cifar100.parse_args([*any_run, *words]))
-    names |= {"--dataset", "--data-dir", "--epochs"}
+    device = [f"--device={args.devices[0]}"] if args.devices else []
+    options = vars(cifar100.parse_args([*any_run, *device, *words]))
+    names |= {"--dataset", "--data-dir", "--epochs", "--amp"}
     given = {key: value for key, value in options.items() if option(key) in names}
 
     data = "smoke" if args.smoke else data_name(given)
@@ -93,11 +95,11 @@ def parse_args(
 
 
 def data_name(given: dict[str, Any]) -> str:
-    """The name of a folder for runs with these options of cifar100.py: "tiny-subset50-30ep-lr=0.1"."""
+    """The name of a folder for runs with these options of cifar100.py: "tiny-subset50-30ep-bf16-lr=0.1"."""
     name = Path(given["data_dir"]).resolve().name if given["dataset"] == "folder" else given["dataset"]
     subset = [f"subset{given['subset']}"] if "subset" in given else []
     others = [assignment(key, value) for key, value in given.items() if key not in UNNAMED]
-    return "-".join([name, *subset, f"{given['epochs']}ep", *others])
+    return "-".join([name, *subset, f"{given['epochs']}ep", given["amp"], *others])
 
 
 def run(args: Namespace, cells: Cells, finish: Callable[[list[dict]], None]) -> None:

@@ -38,7 +38,7 @@ from common.randomness import derive_seed
 from common.run import earlier_runs
 from common.run.checkpoint import load_network
 from common.run.cost import cost_line
-from common.run.device import AMP, open_device
+from common.run.device import AMP, describe_device, open_device
 from common.run.errors import UserError, exit_code, user_errors
 from common.run.evaluation import evaluate
 from common.run.optimizer import sgd
@@ -78,7 +78,8 @@ def parse_args(argv: list[str] | None = None, stored: dict | None = None) -> Nam
     if smoke:
         return args
 
-    args.out = args.out or f"runs/{cifar100.run_name(Namespace(**vars(args), kd_loss='kl', simkd=False))}"
+    name = cifar100.run_name(Namespace(**vars(args), kd_loss="kl", simkd=False))
+    args.out = args.out or earlier_runs.default_out(name, args)
     if args.resume and stored is None:
         # If the run stopped while training its teacher, start the run and resume the teacher's training.
         if not earlier_runs.stopped_during_teacher(Path(args.out), cifar100.teacher_folder(args)):
@@ -188,7 +189,7 @@ def train(args: Namespace, data: Data | None = None) -> bool:
             student, teacher = build_networks(args, len(data.classes))
             method = build_method(args.method, teacher, student, data.train.labels)
         task = f"{args.student} from {args.teacher} by {args.method}"
-        print(f"{task}, {args.epochs} epochs on {args.dataset}: {data}; {args.device}, amp {args.amp}; {args.out}")
+        print(f"{task}, {args.epochs} epochs on {args.dataset}: {data}; {describe_device(args)}; {args.out}")
         if f"{args.teacher}-{args.student}" not in SETTINGS["pairs"]:
             print(f"{args.teacher}-{args.student} is not a published pair; using the default settings")
         print(f"lr {args.lr:g}, weight {args.weight:g}")

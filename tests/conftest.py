@@ -43,5 +43,5 @@ def branch_runs(tmp_path_factory):
     from ablations import exit_branches
 
     folder = tmp_path_factory.mktemp("branches") / "smoke"
-    assert exit_branches.main(["--smoke", "--devices", "cpu", "--out", str(folder)]) == 0
+    assert exit_branches.main(["--smoke", "--devices", "cpu", "--amp", "off", "--out", str(folder)]) == 0
     return folder

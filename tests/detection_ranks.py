@@ -29,7 +29,9 @@ def gradients(folder, *lists):
 
 def save_gradients(path, terms):
     torch.manual_seed(rank())  # the ranks start with different weights
-    args = detection.parse_args(["--teacher", "resnet18", "--student", "mobilenet_v2", "--device", "cpu"])
+    args = detection.parse_args(
+        ["--teacher", "resnet18", "--student", "mobilenet_v2", "--device", "cpu", "--amp", "off"]
+    )
     teacher = build_detector("resnet18", 3, [96], scratch=True).requires_grad_(False)
     student = build_detector("mobilenet_v2", 3, [96], rois=16, scratch=True)
     step = detection.Step(args, list(terms), student, teacher).train()

@@ -32,7 +32,7 @@ def build_step(seed):
     bridges = build_bridges(teacher, student, 64)
     for net in (student, teacher):
         track_paths(net, [2, 3, 4])
-    args = imagenet.parse_args(["--teacher", "resnet18", "--student", "MobileNetV1", "--device", "cpu"])
+    args = imagenet.parse_args(["--teacher", "resnet18", "--student", "MobileNetV1", "--device", "cpu", "--amp", "off"])
     step = imagenet.Step(args, list(WEIGHTS), student, teacher, bridges)
     norms = [module for module in step.modules() if isinstance(module, torch.nn.BatchNorm2d)]
     for norm in norms:

@@ -377,12 +377,12 @@ def test_resumed_run_is_bitwise_identical(tmp_path, capsys, teacher, name):
 
 
 def test_smoke_run_writes_its_files(tmp_path, capsys):
-    printed = call(capsys, "--smoke", "--device", "cpu", "--out", tmp_path)
+    printed = call(capsys, "--smoke", "--device", "cpu", "--amp", "off", "--out", tmp_path)
     assert printed.count("teacher: training resnet14") == 1
     assert printed.count("from an earlier run") == 2
     assert sorted(path.name for path in tmp_path.iterdir()) == [
         *sorted(METHODS),
-        "synthetic-subset40-resnet14-alone-1ep-seed1",
+        "synthetic-subset40-resnet14-alone-1ep-seed1-off",
     ]
     for name in METHODS:
         folder = tmp_path / name
@@ -398,7 +398,7 @@ def test_smoke_run_writes_its_files(tmp_path, capsys):
         simkd = ["--simkd", "--teacher", "resnet14"] if name == "simkd" else []
         test = ["--evaluate", folder / "student.pth", "--student", "resnet8", *simkd, *SMALL, "--test-subset", 40]
         assert f"resnet8 {last['top1']:.2f} % top-1, {last['top5']:.2f} % top-5" in running.call(capsys, *test)
-    again = call(capsys, "--smoke", "--device", "cpu", "--out", tmp_path)
+    again = call(capsys, "--smoke", "--device", "cpu", "--amp", "off", "--out", tmp_path)
     assert again.count("saved to") == 3
     assert "epoch   1/1" not in again
     message = running.call(capsys, *NETWORKS, "--resume", "--out", tmp_path / "crd", code=2, module=cifar100)
@@ -411,7 +411,7 @@ def test_resume_first_finishes_the_teacher(tmp_path, capsys):
     assert not (tmp_path / "run").exists()
     call(capsys, *options, "--resume")
     config = yaml.safe_load((tmp_path / "run" / "config.yaml").read_text())
-    assert config["teacher_ckpt"] == str(tmp_path / "synthetic-subset40-resnet14-alone-2ep-seed1" / "student.pth")
+    assert config["teacher_ckpt"] == str(tmp_path / "synthetic-subset40-resnet14-alone-2ep-seed1-off" / "student.pth")
 
 
 def test_published_settings():
@@ -432,7 +432,7 @@ def test_published_settings():
             args = train_baseline.parse_args(argv)
             assert (args.weight, args.lr) == (weights[name].get(pair, other), row["lr"])
             assert (args.epochs, args.batch_size, args.amp, args.teacher_epochs) == (240, 64, "fp16", 240)
-            assert args.out == f"runs/cifar100-{pair}-{name}-240ep-seed1"
+            assert args.out == f"runs/cifar100-{pair}-{name}-240ep-seed1-fp16"
 
 
 def test_student_initialization_matches_cifar100():

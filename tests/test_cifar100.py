@@ -30,6 +30,7 @@ from common.models import build
 from common.multipath_bn import track_paths
 from common.paths import candidate_paths, sample_paths
 
+TEACHER = "synthetic-subset120-resnet14-alone-1ep-seed1"
 METHODS = {
     "kd": {"task", "kd"},
     "app": {"task", "kd", "app"},
@@ -48,8 +49,8 @@ def test_main_run_trains_the_teacher_and_distills(main_run):
     folder, printed = main_run
     runs = folder / "runs"
     alone, distilled = (
-        runs / "synthetic-subset120-resnet14-alone-2ep-seed1",
-        runs / "synthetic-subset120-resnet14-resnet8-fcfd-2ep-seed1",
+        runs / "synthetic-subset120-resnet14-alone-2ep-seed1-off",
+        runs / "synthetic-subset120-resnet14-resnet8-fcfd-2ep-seed1-off",
     )
     assert sorted(runs.iterdir()) == [alone, distilled]
     assert "teacher: training resnet14 for 2 epochs" in printed
@@ -66,7 +67,7 @@ def test_main_run_trains_the_teacher_and_distills(main_run):
 
 
 def test_main_run_writes_its_files(main_run):
-    folder = main_run[0] / "runs" / "synthetic-subset120-resnet14-resnet8-fcfd-2ep-seed1"
+    folder = main_run[0] / "runs" / "synthetic-subset120-resnet14-resnet8-fcfd-2ep-seed1-off"
     names = ["best.pt", "config.yaml", "last.pt", "log.csv", "result.json", "student.pth", "student_best.pth"]
     assert sorted(path.name for path in folder.iterdir()) == names
     rows = read_log(folder)
@@ -95,7 +96,7 @@ def test_main_run_writes_its_files(main_run):
 def test_earlier_teacher_is_reused_or_the_reason_is_printed(main_run, capsys, monkeypatch):
     monkeypatch.chdir(main_run[0])
     printed = call(capsys, *PAIR, "--epochs", 1, "--teacher-epochs", 2, "--method", "kd")
-    assert "teacher: runs/synthetic-subset120-resnet14-alone-2ep-seed1/student.pth, from an earlier run" in printed
+    assert "teacher: runs/synthetic-subset120-resnet14-alone-2ep-seed1-off/student.pth, from an earlier run" in printed
     printed = call(capsys, *PAIR, "--epochs", 1, "--seed", 2, "--method", "kd")
     assert "trained for 2 epochs, not 1" in printed
     assert "teacher: training resnet14 for 1 epochs" in printed
@@ -104,7 +105,7 @@ def test_earlier_teacher_is_reused_or_the_reason_is_printed(main_run, capsys, mo
 
 
 def test_evaluate_reproduces_the_accuracy_of_a_run(main_run, capsys):
-    run = main_run[0] / "runs" / "synthetic-subset120-resnet14-resnet8-fcfd-2ep-seed1"
+    run = main_run[0] / "runs" / "synthetic-subset120-resnet14-resnet8-fcfd-2ep-seed1-off"
     last = json.loads((run / "result.json").read_text())["last"]
     printed = call(capsys, "--evaluate", run / "student.pth", "--student", "resnet8", *SMALL)
     assert f"resnet8 {last['top1']:.2f} % top-1, {last['top5']:.2f} % top-5 on 60 test images" in printed
@@ -234,7 +235,7 @@ def test_max_minutes_stops_teacher_and_student(tmp_path, capsys):
     other_seed = [*options, "--resume", "--out", tmp_path / "two" / "seed", "--seed", 10]
     assert "nothing to resume" in call(capsys, *other_seed, code=2)  # the interrupted teacher has seed 1
     (
-        tmp_path / "two" / "synthetic-subset40-resnet14-alone-2ep-seed1" / "result.json"
+        tmp_path / "two" / "synthetic-subset40-resnet14-alone-2ep-seed1-off" / "result.json"
     ).unlink()  # as if the run had been killed
     assert "teacher: training" in call(capsys, *options, "--resume")  # the teacher's last epoch and the student's first
     typo = [*PAIR, *FEW_IMAGES, "--epochs", 2, "--resume", "--out", tmp_path / "two" / "typo"]
@@ -248,11 +249,11 @@ def test_max_minutes_stops_teacher_and_student(tmp_path, capsys):
 
 def test_folder_dataset(tmp_path, capsys):
     images = write_images(tmp_path / "images", {"train": 12, "val": 4}, ["a", "b", "c"])
-    data = ["--dataset", "folder", "--data-dir", images, "--device", "cpu"]
+    data = ["--dataset", "folder", "--data-dir", images, "--device", "cpu", "--amp", "off"]
     options = [*data, "--epochs", 1, "--batch-size", 16, "--out", tmp_path / "runs" / "x"]
     printed = call(capsys, "--teacher", "vgg8", "--student", "MobileNetV2", *options)
     assert "36 training and 12 test images in 3 classes" in printed
-    assert (tmp_path / "runs" / "folder-images-vgg8-alone-1ep-seed1" / "student.pth").exists()
+    assert (tmp_path / "runs" / "folder-images-vgg8-alone-1ep-seed1-off" / "student.pth").exists()
     shutil.rmtree(images / "train")  # not needed for evaluation
     top1 = float(read_log(tmp_path / "runs" / "x")[0]["test_top1"])
     printed = call(capsys, "--student", "MobileNetV2", *data, "--evaluate", tmp_path / "runs" / "x" / "student.pth")
@@ -290,7 +291,10 @@ def test_diverging_run_keeps_the_last_good_epoch(tmp_path, capsys, monkeypatch):
             ["--student", "resnet8", "--teacher", "vgg8", "--method", "kd", "--w-task", 0, "--w-kd", 0],
             "another term a weight",
         ),
-        ([*PAIR[:4], "--epochs", 1, "--out", "synthetic-subset120-resnet14-alone-1ep-seed1"], "choose another --out"),
+        (
+            [*PAIR[:4], "--epochs", 1, "--out", f"{TEACHER}-off"],
+            "choose another --out",
+        ),
         ([*PAIR[:4], "--positions", 4, "--w-func-kl", 0, "--w-func-prime", 0, "--num-paths", 1], "0 candidates"),
         ([*PAIR[:4], "--positions", 4, "--w-func-l2", 5], "func_l2"),
         (["--student", "resnet8", "--lr", "inf"], "--lr: inf"),

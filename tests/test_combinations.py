@@ -71,7 +71,7 @@ def test_methods_combine(tmp_path, capsys, monkeypatch, teacher, options, name):
     monkeypatch.chdir(tmp_path)
     files = ["--teacher-ckpt", teacher / "student.pth"]
     call(capsys, *PAIR, *options, "--epochs", 1, *files, *FEW_IMAGES)
-    (row,) = read_log(f"runs/synthetic-subset40-resnet14-resnet8-{name}-1ep-seed1")
+    (row,) = read_log(f"runs/synthetic-subset40-resnet14-resnet8-{name}-1ep-seed1-off")
     assert [term for term in EQ_9 if row[term]] == list(cifar100.METHODS[name.split("-")[0]])
 
 

@@ -31,7 +31,7 @@ from common.randomness import derive_seed
 
 pytest.importorskip("pycocotools")
 
-SMALL = ["--min-size", 96, "--rois", 16, "--batch-size", 2, "--workers", 0, "--device", "cpu"]
+SMALL = ["--min-size", 96, "--rois", 16, "--batch-size", 2, "--workers", 0, "--device", "cpu", "--amp", "off"]
 ALONE = ["--student", "mobilenet_v2", "--scratch", *SMALL]
 PAIR = ["--teacher", "resnet18", *ALONE]
 
@@ -89,11 +89,11 @@ def test_trains_and_distills_a_detector(tmp_path, capsys, monkeypatch, folder):
     monkeypatch.chdir(tmp_path)
     options = ["--data-dir", folder, "--scratch", *SMALL, "--iterations", 6, "--save-every", 2, "--eval-every", 4]
     printed = run(capsys, "--student", "resnet18", *options)
-    assert "resnet18 saved to runs/data-resnet18-alone-scratch-6it-seed1/student.pth" in printed
+    assert "resnet18 saved to runs/data-resnet18-alone-scratch-6it-seed1-off/student.pth" in printed
     printed = run(capsys, "--teacher", "resnet18", "--student", "mobilenet_v2", *options, "--visualize", 2)
-    assert "teacher: runs/data-resnet18-alone-scratch-6it-seed1/student.pth" in printed
+    assert "teacher: runs/data-resnet18-alone-scratch-6it-seed1-off/student.pth" in printed
 
-    out = Path("runs/data-resnet18-mobilenet_v2-fcfd-scratch-6it-seed1")
+    out = Path("runs/data-resnet18-mobilenet_v2-fcfd-scratch-6it-seed1-off")
     files = "best.pt boxes config.yaml last.pt log.csv result.json student.pth student_best.pth"
     assert sorted(path.name for path in out.iterdir()) == files.split()
     rows, result = read_log(out), json.loads((out / "result.json").read_text())

@@ -18,7 +18,8 @@ from common.detection.fcfd import TERMS
 
 pytest.importorskip("pycocotools")
 
-SMALL = ["--scratch", "--min-size", 96, "--rois", 16, "--batch-size", 4, "--workers", 0, "--device", "cpu"]
+SMALL = ["--scratch", "--min-size", 96, "--rois", 16, "--batch-size", 4, "--workers", 0]
+SMALL += ["--device", "cpu", "--amp", "off"]
 
 
 @pytest.fixture(scope="module")

@@ -10,7 +10,7 @@ from running import TORCHRUN, background_torchrun, call, kill_one_rank, read_log
 
 import imagenet
 
-SMALL = ["--image-size", 32, "--workers", 0, "--device", "cpu", "--lr", 0.01]
+SMALL = ["--image-size", 32, "--workers", 0, "--device", "cpu", "--amp", "off", "--lr", 0.01]
 
 
 @pytest.fixture(scope="module")

@@ -23,12 +23,12 @@ from common.randomness import generator
 from common.run.errors import NonFiniteLossError, UserError
 from common.run.folder import locked
 
-SMOKE = ["--smoke", "--devices", "cpu"]
+SMOKE = ["--smoke", "--devices", "cpu", "--amp", "off"]
 SETTINGS = {"branch_depth": 8, "branch_widths": [4, 6, 8, 10], "branch_epochs": 2, "batch_size": 24, "seed": 3}
 
 
 def settings(**other):
-    return Namespace(**SETTINGS | {"device": "cpu", "amp": None} | other)
+    return Namespace(**SETTINGS | {"device": "cpu", "amp": "off"} | other)
 
 
 @pytest.fixture(scope="module")

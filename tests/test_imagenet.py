@@ -25,7 +25,7 @@ from common.multipath_bn import track_paths
 from common.paths import candidate_paths, sample_paths
 from common.run.errors import UserError
 
-SMALL = ["--image-size", 32, "--batch-size", 8, "--lr", 0.01, "--workers", 0, "--device", "cpu"]
+SMALL = ["--image-size", 32, "--batch-size", 8, "--lr", 0.01, "--workers", 0, "--device", "cpu", "--amp", "off"]
 PAIR = ["--teacher", "resnet18", "--student", "MobileNetV1", *SMALL]
 
 
@@ -57,7 +57,7 @@ def main_run(tmp_path_factory, folder, pair):
     """Two epochs of FCFD in a subprocess with workers and another working directory: its folder and output."""
     cwd = tmp_path_factory.mktemp("main")
     printed = run_script(cwd, *pair, "--workers", 2, "--epochs", 2, module=imagenet)
-    return cwd / "runs" / f"{folder.name}-32px-resnet18-MobileNetV1-fcfd-2ep-seed1", printed
+    return cwd / "runs" / f"{folder.name}-32px-resnet18-MobileNetV1-fcfd-2ep-seed1-off", printed
 
 
 @pytest.fixture(scope="module")

@@ -9,9 +9,11 @@ import torch
 from ablations import complexity, num_paths
 from common.run.earlier_runs import read_config
 
+SMOKE = ["--smoke", "--devices", "cpu", "--amp", "off", "--out"]
+
 
 def test_smoke(tmp_path, capsys):
-    assert num_paths.main(["--smoke", "--out", str(tmp_path), "--devices", "cpu"]) == 0
+    assert num_paths.main([*SMOKE, str(tmp_path)]) == 0
     runs = {run["method"]: run for run in csv.DictReader((tmp_path / "cells.csv").open())}
     cost = json.loads((tmp_path / "cost.json").read_text())
     assert list(runs) == ["app", "fcfd-num_paths=1", "fcfd"]
@@ -29,7 +31,7 @@ def test_smoke(tmp_path, capsys):
     text, expected = capsys.readouterr().out, (tmp_path / "table.md").read_text()
     assert expected in text
 
-    assert num_paths.main(["--smoke", "--out", str(tmp_path), "--devices", "cpu"]) == 0  # nothing is left to do
+    assert num_paths.main([*SMOKE, str(tmp_path)]) == 0  # nothing is left to do
     text = capsys.readouterr().out
     assert "4 runs, 4 already finished" in text
     assert "measuring" not in text

@@ -5,11 +5,13 @@ import json
 from argparse import Namespace
 
 import pytest
+import torch
 
 import cifar100
 import online_kd
 from ablations import compare, components, loss_terms, partial, positions, tables, train_baseline
 from ablations.rows import ALONE, PAIRS_L2, Row, grid, options_of
+from common.run.device import default_amp, default_device
 from common.run.errors import UserError
 
 SCRIPTS = (components, loss_terms, partial, positions)
@@ -143,13 +145,17 @@ def test_folders_are_named_after_the_options(tmp_path, monkeypatch):
         args, _ = tables.parse_args(list(options), "", "some", ["resnet14-resnet8"])
         return str(args.out), str(args.runs)
 
-    assert folders() == ("results/some/cifar100-240ep", "results/runs/cifar100-240ep")
-    name = "tiny-subset50-3ep-lr=0.1-positions=2+3"
+    assert folders("--amp", "fp16") == ("results/some/cifar100-240ep-fp16", "results/runs/cifar100-240ep-fp16")
+    name = "tiny-subset50-3ep-bf16-lr=0.1-positions=2+3"
     options = ["--dataset", "folder", "--data-dir", "x/tiny", "--epochs", "3", "--lr", "0.1", "--positions", "2", "3"]
-    assert folders(*options, "--subset", "50") == (f"results/some/{name}", f"results/runs/{name}")
+    assert folders(*options, "--subset", "50", "--amp", "bf16") == (f"results/some/{name}", f"results/runs/{name}")
     assert folders("--out", "here") == ("here", "here")
     assert folders("--out", "here", "--runs", "there") == ("here", "there")
-    assert folders("--seeds", "4", "--jobs", "2", "--amp", "off") == folders()
+    assert folders("--seeds", "4", "--jobs", "2") == folders()
+    precision, _ = default_amp(default_device())
+    assert folders() == folders("--amp", precision)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    assert folders("--devices", "cuda:1", "cpu") == folders("--amp", "fp16")  # one precision for all runs
 
 
 def result_row(pair, method, seed, last, teacher=""):

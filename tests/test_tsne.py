@@ -13,7 +13,7 @@ from torch import nn
 from ablations import branches, tsne
 from common.data.batches import ImageSet
 
-SMOKE = ["--smoke", "--devices", "cpu"]
+SMOKE = ["--smoke", "--devices", "cpu", "--amp", "off"]
 
 
 def naive(student, teacher, labels):

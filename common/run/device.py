@@ -1,10 +1,41 @@
-"""The device to train on."""
+"""The device to train on, and the precision."""
+
+import os
+from argparse import Namespace
+from pathlib import Path
 
 import torch
 
 from .errors import UserError
 
 AMP = {"fp16": torch.float16, "bf16": torch.bfloat16, "off": None}  # autocast dtype
+DEVICE_FILE = Path("/dev/nvidiactl")  # of NVIDIA's driver
+
+
+def default_device() -> str:
+    return "cuda" if torch.cuda.is_available() else "cpu"
+
+
+def default_amp(device: str) -> tuple[str, str]:
+    """The precision to train in on `device`, a key of AMP, and the reason."""
+    if device.startswith("cuda"):
+        return "fp16", "the default on CUDA"
+    if not device.startswith("cpu"):
+        return "off", "the default on this device"
+    if torch.cpu._is_avx512_bf16_supported():  # CPUs with AMX have AVX512-BF16 too
+        return "bf16", "this CPU has bfloat16 instructions"
+    return "off", "this CPU has no bfloat16 instructions"
+
+
+def describe_device(args: Namespace) -> str:
+    """The device and the precision of a run, and why if it did not ask for them."""
+    device, amp = args.device, f"amp {args.amp}"
+    has_gpu = DEVICE_FILE.exists() and "CUDA_VISIBLE_DEVICES" not in os.environ
+    if device == "cpu" and "device" not in args.given and has_gpu:
+        device += f" (PyTorch {torch.__version__} cannot use the NVIDIA GPU: its driver may be too old)"
+    if "amp" not in args.given and not args.resume:
+        amp += f" ({default_amp(args.device)[1]})"
+    return f"{device}, {amp}"
 
 
 def check_device(name: str) -> None:

@@ -1,9 +1,24 @@
 """Earlier runs: finding a trained network, and reading the files of a run."""
 
 import glob
+from argparse import Namespace
 from pathlib import Path
 
 import yaml
+
+from .device import AMP
+
+
+def default_out(name: str, args: Namespace) -> str:
+    """The folder of the run `name`: runs/<name>-<precision>.
+
+    With --resume, an existing run of that name is preferred. It may have another precision, the default of the device
+    that it began on, or none in its name, as in earlier versions.
+    """
+    folders = [f"runs/{name}-{args.amp}"]
+    if args.resume:
+        folders += [f"runs/{name}-{amp}" for amp in AMP if "amp" not in args.given] + [f"runs/{name}"]
+    return next((folder for folder in folders if (Path(folder) / "last.pt").exists()), folders[0])
 
 
 def find_network(

@@ -7,10 +7,9 @@ from argparse import Namespace
 from pathlib import Path
 from typing import Any
 
-import torch
 import yaml
 
-from .device import AMP
+from .device import AMP, default_amp, default_device
 from .errors import UserError
 from .types import count, count_or_zero, positive
 
@@ -47,7 +46,11 @@ class Parser(argparse.ArgumentParser):
         add = self.add_argument_group("run").add_argument
         add("--seed", type=count_or_zero, default=1, metavar="N", help="for all random numbers")
         add("--device", default=default_device(), help="cpu, cuda, cuda:N or mps")
-        add("--amp", choices=AMP, help="precision of autocast (default: fp16 on CUDA, else off)")
+        add(
+            "--amp",
+            choices=AMP,
+            help="precision of autocast (default: fp16 on CUDA, bf16 on CPUs that support it, else off)",
+        )
         add("--out", metavar="DIR", help="default: a folder under runs/ named after the settings")
         add("--resume", action="store_true", help="continue the run in --out; its options are the defaults")
         add("--max-minutes", type=positive, metavar="M", help=f"stop after the {unit} in which M minutes have passed")
@@ -84,7 +87,7 @@ class Parser(argparse.ArgumentParser):
         args = Namespace(**{name: action.default for name, action in actions.items()} | stored | given)
         args.given = set(given)
         if "amp" in actions:
-            set_defaults(args, amp="fp16" if args.device.startswith("cuda") else "off")
+            set_defaults(args, amp=default_amp(args.device)[0])
         if "max_minutes" in actions:
             args.max_minutes = given.get("max_minutes")  # a stored limit applies only to the interrupted run
             args.deadline = time.monotonic() + 60 * (args.max_minutes or math.inf)
@@ -115,10 +118,6 @@ def settings_of(args: Namespace) -> dict[str, Any]:
 def option(name: str) -> str:
     """The option that sets `name`: w_app -> --w-app."""
     return f"--{name.replace('_', '-')}"
-
-
-def default_device() -> str:
-    return "cuda" if torch.cuda.is_available() else "cpu"
 
 
 def _valid(action: argparse.Action, value: Any, optional: bool) -> Any:
