@@ -2,7 +2,8 @@
 
 from collections.abc import Callable
 
-from torch import nn
+import torch
+from torch import Tensor, nn
 from torchvision import models
 from torchvision.models.detection import FasterRCNN
 from torchvision.models.detection.backbone_utils import BackboneWithFPN, resnet_fpn_backbone
@@ -45,7 +46,7 @@ def build_detector(
         rois: proposals per image sampled to train the ROI heads.
         scratch: ordinary BatchNorm, and nothing frozen.
     """
-    return FasterRCNN(
+    net = FasterRCNN(
         DETECTORS[name](nn.BatchNorm2d if scratch else FrozenBatchNorm2d, not scratch),
         num_classes + 1,
         min_size=sorted(min_sizes),  # torchvision evaluates at the last one
@@ -53,6 +54,22 @@ def build_detector(
         rpn_post_nms_top_n_train=1000,
         box_batch_size_per_image=rois,
     )
+    _keep_boxes_float32(net)
+    return net
+
+
+def _keep_boxes_float32(net: FasterRCNN) -> None:
+    """Make torchvision compute boxes and scores in float32 under autocast.
+
+    It would use half precision: the dtype of the levels for anchors, and that of the heads' outputs for the rest.
+    """
+
+    def float32(level: Tensor) -> Tensor:  # without its values, which anchors do not depend on
+        return level.new_empty(1, dtype=torch.float32).expand(level.shape)
+
+    net.rpn.anchor_generator.register_forward_pre_hook(lambda _, inputs: (inputs[0], [float32(x) for x in inputs[1]]))
+    net.rpn.head.register_forward_hook(lambda _, __, outputs: tuple([x.float() for x in levels] for levels in outputs))
+    net.roi_heads.box_predictor.register_forward_hook(lambda _, __, outputs: tuple(x.float() for x in outputs))
 
 
 def decay_all_but_norms(net: nn.Module) -> list[dict]:
