@@ -1,11 +1,12 @@
-"""Mixed precision in detectors: boxes are those of a float32 run."""
+"""Mixed precision in detectors: boxes are those of a float32 run, and backbones compute in half precision."""
 
 import pytest
 import torch
 from tiny_detectors import shrink
 from torch import nn
+from torchvision.ops import FrozenBatchNorm2d
 
-from common.detection.detectors import LEVELS, build_detector
+from common.detection.detectors import LEVELS, FrozenBatchNorm, build_detector
 from common.detection.fcfd import forward_detectors
 
 HALF = [torch.float16, torch.bfloat16]
@@ -78,3 +79,47 @@ def test_boxes_and_losses_are_those_of_a_float32_run(net):
     assert targets[labels > 0].any(1).sum() > 5  # proposals other than the boxes of TARGET
     for dtype in HALF:
         torch.testing.assert_close(boxes_and_losses(net, dtype), expected, rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("dtype", HALF)
+def test_frozen_batchnorm_in_half_precision(dtype):
+    """Only the result is rounded, which is not so if scale and bias are."""
+    torch.manual_seed(0)
+    layer = FrozenBatchNorm(8)
+    layer.weight, layer.bias, layer.running_mean = (torch.randn(8) for _ in range(3))
+    layer.running_var = 0.1 + torch.rand(8)
+    x = torch.randn(2, 8, 30, 40).to(dtype).requires_grad_()
+    y = layer(x)
+    y.sum().backward()
+    weight, bias, mean, var = (
+        value.double()[:, None, None] for value in (layer.weight, layer.bias, layer.running_mean, layer.running_var)
+    )
+    scale = weight / (var + 1e-5).sqrt()
+    rounding = torch.finfo(dtype).eps / 2
+    assert y.dtype == x.grad.dtype == dtype
+    torch.testing.assert_close(y.double(), (x.double() - mean) * scale + bias, rtol=1.001 * rounding, atol=1e-5)
+    torch.testing.assert_close(x.grad.double(), scale.expand(x.shape), rtol=1.001 * rounding, atol=1e-5)
+
+
+def test_frozen_batchnorm_in_float32_is_torchvisions():
+    torch.manual_seed(0)
+    ours, theirs = FrozenBatchNorm(8), FrozenBatchNorm2d(8)
+    ours.load_state_dict({key: torch.rand(8) for key in theirs.state_dict()})
+    theirs.load_state_dict(ours.state_dict())
+    x = torch.randn(2, 8, 30, 40)
+    assert torch.equal(ours(x), theirs(x))
+
+
+@pytest.mark.parametrize("dtype", HALF)
+@pytest.mark.parametrize("name", ["resnet18", "mobilenet_v2"])
+def test_backbones_compute_in_half_precision(monkeypatch, name, dtype):
+    shrink(monkeypatch)
+    torch.manual_seed(0)
+    backbone = build_detector(name, 2, [96]).eval().backbone
+    dtypes = set()
+    for layer in backbone.body.modules():
+        if not list(layer.children()):
+            layer.register_forward_hook(lambda layer, inputs, output: dtypes.add(output.dtype))
+    with torch.no_grad(), torch.autocast("cpu", dtype):
+        backbone(torch.randn(1, 3, 64, 96))
+    assert dtypes == {dtype}

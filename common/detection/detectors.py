@@ -3,6 +3,7 @@
 from collections.abc import Callable
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 from torchvision import models
 from torchvision.models.detection import FasterRCNN
@@ -13,6 +14,15 @@ LEVELS = ("0", "1", "2", "3", "pool")  # of the FPN, with torchvision's names: s
 ROI_LEVELS = LEVELS[:4]  # read by the ROI heads
 CHANNELS = 256  # of each level
 MAX_SIZE = 1333  # pixels: the limit of an image's longer side after resizing
+
+
+class FrozenBatchNorm(FrozenBatchNorm2d):
+    """Returns the dtype of its input: torchvision's layer returns float32 for half precision under autocast."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        if x.dtype == self.weight.dtype:
+            return super().forward(x)
+        return F.batch_norm(x, self.running_mean, self.running_var, self.weight, self.bias, eps=self.eps)
 
 
 def _resnet(name: str) -> Callable[[type[nn.Module], bool], BackboneWithFPN]:
@@ -47,7 +57,7 @@ def build_detector(
         scratch: ordinary BatchNorm, and nothing frozen.
     """
     net = FasterRCNN(
-        DETECTORS[name](nn.BatchNorm2d if scratch else FrozenBatchNorm2d, not scratch),
+        DETECTORS[name](nn.BatchNorm2d if scratch else FrozenBatchNorm, not scratch),
         num_classes + 1,
         min_size=sorted(min_sizes),  # torchvision evaluates at the last one
         max_size=MAX_SIZE,
