@@ -11,7 +11,7 @@ from PIL import Image
 from tiny_detectors import write_coco
 
 from common.detection.coco import Split, load_coco
-from common.detection.images import BoxedImages, batches, load
+from common.detection.images import Batch, BoxedImages, batches, load
 from common.run.errors import UserError
 
 CPU = torch.device("cpu")
@@ -122,6 +122,31 @@ def test_batches_are_floats_and_do_not_depend_on_workers(data, workers):
         assert target["boxes"].dtype == torch.float32
         assert target["labels"].dtype == torch.int64
         assert target["boxes"].tolist() == expected["boxes"].tolist()
+
+
+def test_all_arrays_are_pinned(data, monkeypatch):
+    pinned = []
+    monkeypatch.setattr(torch.Tensor, "pin_memory", lambda tensor: pinned.append(tensor.clone()) or pinned[-1])
+    arrays = [BoxedImages(data.train)[0, place, i] for place, i in enumerate((1, 0))]
+    batch = Batch(arrays).pin_memory()
+    tensors = [tensor for image, target in batch.samples for tensor in (image, target["boxes"], target["labels"])]
+    assert [id(tensor) for tensor in tensors] == [id(tensor) for tensor in pinned]
+    for (image, target), (pixels, expected) in zip(batch.samples, arrays, strict=True):
+        assert np.array_equal(image, pixels)
+        assert target.keys() == expected.keys()
+        assert all(np.array_equal(target[key], expected[key]) for key in expected)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("workers", [0, 2])
+def test_batches_on_the_gpu_are_those_on_the_cpu(data, workers):
+    order = list(batches(data.train, 1, 1, 0, 5))
+    on_gpu, on_cpu = (
+        list(load(BoxedImages(data.train, 1), order, workers, device)) for device in (torch.device("cuda"), CPU)
+    )
+    for [(image, target)], [(pixels, expected)] in zip(on_gpu, on_cpu, strict=True):
+        assert image.is_cuda
+        torch.testing.assert_close((image.cpu(), {k: v.cpu() for k, v in target.items()}), (pixels, expected))
 
 
 @pytest.mark.parametrize("workers", [0, 1])

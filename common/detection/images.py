@@ -7,11 +7,13 @@ workers nor resuming in the middle of an epoch changes the batches.
 import os
 import warnings
 from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
 from itertools import count, islice
 from typing import Any
 
 import numpy as np
 import torch
+from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 from ..data.folders import open_rgb
@@ -83,6 +85,21 @@ def batches(
         yield [(iteration, position, i) for position, i in enumerate(batch)][rank::world]
 
 
+@dataclass
+class Batch:
+    """Samples as BoxedImages returns them, or pinned."""
+
+    samples: list[Sample]
+
+    def pin_memory(self) -> "Batch":
+        """Copy the arrays to tensors in pinned memory; DataLoader calls it in its own thread."""
+
+        def pin(array: np.ndarray) -> Tensor:
+            return torch.from_numpy(array).pin_memory()
+
+        return Batch([(pin(image), {key: pin(x) for key, x in target.items()}) for image, target in self.samples])
+
+
 def load(
     images: BoxedImages, batches: Iterable[list[Key]], workers: int, device: torch.device
 ) -> Iterator[list[Sample]]:
@@ -91,15 +108,25 @@ def load(
     Raises:
         UserError: an image cannot be read, or its size differs from its annotation; the message names it.
     """
+    cuda = device.type == "cuda"  # then a thread unpickles and pins batches, and no copy waits for the GPU
     loader = DataLoader(
-        images, batch_sampler=batches, num_workers=workers, collate_fn=list, worker_init_fn=ignore_interrupts
+        images,
+        batch_sampler=batches,
+        num_workers=workers,
+        collate_fn=Batch,
+        pin_memory=cuda,
+        worker_init_fn=ignore_interrupts,
     )
+
+    def to_device(value: np.ndarray | Tensor) -> Tensor:
+        return torch.as_tensor(value).to(device, non_blocking=cuda)
+
     samples = iter(loader)
     while (batch := next_batch(samples)) is not None:
         yield [
             (
-                torch.from_numpy(image).to(device).permute(2, 0, 1).float() / 255,
-                {key: torch.from_numpy(value).to(device) for key, value in target.items()},
+                to_device(image).permute(2, 0, 1).float() / 255,
+                {key: to_device(value) for key, value in target.items()},
             )
-            for image, target in batch
+            for image, target in batch.samples
         ]
