@@ -9,8 +9,8 @@ float32. "plain" is FCFD's step in that form. Each step samples its own paths, s
 different cost.
 
 FLOPs are of convolutions and linear layers; a multiply-add is two. They follow App. H's formula (ablations/flops.py) in
-expectation over S. Those of ReviewKD and CRD are counted in a step, CRD's with the product of each embedding and the
-whole bank.
+expectation over S. Those of ReviewKD and CRD are counted in a step, CRD's with the products of the embeddings and the
+rows of the banks.
 
 Writes table.md and rows.json to --out. Pairs that rows.json has with the same settings and machine are kept.
 """

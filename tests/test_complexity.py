@@ -28,13 +28,14 @@ def test_smoke(tmp_path, capsys):
     assert 2 * weights < memory["alone", None]  # at least weights and gradients
     assert memory["alone", None] + teacher_weights < memory["kd", None] < memory["app", None] < memory["fcfd", 0]
     assert memory["fcfd", 0] < memory["fcfd", 2] < 40
-    assert memory["crd", None] > 2 * 50_000 * 128 * 4 / 2**20  # two banks
+    read = 4 * 16_385  # the positive and the negatives of each image
+    assert memory["crd", None] > 2 * (50_000 + read) * 128 * 4 / 2**20  # two banks, and copies of the rows read
     flops = {key: row["flops"] for key, row in rows.items()}
     assert flops["alone", None] < flops["kd", None] == flops["dkd", None] < flops["app", None]
     assert flops["app", None] == flops["fcfd", 0] < flops["fcfd", 2] == flops["plain", 2]
-    # CRD skips the teacher's classifier, trains two embeddings, and multiplies by two banks.
-    embedding, bank = 2 * 64 * 128, 2 * 128 * 50_000
-    assert flops["crd", None] == flops["kd", None] + 4 * (5 * embedding + 4 * bank - 2 * 64 * 100)
+    # CRD skips the teacher's classifier, trains two embeddings, and multiplies each by rows of a bank.
+    embedding, products = 2 * 64 * 128, 2 * 128 * 16_385
+    assert flops["crd", None] == flops["kd", None] + 4 * (5 * embedding + 4 * products - 2 * 64 * 100)
     text = (tmp_path / "table.md").read_text()
     assert text in capsys.readouterr().out
     unit, row = rows["alone", None], rows["fcfd", 2]

@@ -13,6 +13,9 @@ class CRD(nn.Module):
     Given a student embedding, the teacher's stored embedding of the same image must be distinguished from those of
     other images, and vice versa (Sec. 3.1). Computes in float32, even under autocast.
 
+    As published, a step copies the rows that it reads from each bank. The copies of both banks, 2 B (1 + m) dim floats
+    (1 GiB at the published sizes), are kept for the backward pass.
+
     Args:
         c_s, c_t: channels of the student's and the teacher's F^N.
         labels: [n], of all training images.
@@ -94,9 +97,8 @@ class CRD(nn.Module):
         the sum of log(m Pn / (P + m Pn)) over the negatives, averaged over the batch. The first batch fixes Z to n
         times its mean exponential.
         """
-        # The product with the whole bank takes less memory than a copy of all those rows. The clone keeps the bank as
-        # it is now for the backward pass.
-        scores = torch.exp((v @ bank.clone().T).gather(1, rows) / self.temperature)
+        copies = bank.index_select(0, rows.flatten()).view(*rows.shape, -1)
+        scores = torch.exp((v[:, None] @ copies.mT).squeeze(1) / self.temperature)
         normalizer = torch.where(z < 0, scores.detach().mean() * len(bank), z)
         z.copy_(normalizer)
         positive, negatives = (scores / normalizer).split([1, rows.shape[1] - 1], 1)
