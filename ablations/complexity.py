@@ -6,7 +6,8 @@
 
 The steps are in ablations/steps.py. The unit is one forward and backward of the student alone, in plain eager NCHW
 float32. "plain" is FCFD's step in that form. Each step samples its own paths, so its median is also over paths of
-different cost.
+different cost, and its peak memory is that of the most expensive ones. All of them are run once before anything is
+measured.
 
 FLOPs are of convolutions and linear layers; a multiply-add is two. They follow App. H's formula (ablations/flops.py) in
 expectation over S. Those of ReviewKD and CRD are counted in a step, CRD's with the products of the embeddings and the
@@ -195,7 +196,7 @@ def count_flops(rows: list[Row], args: Namespace) -> None:
         else:
             step = build_step(row.pair, row.kind, row.num_paths, args)
             with flops.counter() as counter:
-                step(0)
+                step.run(0)
             row.flops = counter.get_total_flops()
 
 

@@ -1,7 +1,4 @@
-"""Time and peak memory of training steps. A step is a function of its number i = 0, 1, ...
-
-FLOPs are in flops.py.
-"""
+"""Time and peak memory of training steps. FLOPs are in flops.py."""
 
 import gc
 import json
@@ -9,38 +6,52 @@ import os
 import statistics
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from functools import partial
 from itertools import accumulate
 from pathlib import Path
 
 import torch
 
-Step = Callable[[int], None]
+
+@dataclass(frozen=True)
+class Step:
+    """A training step: `run(i)` does step i = 0, 1, ...
+
+    Attributes:
+        distinct: the numbers of steps that differ in their paths; all others repeat the paths of one of these.
+    """
+
+    run: Callable[[int], None]
+    distinct: Sequence[int] = (0,)
+
+    def run_distinct(self) -> None:
+        """Do each distinct step once. The first time, cuDNN searches for algorithms and SGD allocates its momentum."""
+        for i in self.distinct:
+            self.run(i)
 
 
 def peak_memory(build: Callable[[], Step], device: str) -> float:
-    """The most MiB that PyTorch allocates while `build` builds a step and two of them are done; 0 if unknown.
+    """The most MiB that PyTorch has allocated at any time during the distinct steps, after a warm-up; 0 if unknown.
 
-    On CUDA this is the allocator's count, on the CPU the profiler's record of every allocation.
+    On CUDA this is the allocator's count, on the CPU the profiler's record of every allocation, warm-up included.
     """
-
-    def two_steps() -> None:
-        step = build()
-        step(0)
-        step(1)
-
     gc.collect()
     if device.startswith("cuda"):
         torch.cuda.empty_cache()
-        torch.cuda.reset_peak_memory_stats(device)
-        two_steps()
+        step = build()
+        step.run_distinct()
+        torch.cuda.reset_peak_memory_stats(device)  # forgets the workspaces of cuDNN's search
+        step.run_distinct()
         return torch.cuda.max_memory_allocated(device) / 2**20
     if not device.startswith("cpu"):
         return 0.0
     os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # silences the profiler
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
-        two_steps()
+        step = build()
+        step.run_distinct()
+        step.run_distinct()
     with tempfile.NamedTemporaryFile(suffix=".json") as file:
         profile.export_chrome_trace(file.name)
         events = json.loads(Path(file.name).read_text())["traceEvents"]
@@ -49,18 +60,20 @@ def peak_memory(build: Callable[[], Step], device: str) -> float:
 
 
 def median_seconds(steps: list[Step], repeats: int, device: str) -> list[float]:
-    """The median seconds of each step over `repeats` rounds, after one round to warm up.
+    """The median seconds of each step over `repeats` rounds, after a warm-up with its distinct steps.
 
     The steps take turns, in alternating order, so a slowdown of the machine affects all of them.
     """
     synchronize = partial(torch.cuda.synchronize, device) if device.startswith("cuda") else lambda: None
+    for step in steps:
+        step.run_distinct()
     seconds = [[] for _ in steps]
-    for i in range(1 + repeats):
+    for i in range(repeats):
         pairs = list(zip(steps, seconds, strict=True))
         for step, of_step in pairs if i % 2 else reversed(pairs):
             synchronize()
             began = time.perf_counter()
-            step(i)
+            step.run(i)
             synchronize()
             of_step.append(time.perf_counter() - began)
-    return [statistics.median(of_step[1:]) for of_step in seconds]
+    return [statistics.median(of_step) for of_step in seconds]

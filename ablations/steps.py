@@ -40,14 +40,14 @@ OPTIONS = {  # of cifar100.py, or of train_baseline.py
     "reviewkd": ["--method=reviewkd"],
     "crd": ["--method=crd"],
 }
-Loss = Callable[[int], Tensor]  # of step i
+Loss = Callable[[int], Tensor]  # of step i; the terms are not weighted
 
 
 def build_step(pair: str, kind: str, num_paths: int | None, args: Namespace) -> Step:
     """The step `kind` of a pair "TEACHER-STUDENT".
 
     Args:
-        num_paths: |S|, for a step of cifar100.py; each step i = 0..args.repeats samples its own paths.
+        num_paths: |S|, for a step of cifar100.py; each step i < args.repeats samples its own paths.
         args: batch_size, device, amp and repeats.
     """
     teacher, student = pair.split("-")
@@ -63,12 +63,13 @@ def build_step(pair: str, kind: str, num_paths: int | None, args: Namespace) -> 
     words = [f"--teacher={teacher}", f"--student={student}", *OPTIONS[kind]]
     words += [] if num_paths is None else [f"--num-paths={num_paths}"]
     if kind in BASELINES:
-        networks, loss = baseline_loss(words, images, labels)
+        networks, loss, distinct = baseline_loss(words, images, labels)
     else:
-        networks, loss = cifar100_loss(words, images, labels, args.repeats + 1)
+        networks, loss, distinct = cifar100_loss(words, images, labels, args.repeats)
     for net in networks:
         net.to(args.device, memory_format=memory_format)
-    return training_step(networks, loss, torch.device(args.device), amp, nesterov=kind not in BASELINES)
+    run = training_step(networks, loss, torch.device(args.device), amp, nesterov=kind not in BASELINES)
+    return Step(run, distinct)
 
 
 def alone_step(student: nn.Module, images: Tensor, labels: Tensor) -> Step:
@@ -78,11 +79,13 @@ def alone_step(student: nn.Module, images: Tensor, labels: Tensor) -> Step:
         student.zero_grad(set_to_none=True)
         F.cross_entropy(student(images), labels).backward()
 
-    return step
+    return Step(step)
 
 
-def cifar100_loss(words: list[str], images: Tensor, labels: Tensor, steps: int) -> tuple[list[nn.Module], Loss]:
-    """The networks and the loss of cifar100.py with the options `words`. The loss terms are not weighted."""
+def cifar100_loss(
+    words: list[str], images: Tensor, labels: Tensor, steps: int
+) -> tuple[list[nn.Module], Loss, list[int]]:
+    """The networks and the loss of cifar100.py with the options `words`, and which of its `steps` are distinct."""
     args = cifar100.parse_args(words)
     student, teacher, bridges, candidates, weights = cifar100.build_networks(args, CLASSES)
     for net in (teacher, student):
@@ -94,11 +97,12 @@ def cifar100_loss(words: list[str], images: Tensor, labels: Tensor, steps: int) 
         flow = forward_paths(teacher, student, bridges, images, paths[i], needs_all_bridges(weights))
         return sum(fcfd_terms(flow, labels, args.temperature, weights, kd_loss).values())
 
-    return [net for net in (teacher, student, bridges) if net is not None], loss
+    distinct = sorted({paths.index(S) for S in paths})  # the first step with each S
+    return [net for net in (teacher, student, bridges) if net is not None], loss, distinct
 
 
-def baseline_loss(words: list[str], images: Tensor, labels: Tensor) -> tuple[list[nn.Module], Loss]:
-    """The networks and the loss of train_baseline.py with the options `words`. The loss terms are not weighted."""
+def baseline_loss(words: list[str], images: Tensor, labels: Tensor) -> tuple[list[nn.Module], Loss, list[int]]:
+    """The same for train_baseline.py, whose steps are alike."""
     args = train_baseline.parse_args(words)
     student, teacher = train_baseline.build_networks(args, CLASSES)
     method = train_baseline.build_method(args.method, teacher, student, torch.randint(CLASSES, (IMAGES,)))
@@ -108,10 +112,12 @@ def baseline_loss(words: list[str], images: Tensor, labels: Tensor) -> tuple[lis
     def loss(i: int) -> Tensor:
         return sum(train_baseline.terms(method, teacher, student, images, labels, index, generator)[0].values())
 
-    return [teacher, student, method], loss
+    return [teacher, student, method], loss, [0]
 
 
-def training_step(networks: list[nn.Module], loss: Loss, device: torch.device, amp: str, nesterov: bool) -> Step:
+def training_step(
+    networks: list[nn.Module], loss: Loss, device: torch.device, amp: str, nesterov: bool
+) -> Callable[[int], None]:
     """Forward, backward and SGD."""
     parameters = [p for net in networks for p in net.parameters() if p.requires_grad]
     optimizer = sgd(parameters, 0.01, momentum=0.9, weight_decay=5e-4, nesterov=nesterov)

@@ -77,25 +77,60 @@ def test_memory_is_reproducible():
     assert rows[2].megabytes == pytest.approx(rows[0].megabytes, rel=0.01)
 
 
-def test_time_is_the_median_without_the_first_round(monkeypatch):
-    """Each step advances a fake clock: 1, 2, and 9 s have median 2; the first step, of 100 s, is ignored."""
-    now = [0.0]
+def test_time_is_the_median_after_a_warm_up(monkeypatch):
+    """Each step advances a fake clock: 1, 2, and 9 s have median 2. The first call with each number takes 100 s more.
+
+    Of a, step 1 repeats the paths of step 0. All steps of b have the same paths.
+    """
+    now, order = [0.0], []
     monkeypatch.setattr(measure.time, "perf_counter", lambda: now[0])
-    durations = {"a": [100, 1, 2, 9], "b": [0, 4, 4, 4]}
-    order = []
 
     def step_of(name):
-        def step(i):
-            order.append(name)
-            now[0] += durations[name][i]
+        distinct, durations = {"a": ([0, 2], (1, 9, 2)), "b": ([0], (4, 4, 4))}[name]
 
-        return step
+        def run(i):
+            new = i in distinct and f"{name}{i}" not in order
+            now[0] += durations[i] + 100 * new
+            order.append(f"{name}{i}")
 
-    rows = [complexity.Row("x-y", name) for name in durations]
+        return measure.Step(run, distinct)
+
+    rows = [complexity.Row("x-y", name) for name in "ab"]
     monkeypatch.setattr(complexity, "build_step", lambda pair, kind, num_paths, args: step_of(kind))
     complexity.measure_time(rows, complexity.parse_args(["--repeats", "3", "--device", "cpu"]))
     assert [row.seconds for row in rows] == [2, 4]
-    assert "".join(order) == "baabbaab"
+    assert " ".join(order) == "a0 a2 b0" + " b0 a0 a1 b1 b2 a2"
+
+
+def test_peak_memory_on_cuda_is_that_of_steps_after_the_warm_up(monkeypatch):
+    """A fake allocator: the network takes 1 MiB, the first call with each number 50 MiB, step i later 2 + i MiB."""
+    peak, calls = [0], []
+    cuda = {"empty_cache": lambda: None, "max_memory_allocated": lambda device: peak[0] * 2**20}
+    cuda |= {"reset_peak_memory_stats": lambda device: peak.__setitem__(0, 1)}
+    for name, function in cuda.items():
+        monkeypatch.setattr(torch.cuda, name, function)
+
+    def run(i):
+        peak[0] = max(peak[0], 3 + i if i in calls else 51)
+        calls.append(i)
+
+    assert measure.peak_memory(lambda: measure.Step(run, [0, 3]), "cuda") == 6
+    assert calls == [0, 3, 0, 3]
+
+
+@pytest.mark.parametrize(("num_paths", "sets"), [(0, 1), (1, 4), (2, 6), (4, 1)])
+def test_every_set_of_paths_is_among_the_distinct_steps(monkeypatch, num_paths, sets):
+    """Once each. Twenty steps sample all sets of 4 candidate paths."""
+    seen = []
+    monkeypatch.setattr(
+        steps, "fcfd_terms", lambda flow, *_: seen.append(tuple(flow.mixed)) or {"": flow.student_logits.sum()}
+    )
+    step = steps.build_step("resnet14-resnet8", "fcfd", num_paths, smoke_settings("--repeats", "20"))
+    step.run_distinct()
+    assert len(seen) == len(set(seen)) == sets
+    for i in range(20):
+        step.run(i)
+    assert len(set(seen)) == sets
 
 
 @pytest.mark.parametrize("kind", ["kd", "dkd", "app", "reviewkd", "crd", "fcfd", "plain"])
@@ -108,7 +143,7 @@ def test_step_trains_only_the_student(monkeypatch, kind):
     teacher, student = built["resnet14"], built["resnet8"]
     before = [[p.detach().clone() for p in net.parameters()] for net in (teacher, student)]
     seen_by_teacher = teacher.bn1.running_mean.clone()
-    step(0)
+    step.run(0)
     assert torch.equal(teacher.bn1.running_mean, seen_by_teacher) == (kind in ("reviewkd", "crd"))  # evaluation mode
     same = [
         [torch.equal(p, q) for p, q in zip(net.parameters(), old, strict=True)]
@@ -133,10 +168,10 @@ def test_step_matches_cifar100(monkeypatch, kind, num_paths):
         return {"task": flow.student_logits.sum()}
 
     monkeypatch.setattr(steps, "fcfd_terms", terms)
-    step = steps.build_step("resnet14-resnet8", kind, num_paths, smoke_settings())
+    step = steps.build_step("resnet14-resnet8", kind, num_paths, smoke_settings("--repeats", "3"))
     sampled = set()
     for i in range(3):
-        step(i)
+        step.run(i)
         assert len(requested["paths"]) == (num_paths or 0)
         sampled |= {tuple(requested["paths"])}
     assert len(sampled) == (3 if num_paths else 1)  # with this seed all three samples differ
@@ -151,7 +186,7 @@ def test_mixed_precision_is_used(monkeypatch, kind, expected):
     monkeypatch.setattr(
         steps, "fcfd_terms", lambda flow, *_, **__: seen.append(flow.student_logits) or {"task": seen[0].sum()}
     )
-    steps.build_step("resnet14-resnet8", kind, 1, smoke_settings("--amp", "bf16"))(0)
+    steps.build_step("resnet14-resnet8", kind, 1, smoke_settings("--amp", "bf16")).run(0)
     assert seen[0].dtype == expected
 
 
