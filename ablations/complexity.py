@@ -30,8 +30,8 @@ import torch
 
 from ablations import flops
 from ablations.cells import markdown
-from ablations.measure import median_seconds, peak_memory
-from ablations.steps import CLASSES, IMAGES, build_step
+from ablations.measure import Step, median_seconds, peak_memory
+from ablations.steps import BASELINES, CLASSES, IMAGES, build_step
 from common.bridges import build_bridges
 from common.data.batches import SIZE
 from common.models import NETWORKS, build
@@ -43,21 +43,20 @@ from common.run.folder import made_with
 from common.run.options import PUBLISHED, Parser, set_defaults
 from common.run.types import count, count_or_zero, name_in
 
-KINDS = {  # of steps, with their titles in the table
-    "alone": "the unit: the student alone",
-    "kd": "KD",
-    "dkd": "DKD",
-    "app": "KD, L_app",
-    "reviewkd": "ReviewKD",
-    "crd": "CRD",
-    "fcfd": "FCFD",
-    "plain": "FCFD, plain",
+METHODS = {  # their titles in the table, and the options of their runs
+    "kd": ("KD", {"method": "kd"}),
+    "dkd": ("DKD", {"method": "kd", "kd_loss": "dkd"}),
+    "app": ("KD, L_app", {"method": "app"}),
+    "reviewkd": ("ReviewKD", {"method": "reviewkd"}),
+    "crd": ("CRD", {"method": "crd"}),
+    "fcfd": ("FCFD", {"method": "fcfd"}),
+    "plain": ("FCFD, plain", {"method": "fcfd"}),
 }
 WITH_PATHS = ("fcfd", "plain")
-METHODS = [kind for kind in KINDS if kind != "alone"]
-LEGEND = """
-A step is forward, backward and SGD; its time is the median. Units are those of one forward and backward of the student
-alone, without SGD, by time and by FLOPs (of convolutions and linear layers, a multiply-add is two). Paths: |S|.
+FLOPS = "FLOPs are of convolutions and linear layers; a multiply-add is two."
+LEGEND = f"""
+Units are those of one forward and backward of the student alone, without SGD, by time and by FLOPs. {FLOPS}
+Paths: |S|.
 """
 SMOKE = ["--pairs", "resnet14-resnet8", "--methods", *METHODS, "--num-paths", "0", "2", "--batch-size", "4"]
 SMOKE += ["--repeats", "2", "--out", "results/complexity/smoke"]
@@ -65,14 +64,17 @@ SMOKE += ["--repeats", "2", "--out", "results/complexity/smoke"]
 
 @dataclass
 class Row:
-    """A row of the table: a step of a pair."""
+    """A row of a table: a step of a pair."""
 
     pair: str
-    kind: str  # one of KINDS
-    num_paths: int | None = None  # |S|
+    name: str  # "alone", one of METHODS, or that of another table's row
+    options: dict[str, Any]  # as in `build_step`
     seconds: float = 0.0  # median
     megabytes: float = 0.0  # peak, MiB; 0 if unknown
-    flops: float = 0.0  # for the whole batch
+    flops: float | None = None  # for the whole batch; None if not counted
+
+    def build(self, args: Namespace) -> Step:
+        return build_step(self.pair, self.options, args, plain=self.name == "plain")
 
 
 def parse_args(argv: list[str] | None = None) -> Namespace:
@@ -124,21 +126,22 @@ def rows_of(pair: str, args: Namespace) -> list[Row]:
     sizes = args.num_paths or list(range(len(candidates) + 1))
     for n in sizes:
         sample_paths(candidates, n, steps=1, seed=0, epoch=0)  # raises if n is out of range
-    rows = [Row(pair, "alone")]
-    for kind in args.methods:
-        if kind == "fcfd":
-            rows += [Row(pair, kind, n) for n in sizes]
-        elif kind != "plain":
-            rows.append(Row(pair, kind))
+    rows = [Row(pair, "alone", {})]
+    for method in args.methods:
+        options = METHODS[method][1]
+        if method == "fcfd":
+            rows += [Row(pair, method, options | {"num_paths": n}) for n in sizes]
+        elif method != "plain":
+            rows.append(Row(pair, method, options))
         else:
-            rows.append(Row(pair, kind, 2 if 2 in sizes else sizes[-1]))
+            rows.append(Row(pair, method, options | {"num_paths": 2 if 2 in sizes else sizes[-1]}))
     return rows
 
 
-def measured(rows_by_pair: list[list[Row]], args: Namespace, file: Path) -> dict[str, Any]:
-    """The rows of each pair, measured: {"settings", "machine", "rows": [a Row's values and the commit]}.
+def measure(rows_by_pair: list[list[Row]], args: Namespace, file: Path, with_flops: bool = False) -> None:
+    """Set the numbers of the rows of each pair. Those that `file` has with the same settings and machine are kept.
 
-    Pairs whose rows are in `file` with the same settings and machine are kept. `file` is replaced after each pair.
+    `file` is replaced after each pair: {"settings", "machine", "rows": [a Row's values and the commit]}.
     """
     machine = machine_of(torch.device(args.device))
     commit = machine.pop("commit")
@@ -146,19 +149,18 @@ def measured(rows_by_pair: list[list[Row]], args: Namespace, file: Path) -> dict
     found["rows"] = read_rows(file, found)
     for rows in rows_by_pair:
         pair = rows[0].pair
-        known = {(row["kind"], row["num_paths"]) for row in found["rows"] if row["pair"] == pair}
-        if {(row.kind, row.num_paths) for row in rows} <= known:
+        if all(keep(row, found["rows"]) for row in rows):
             print(f"{pair}: kept, from {file}", flush=True)
             continue
         print(f"{pair}: measuring {len(rows)} steps", flush=True)
         for row in rows:
             measure_memory(row, args)
         measure_time(rows, args)
-        count_flops(rows, args)
+        for row in rows if with_flops else []:
+            row.flops = flops_of(row, args)
         others = [row for row in found["rows"] if row["pair"] != pair]
         found["rows"] = others + [vars(row) | {"commit": commit} for row in rows]
         write_atomically(file, lambda stream: stream.write(json.dumps(found, indent=1).encode()))
-    return found
 
 
 def read_rows(file: Path, found: dict[str, Any]) -> list[dict[str, Any]]:
@@ -166,48 +168,60 @@ def read_rows(file: Path, found: dict[str, Any]) -> list[dict[str, Any]]:
     try:
         stored = json.loads(file.read_text())
         rows = stored["rows"] if all(stored[key] == found[key] for key in ("settings", "machine")) else []
-        return rows if all({*vars(Row("", "")), "commit"} <= row.keys() for row in rows) else []
+        return rows if all({*vars(Row("", "", {})), "commit"} <= row.keys() for row in rows) else []
     except (FileNotFoundError, ValueError, KeyError, TypeError, AttributeError):  # if damaged, measure again
         return []
 
 
+def keep(row: Row, stored: list[dict[str, Any]]) -> bool:
+    """Set the numbers of a row from the same step among those stored, and return whether it is there."""
+    for values in stored:
+        if all(values[key] == getattr(row, key) for key in ("pair", "name", "options")):
+            row.seconds, row.megabytes, row.flops = (values[key] for key in ("seconds", "megabytes", "flops"))
+            return True
+    return False
+
+
 def measure_memory(row: Row, args: Namespace) -> None:
-    row.megabytes = peak_memory(lambda: build_step(row.pair, row.kind, row.num_paths, args), args.device)
+    row.megabytes = peak_memory(lambda: row.build(args), args.device)
 
 
 def measure_time(rows: list[Row], args: Namespace) -> None:
-    steps = [build_step(row.pair, row.kind, row.num_paths, args) for row in rows]
+    steps = [row.build(args) for row in rows]
     for row, seconds in zip(rows, median_seconds(steps, args.repeats, args.device), strict=True):
         row.seconds = seconds
 
 
-def count_flops(rows: list[Row], args: Namespace) -> None:
-    """By the formula if there is one; the rows are of one pair."""
+def flops_of(row: Row, args: Namespace) -> float:
+    """By the formula, or counted in a step if there is none; for the rows of this table."""
+    if row.options.get("method") in BASELINES:
+        step = row.build(args)
+        with flops.counter() as counter:
+            step.run(0)
+        return counter.get_total_flops()
+    return args.batch_size * formula(row.pair, row.options)
+
+
+def formula(pair: str, options: dict[str, Any]) -> float:
+    """FLOPs for one image by App. H's formula, of the unit, KD, DKD, KD with L_app, or FCFD with "num_paths"."""
     with torch.device("meta"):
-        teacher, student = (build(name, CLASSES) for name in rows[0].pair.split("-"))
+        teacher, student = (build(name, CLASSES) for name in pair.split("-"))
         forward = flops.forward_flops(teacher, student, build_bridges(teacher, student, SIZE), SIZE)
-    candidates, kd = candidate_paths(student.num_stages), flops.kd_step(forward)
-    formulas = {"alone": flops.alone_step(forward), "kd": kd, "dkd": kd, "app": kd + flops.app_extra(forward)}
-    for row in rows:
-        if row.kind in WITH_PATHS:
-            row.flops = args.batch_size * (kd + flops.fcfd_extra(forward, candidates, row.num_paths))
-        elif row.kind in formulas:
-            row.flops = args.batch_size * formulas[row.kind]
-        else:
-            step = build_step(row.pair, row.kind, row.num_paths, args)
-            with flops.counter() as counter:
-                step.run(0)
-            row.flops = counter.get_total_flops()
+    kd, method = flops.kd_step(forward), options.get("method", "alone")
+    if method == "fcfd":
+        return kd + flops.fcfd_extra(forward, candidate_paths(student.num_stages), options["num_paths"])
+    return {"alone": flops.alone_step(forward), "kd": kd, "app": kd + flops.app_extra(forward)}[method]
 
 
 def table(rows: list[Row], batch_size: int) -> str:
     """The rows as Markdown."""
     header = ["pair", "step", "paths", "units", "ms", "images/s", "peak memory (MiB)", "GFLOPs", "units by FLOPs"]
-    units = {row.pair: row for row in rows if row.kind == "alone"}
+    units = {row.pair: row for row in rows if row.name == "alone"}
     lines = []
     for row in rows:
         unit = units[row.pair]
-        line = [row.pair, KINDS[row.kind], "" if row.num_paths is None else row.num_paths]
+        title = METHODS[row.name][0] if row.options else "the unit: the student alone"
+        line = [row.pair, title, row.options.get("num_paths", "")]
         line += [f"{row.seconds / unit.seconds:.2f}", f"{1000 * row.seconds:.1f}", f"{batch_size / row.seconds:.0f}"]
         line += [f"{row.megabytes:.0f}" if row.megabytes else ""]
         line += [f"{row.flops / 1e9:.2f}", f"{row.flops / unit.flops:.2f}"]
@@ -220,11 +234,13 @@ def machine_of(device: torch.device) -> dict[str, Any]:
     return made_with(device) | {"threads": torch.get_num_threads()}
 
 
-def conditions(args: Namespace, machine: dict[str, Any]) -> str:
-    """The settings and the machine, for the table."""
+def conditions(args: Namespace) -> str:
+    """What is measured, the settings and the machine, for a table."""
+    machine = machine_of(torch.device(args.device))
     return (
-        f"batch {args.batch_size}, amp {args.amp}, medians of {args.repeats}; "
-        f"{machine['device']}, torch {machine['torch']}, {machine['threads']} threads"
+        f"A step is forward, backward and SGD; its time is the median of {args.repeats}, its memory the peak.\n"
+        f"Batch {args.batch_size}, amp {args.amp}; {machine['device']}, torch {machine['torch']}, "
+        f"{machine['threads']} threads.\n"
     )
 
 
@@ -238,11 +254,9 @@ def main(argv: list[str] | None = None) -> int:
             rows_by_pair = [rows_of(pair, args) for pair in args.pairs]
         out = Path(args.out)
         out.mkdir(parents=True, exist_ok=True)
-        found = measured(rows_by_pair, args, out / "rows.json")
-        known = {(row["pair"], row["kind"], row["num_paths"]): row for row in found["rows"]}
-        rows = [known[row.pair, row.kind, row.num_paths] for rows in rows_by_pair for row in rows]
-        rows = [Row(**{key: row[key] for key in vars(Row("", ""))}) for row in rows]
-        text = f"{table(rows, args.batch_size)}{LEGEND}{conditions(args, found['machine'])}\n"
+        measure(rows_by_pair, args, out / "rows.json", with_flops=True)
+        rows = [row for rows in rows_by_pair for row in rows]
+        text = f"{table(rows, args.batch_size)}{LEGEND}{conditions(args)}"
         write_atomically(out / "table.md", lambda file: file.write(text.encode()))
         print(f"\n{text}\nsaved to {out}/table.md and rows.json")
 

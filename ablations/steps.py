@@ -1,16 +1,17 @@
-"""The training step of each method on a batch of noise, to measure what it costs.
+"""The training step of a run on a batch of noise, to measure what it costs.
 
-alone                   the unit: one forward and backward of the student in plain eager NCHW float32, without SGD
-kd, dkd, app, fcfd      the step of cifar100.py: forward along all paths, loss terms, backward, SGD
-plain                   the step of fcfd in eager NCHW float32
-reviewkd, crd           the step of train_baseline.py; CRD's banks are those of CIFAR-100
+A run of cifar100.py    forward along all paths, loss terms, backward, SGD
+of train_baseline.py    the step of ReviewKD or CRD, whose banks are those of CIFAR-100
+the unit                one forward and backward of the student, without SGD
 
-All but "alone" and "plain" are in the form of training: channels_last and autocast.
+Steps of runs are in the form of training: channels_last and autocast. The plain form, also that of the unit, is eager
+NCHW float32.
 """
 
 from argparse import Namespace
 from collections.abc import Callable
 from functools import partial
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -18,6 +19,7 @@ from torch import Tensor, nn
 
 import cifar100
 from ablations import train_baseline
+from ablations.cells import to_argv
 from ablations.measure import Step
 from common.data.batches import SIZE
 from common.fcfd import fcfd_terms, forward_paths, needs_all_bridges
@@ -31,44 +33,37 @@ from common.run.optimizer import sgd
 CLASSES = 100
 IMAGES = 50_000  # CIFAR-100's training images
 BASELINES = ("reviewkd", "crd")
-OPTIONS = {  # of cifar100.py, or of train_baseline.py
-    "kd": ["--method=kd"],
-    "dkd": ["--method=kd", "--kd-loss=dkd"],
-    "app": ["--method=app"],
-    "fcfd": [],
-    "plain": [],
-    "reviewkd": ["--method=reviewkd"],
-    "crd": ["--method=crd"],
-}
 Loss = Callable[[int], Tensor]  # of step i; the terms are not weighted
 
 
-def build_step(pair: str, kind: str, num_paths: int | None, args: Namespace) -> Step:
-    """The step `kind` of a pair "TEACHER-STUDENT".
+def build_step(pair: str, options: dict[str, Any], args: Namespace, plain: bool = False) -> Step:
+    """A step of the pair "TEACHER-STUDENT". Each step i < args.repeats samples its own paths.
 
     Args:
-        num_paths: |S|, for a step of cifar100.py; each step i < args.repeats samples its own paths.
+        options: of the run by name ("num_paths"), besides its networks; empty for the unit.
         args: batch_size, device, amp and repeats.
+        plain: in the plain form.
+
+    Raises:
+        ValueError: as `build_networks` of the run's script.
     """
     teacher, student = pair.split("-")
     images = torch.randn(args.batch_size, 3, SIZE, SIZE, device=args.device)
     labels = torch.randint(CLASSES, (args.batch_size,), device=args.device)
-    if kind == "alone":
+    if not options:
         return alone_step(build(student, CLASSES).to(args.device), images, labels)
 
-    memory_format, amp = torch.channels_last, args.amp
-    if kind == "plain":
-        memory_format, amp = torch.contiguous_format, "off"
+    memory_format, amp = (torch.contiguous_format, "off") if plain else (torch.channels_last, args.amp)
     images = images.contiguous(memory_format=memory_format)
-    words = [f"--teacher={teacher}", f"--student={student}", *OPTIONS[kind]]
-    words += [] if num_paths is None else [f"--num-paths={num_paths}"]
-    if kind in BASELINES:
+    words = to_argv({"teacher": teacher, "student": student} | options)
+    baseline = options["method"] in BASELINES
+    if baseline:
         networks, loss, distinct = baseline_loss(words, images, labels)
     else:
         networks, loss, distinct = cifar100_loss(words, images, labels, args.repeats)
     for net in networks:
         net.to(args.device, memory_format=memory_format)
-    run = training_step(networks, loss, torch.device(args.device), amp, nesterov=kind not in BASELINES)
+    run = training_step(networks, loss, torch.device(args.device), amp, nesterov=not baseline)
     return Step(run, distinct)
 
 
@@ -88,6 +83,7 @@ def cifar100_loss(
     """The networks and the loss of cifar100.py with the options `words`, and which of its `steps` are distinct."""
     args = cifar100.parse_args(words)
     student, teacher, bridges, candidates, weights = cifar100.build_networks(args, CLASSES)
+    teacher.train(args.teacher_bn == "batch")
     for net in (teacher, student):
         track_paths(net, sorted({path.k for path in candidates}))
     paths = sample_paths(candidates, args.num_paths, steps, seed=0, epoch=0)

@@ -8,13 +8,15 @@ import io
 import tempfile
 from argparse import Namespace
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 
 import cifar100
-from ablations.cells import markdown, mean_and_deviation, run_cells, with_dependencies
+from ablations import complexity
+from ablations.cells import markdown, mean_and_deviation, run_cells, to_argv, with_dependencies
 from ablations.rows import Cells, Row, assignment, grid
 from common.models import build
 from common.run.checkpoint import write_atomically
@@ -27,6 +29,7 @@ from common.run.types import count, count_or_zero, number
 SMOKE = ["--dataset", "synthetic", "--subset", "40", "--test-subset", "40", "--batch-size", "20", "--epochs", "1"]
 OF_ONE_RUN = ("--teacher", "--student", "--method", "--seed", "--device", "--resume", "--evaluate")
 UNNAMED = ("dataset", "data_dir", "subset", "epochs", "test_subset", "max_minutes", "amp")  # see `data_name`
+NOT_OF_STEP = (*UNNAMED, "teacher", "student", "teacher_ckpt", "seed", "lr", "batch_size")  # see `measure_steps`
 SAME_TEACHER = 0.2  # percentage points: one teacher's accuracy may differ by rounding between devices
 AFTER_INTERRUPT = "finished work is kept; rerun the command to continue"
 NOTE = """
@@ -102,6 +105,58 @@ def data_name(given: dict[str, Any]) -> str:
     return "-".join([name, *subset, f"{given['epochs']}ep", given["amp"], *others])
 
 
+@dataclass
+class Costs:
+    """What a step of each row costs.
+
+    Attributes:
+        steps: by pair and name of the row.
+        settings: the options of complexity.py.
+    """
+
+    steps: dict[tuple[str, str], complexity.Row]
+    settings: Namespace
+
+    def cells(self, pair: str, name: str) -> list[str]:
+        """The time in ms and the peak memory in MiB, as in a table."""
+        step = self.steps[pair, name]
+        return [f"{1000 * step.seconds:.1f}", f"{step.megabytes:.0f}" if step.megabytes else ""]
+
+
+def add_repeats(parser: Parser) -> None:
+    """The option of a table with costs; see `parse_args`."""
+    parser.add_argument("--repeats", type=count, metavar="N", help="steps behind each time (default: 11)")
+
+
+def cost_settings(args: Namespace, given: dict[str, Any]) -> Namespace:
+    """The options of complexity.py that measure the steps of these runs."""
+    options = {"pairs": args.pairs, "batch_size": given.get("batch_size", cifar100.SETTINGS["batch_size"])}
+    options |= {"amp": given.get("amp"), "repeats": args.repeats or (2 if args.smoke else None)}
+    options |= {"device": args.devices[0] if args.devices else None}
+    return complexity.parse_args(to_argv({key: value for key, value in options.items() if value is not None}))
+
+
+def measure_steps(args: Namespace, given: dict[str, Any], cells: Cells) -> Costs:
+    """Measure a step of each row, on the first of --devices, or read it from cost.json in --out.
+
+    It is measured again if an option of the run, except for NOT_OF_STEP, or of `cost_settings` or the machine differs.
+
+    Raises:
+        UserError: as `with_dependencies`; raised before anything is measured.
+    """
+    settings, steps = cost_settings(args, given), {}
+    for (pair, name, _), cell in cells.items():
+        options = {key: value for key, value in cell.given.items() if key not in NOT_OF_STEP}
+        steps[pair, name] = complexity.Row(pair, name, options)
+    with_dependencies(cells.values())
+    for folder in (args.out, args.runs):
+        folder.mkdir(parents=True, exist_ok=True)
+    with locked(args.runs):  # concurrent runs would slow down the steps
+        by_pair = [[step for step in steps.values() if step.pair == pair] for pair in args.pairs]
+        complexity.measure(by_pair, settings, args.out / "cost.json")
+    return Costs(steps, settings)
+
+
 def run(args: Namespace, cells: Cells, finish: Callable[[list[dict]], None]) -> None:
     """Complete the runs. Then, even if some failed, call `finish` with the `numbers` of the finished ones.
 
@@ -152,7 +207,11 @@ def numbers(cells: Cells) -> list[dict[str, Any]]:
 
 
 def layout(
-    header: list[str], rows: list[tuple[tuple[str, ...], Row]], args: Namespace, found: list[dict[str, Any]]
+    header: list[str],
+    rows: list[tuple[tuple[str, ...], Row]],
+    args: Namespace,
+    found: list[dict[str, Any]],
+    costs: Costs | None = None,
 ) -> str:
     """The Markdown table with a line for each row and a column for each pair, as in the paper, and a note.
 
@@ -160,6 +219,7 @@ def layout(
         header: of the first columns.
         rows: the texts in the first columns, and the row.
         found: from `numbers`.
+        costs: adds two columns for each pair.
     """
     n, lines, titles = len(set(args.seeds)), [], []
     for texts, row in rows:
@@ -168,12 +228,15 @@ def layout(
             values = [run["last"] for run in found if (run["pair"], run["method"]) == (pair, row.name)]
             few = "" if len(values) == n else f" (n = {len(values)})"
             line.append(mean_and_deviation(values) + few if values else "")
+            line += costs.cells(pair, row.name) if costs else []
         lines.append(line)
     for pair in args.pairs:
         teacher = [run["teacher"] for run in found if run["pair"] == pair and run["teacher"] != ""]
         titles.append(f"{pair} (teacher {min(teacher):.2f})" if teacher else pair)
+        titles += ["ms", "peak memory (MiB)"] if costs else []
     unless = "" if len(found) == n * len(rows) * len(args.pairs) else ", as far as runs are finished"
-    return markdown([*header, *titles], lines) + NOTE.format(n=n, unless=unless)
+    note = NOTE.format(n=n, unless=unless) + (complexity.conditions(costs.settings) if costs else "")
+    return markdown([*header, *titles], lines) + note
 
 
 def write(out: Path, text: str, found: list[dict[str, Any]]) -> None:
@@ -195,6 +258,7 @@ def main(
     rows: list[tuple[tuple[str, ...], Row]],
     pairs: list[str],
     num_stages: int | None = None,
+    with_costs: bool = False,
 ) -> int:
     """Train and write a table; arguments as in `parse_args` and `layout`. Returns the exit code (see `exit_code`).
 
@@ -202,10 +266,12 @@ def main(
 
     Args:
         num_stages: refuse networks with another number of stages, for which titles of rows would be wrong.
+        with_costs: first measure a step of each row.
     """
 
     def script() -> None:
-        args, given = parse_args(argv, description, table, pairs)
+        more_options = add_repeats if with_costs else lambda parser: None
+        args, given = parse_args(argv, description, table, pairs, more_options)
         shown = [rows[0], *rows[-4:]] if args.smoke else rows
         cells = grid(args, given, [row for _, row in shown])
         for pair in args.pairs if num_stages else []:
@@ -213,6 +279,7 @@ def main(
                 n = build(pair.split("-")[1], num_classes=2).num_stages
             if n != num_stages:
                 raise UserError(f"--pairs {pair}: networks of {n} stages, but the rows are for {num_stages}")
-        run(args, cells, lambda found: write(args.out, layout(header, shown, args, found) + NOTE_PATHS, found))
+        costs = measure_steps(args, given, cells) if with_costs else None
+        run(args, cells, lambda found: write(args.out, layout(header, shown, args, found, costs) + NOTE_PATHS, found))
 
     return exit_code(script, AFTER_INTERRUPT)

@@ -9,6 +9,8 @@ import cifar100
 from ablations import complexity, measure, steps, train_baseline
 from common.models import build
 
+FCFD = {"method": "fcfd", "num_paths": 2}
+
 
 def smoke_settings(*options):
     return complexity.parse_args(["--smoke", "--device", "cpu", *options])
@@ -17,8 +19,8 @@ def smoke_settings(*options):
 def test_smoke(tmp_path, capsys):
     assert complexity.main(["--smoke", "--device", "cpu", "--out", str(tmp_path)]) == 0
     numbers = json.loads((tmp_path / "rows.json").read_text())
-    rows = {(row["kind"], row["num_paths"]): row for row in numbers["rows"]}
-    once = [(kind, None) for kind in ("alone", "kd", "dkd", "app", "reviewkd", "crd")]
+    rows = {(row["name"], row["options"].get("num_paths")): row for row in numbers["rows"]}
+    once = [(name, None) for name in ("alone", "kd", "dkd", "app", "reviewkd", "crd")]
     assert list(rows) == [*once, ("fcfd", 0), ("fcfd", 2), ("plain", 2)]
     assert all(row["seconds"] > 0 for row in rows.values())
     memory = {key: row["megabytes"] for key, row in rows.items()}
@@ -52,25 +54,26 @@ def test_smoke(tmp_path, capsys):
     assert (tmp_path / "table.md").read_text().splitlines()[:5] == [*lines[:3], lines[9], lines[3]]
 
 
-def kinds(*options, pair="resnet32x4-resnet8x4"):
+def rows_of(*options, pair="resnet32x4-resnet8x4"):
     args = complexity.parse_args([*options, "--device", "cpu"])
-    return [(row.kind, row.num_paths) for row in complexity.rows_of(pair, args)], args.out
+    return [(row.name, row.options.get("num_paths")) for row in complexity.rows_of(pair, args)], args.out
 
 
 def test_options_select_rows():
     all_rows = [("alone", None), *(("fcfd", n) for n in range(5)), ("plain", 2)]
-    assert kinds() == (all_rows, "results/complexity")
+    assert rows_of() == (all_rows, "results/complexity")
     methods = ["kd", "dkd", "reviewkd", "crd"]
-    compared = [("alone", None), *((kind, None) for kind in methods), ("fcfd", 2)]
-    assert kinds("--methods", *methods, "fcfd") == (compared, "results/complexity/methods")
-    assert kinds("--methods", "fcfd", "--num-paths", "0", "4")[0] == [("alone", None), ("fcfd", 0), ("fcfd", 4)]
+    compared = [("alone", None), *((method, None) for method in methods), ("fcfd", 2)]
+    assert rows_of("--methods", *methods, "fcfd") == (compared, "results/complexity/methods")
+    assert rows_of("--methods", "fcfd", "--num-paths", "0", "4")[0] == [("alone", None), ("fcfd", 0), ("fcfd", 4)]
     assert complexity.parse_args(["--pairs", "all"]).pairs == list(cifar100.SETTINGS["pairs"])
-    assert kinds("--num-paths", "1", pair="resnet32x4-ShuffleV1")[0] == [("alone", None), ("fcfd", 1), ("plain", 1)]
+    shown = [("alone", None), ("fcfd", 1), ("plain", 1)]
+    assert rows_of("--num-paths", "1", pair="resnet32x4-ShuffleV1")[0] == shown
 
 
 def test_memory_is_reproducible():
     args = smoke_settings()
-    rows = [complexity.Row("resnet14-resnet8", "fcfd", 2) for _ in range(3)]
+    rows = [complexity.Row("resnet14-resnet8", "fcfd", FCFD) for _ in range(3)]
     for row in rows:
         complexity.measure_memory(row, args)
     assert rows[1].megabytes == pytest.approx(rows[0].megabytes, rel=0.01)
@@ -95,8 +98,8 @@ def test_time_is_the_median_after_a_warm_up(monkeypatch):
 
         return measure.Step(run, distinct)
 
-    rows = [complexity.Row("x-y", name) for name in "ab"]
-    monkeypatch.setattr(complexity, "build_step", lambda pair, kind, num_paths, args: step_of(kind))
+    rows = [complexity.Row("x-y", name, {}) for name in "ab"]
+    monkeypatch.setattr(complexity.Row, "build", lambda row, args: step_of(row.name))
     complexity.measure_time(rows, complexity.parse_args(["--repeats", "3", "--device", "cpu"]))
     assert [row.seconds for row in rows] == [2, 4]
     assert " ".join(order) == "a0 a2 b0" + " b0 a0 a1 b1 b2 a2"
@@ -125,7 +128,8 @@ def test_every_set_of_paths_is_among_the_distinct_steps(monkeypatch, num_paths, 
     monkeypatch.setattr(
         steps, "fcfd_terms", lambda flow, *_: seen.append(tuple(flow.mixed)) or {"": flow.student_logits.sum()}
     )
-    step = steps.build_step("resnet14-resnet8", "fcfd", num_paths, smoke_settings("--repeats", "20"))
+    options = {"method": "fcfd", "num_paths": num_paths}
+    step = steps.build_step("resnet14-resnet8", options, smoke_settings("--repeats", "20"))
     step.run_distinct()
     assert len(seen) == len(set(seen)) == sets
     for i in range(20):
@@ -133,18 +137,19 @@ def test_every_set_of_paths_is_among_the_distinct_steps(monkeypatch, num_paths, 
     assert len(set(seen)) == sets
 
 
-@pytest.mark.parametrize("kind", ["kd", "dkd", "app", "reviewkd", "crd", "fcfd", "plain"])
-def test_step_trains_only_the_student(monkeypatch, kind):
+@pytest.mark.parametrize("method", ["kd", "dkd", "app", "reviewkd", "crd", "fcfd", "plain"])
+def test_step_trains_only_the_student(monkeypatch, method):
     built = {}
     for module in (cifar100, train_baseline):
         monkeypatch.setattr(module, "build", lambda name, n: built.setdefault(name, build(name, n)))
-    num_paths = 4 if kind in complexity.WITH_PATHS else None
-    step = steps.build_step("resnet14-resnet8", kind, num_paths, smoke_settings())
+    settings = smoke_settings("--methods", method, *(["--num-paths", "4"] if method in complexity.WITH_PATHS else []))
+    _, row = complexity.rows_of("resnet14-resnet8", settings)
+    step = row.build(settings)
     teacher, student = built["resnet14"], built["resnet8"]
     before = [[p.detach().clone() for p in net.parameters()] for net in (teacher, student)]
     seen_by_teacher = teacher.bn1.running_mean.clone()
     step.run(0)
-    assert torch.equal(teacher.bn1.running_mean, seen_by_teacher) == (kind in ("reviewkd", "crd"))  # evaluation mode
+    assert torch.equal(teacher.bn1.running_mean, seen_by_teacher) == (method in ("reviewkd", "crd"))  # evaluation mode
     same = [
         [torch.equal(p, q) for p, q in zip(net.parameters(), old, strict=True)]
         for net, old in zip((teacher, student), before, strict=True)
@@ -153,40 +158,67 @@ def test_step_trains_only_the_student(monkeypatch, kind):
     assert all(p.grad is None for p in teacher.parameters())
     assert not any(same[1])
     channels_last = student.conv1.weight.is_contiguous(memory_format=torch.channels_last)
-    assert channels_last == (kind != "plain")
+    assert channels_last == (method != "plain")
 
 
-@pytest.mark.parametrize(("kind", "num_paths"), [("kd", None), ("dkd", None), ("app", None), ("fcfd", 2)])
-def test_step_matches_cifar100(monkeypatch, kind, num_paths):
+KD, APP = ("task", "kd"), ("task", "kd", "app")
+FUNC, PRIME = ("func_l2", "func_kl"), ("func_prime",)
+INTO_TEACHER, ALL = {(2, 1), (3, 1)}, {(2, 0), (2, 1), (3, 0), (3, 1)}
+
+
+@pytest.mark.parametrize(
+    ("options", "terms", "num_paths", "candidates"),
+    [
+        ({"method": "kd"}, KD, 0, set()),
+        ({"method": "kd", "kd_loss": "dkd"}, KD, 0, set()),
+        ({"method": "app"}, APP, 0, set()),
+        ({"method": "fcfd"}, APP + FUNC + PRIME, 2, ALL),
+        ({"method": "fcfd", "num_paths": 3}, APP + FUNC + PRIME, 3, ALL),
+        ({"method": "fcfd", "positions": [3]}, APP + FUNC + PRIME, 2, {(3, 0), (3, 1)}),
+        ({"method": "fcfd", "positions": [4], "w_func_prime": 0}, APP + FUNC[1:], 1, {(4, 1)}),
+        ({"method": "app", "w_func_partial": 5}, (*APP, "func_partial"), 2, INTO_TEACHER),
+    ],
+)
+def test_step_is_that_of_the_run(monkeypatch, options, terms, num_paths, candidates):
     """Terms, bridges, and paths are the same as in cifar100.py."""
     requested = {}
 
-    def terms(flow, labels, temperature, terms, kd_loss):
+    def fake_terms(flow, labels, temperature, terms, kd_loss):
         requested.update(
             terms=tuple(terms), dkd=kd_loss is not steps.kl, paths=list(flow.mixed), bridged=list(flow.s2t)
         )
         return {"task": flow.student_logits.sum()}
 
-    monkeypatch.setattr(steps, "fcfd_terms", terms)
-    step = steps.build_step("resnet14-resnet8", kind, num_paths, smoke_settings("--repeats", "3"))
+    monkeypatch.setattr(steps, "fcfd_terms", fake_terms)
+    step = steps.build_step("resnet14-resnet8", options, smoke_settings("--repeats", "9"))
     sampled = set()
-    for i in range(3):
+    for i in range(9):
         step.run(i)
-        assert len(requested["paths"]) == (num_paths or 0)
-        sampled |= {tuple(requested["paths"])}
-    assert len(sampled) == (3 if num_paths else 1)  # with this seed all three samples differ
-    assert requested["terms"] == cifar100.METHODS["kd" if kind == "dkd" else kind]
-    assert requested["dkd"] == (kind == "dkd")
-    assert requested["bridged"] == ([] if kind in ("kd", "dkd") else [2, 3, 4])
+        assert len(requested["paths"]) == num_paths
+        sampled |= set(requested["paths"])
+    assert sampled == candidates
+    assert requested["terms"] == terms
+    assert requested["dkd"] == (options.get("kd_loss") == "dkd")
+    assert requested["bridged"] == ([2, 3, 4] if "app" in terms else [])
 
 
-@pytest.mark.parametrize(("kind", "expected"), [("fcfd", torch.bfloat16), ("plain", torch.float32)])
-def test_mixed_precision_is_used(monkeypatch, kind, expected):
+@pytest.mark.parametrize("statistics", ["batch", "running"])
+def test_teacher_mode_is_that_of_the_run(monkeypatch, statistics):
+    built = {}
+    monkeypatch.setattr(cifar100, "build", lambda name, n: built.setdefault(name, build(name, n)))
+    options = {"method": "kd", "teacher_bn": statistics}
+    steps.build_step("resnet14-resnet8", options, smoke_settings()).run(0)
+    assert built["resnet14"].bn1.running_mean.any() == (statistics == "batch")
+    assert built["resnet8"].bn1.running_mean.any()
+
+
+@pytest.mark.parametrize(("plain", "expected"), [(False, torch.bfloat16), (True, torch.float32)])
+def test_mixed_precision_is_used(monkeypatch, plain, expected):
     seen = []
     monkeypatch.setattr(
         steps, "fcfd_terms", lambda flow, *_, **__: seen.append(flow.student_logits) or {"task": seen[0].sum()}
     )
-    steps.build_step("resnet14-resnet8", kind, 1, smoke_settings("--amp", "bf16")).run(0)
+    steps.build_step("resnet14-resnet8", FCFD, smoke_settings("--amp", "bf16"), plain).run(0)
     assert seen[0].dtype == expected
 
 

@@ -1,4 +1,4 @@
-"""ablations/num_paths.py: its rows, and which costs are remeasured. Timings are not tested."""
+"""ablations/num_paths.py: its rows. The costs of tables: which are remeasured. Timings are not tested."""
 
 import csv
 import json
@@ -6,7 +6,9 @@ import json
 import pytest
 import torch
 
-from ablations import complexity, num_paths
+from ablations import complexity, num_paths, tables
+from ablations.cells import to_argv
+from ablations.rows import Row, grid
 from common.run.earlier_runs import read_config
 
 SMOKE = ["--smoke", "--devices", "cpu", "--amp", "off", "--out"]
@@ -21,12 +23,14 @@ def test_smoke(tmp_path, capsys):
         config = read_config(tmp_path / f"resnet14-resnet8-{name}-seed1")
         assert (config["num_paths"], config["w_func_kl"], config["w_app"]) == (n, 1 if n else 0, 5)
         step = cost["rows"][n]
-        assert (step["pair"], step["num_paths"]) == ("resnet14-resnet8", n)
+        options = {"method": "fcfd" if n else "app"} | ({"num_paths": 1} if n == 1 else {})
+        assert (step["pair"], step["name"], step["options"]) == ("resnet14-resnet8", name, options)
+        flops = 20 * complexity.formula("resnet14-resnet8", {"method": "fcfd", "num_paths": n})
         line = f"| resnet14-resnet8 | {n} | 1 | {float(run['last']):.2f} | {1000 * step['seconds']:.1f} | "
-        line += f"{20 / step['seconds']:.0f} | {step['megabytes']:.0f} | {step['flops'] / 1e9:.2f} |\n"
+        line += f"{20 / step['seconds']:.0f} | {step['megabytes']:.0f} | {flops / 1e9:.2f} |\n"
         assert line in (tmp_path / "table.md").read_text()
-    for key in ("megabytes", "flops"):
-        assert 0 < cost["rows"][0][key] < cost["rows"][1][key] < cost["rows"][2][key]
+    memory = [row["megabytes"] for row in cost["rows"]]
+    assert 0 < memory[0] < memory[1] < memory[2]
     assert all(step["seconds"] > 0 for step in cost["rows"])
     text, expected = capsys.readouterr().out, (tmp_path / "table.md").read_text()
     assert expected in text
@@ -50,45 +54,69 @@ def test_sizes_stop_at_the_smallest_number_of_candidates():
 
 @pytest.fixture
 def measure(tmp_path, monkeypatch):
-    """Calls `complexity.measured` with fake measurements; returns its result and the pairs it measured."""
+    """Calls `tables.measure_steps` with fake measurements; returns its result and the pairs and rows it measured."""
     measured = []
 
-    def fake_time(rows, c):
-        measured.append((rows[0].pair, [row.num_paths for row in rows]))
-        for row in rows:
-            row.seconds = len(measured) + row.num_paths / 10
+    def fake_time(rows, settings):
+        measured.append((rows[0].pair, [row.name for row in rows]))
+        for i, row in enumerate(rows):
+            row.seconds = len(measured) + i / 10
 
     monkeypatch.setattr(complexity, "measure_memory", lambda row, c: setattr(row, "megabytes", 100.0))
     monkeypatch.setattr(complexity, "measure_time", fake_time)
+    monkeypatch.setattr(tables, "with_dependencies", list)  # without loading the data
 
-    def measure(*pairs, sizes=(0, 1), repeats=2, **options):
+    def measure(*pairs, rows=(APP, ONE_PATH), repeats=2, **options):
         measured.clear()
-        c = num_paths.cost_settings(list(pairs), options, repeats, "cpu")
-        steps = num_paths.steps(c.pairs, list(sizes))
-        return complexity.measured(steps, c, tmp_path / "cost.json"), list(measured)
+        argv = ["--pairs", *pairs, "--out", str(tmp_path), "--devices", "cpu", "--repeats", str(repeats)]
+        argv += ["--dataset", "synthetic", *to_argv(options)]
+        args, given = tables.parse_args(argv, "", "some", [], tables.add_repeats)
+        return tables.measure_steps(args, given, grid(args, given, list(rows))), list(measured)
 
     return measure
 
 
 A, B = "resnet14-resnet8", "resnet20-resnet8"
+APP, ONE_PATH, FCFD = (num_paths.row_of(n) for n in range(3))
+NAMES = [APP.name, ONE_PATH.name]
 
 
 def test_existing_costs_are_kept(measure, tmp_path):
     first, measured = measure(A)
-    assert measured == [(A, [0, 1])]
-    assert [(row["kind"], row["seconds"]) for row in first["rows"]] == [("app", 1.0), ("fcfd", 1.1)]
+    assert measured == [(A, NAMES)]
+    assert {key: step.seconds for key, step in first.steps.items()} == {(A, NAMES[0]): 1.0, (A, NAMES[1]): 1.1}
     both, measured = measure(A, B)
-    assert measured == [(B, [0, 1])]
-    assert both["rows"][:2] == first["rows"]
-    assert json.loads((tmp_path / "cost.json").read_text()) == both
+    assert measured == [(B, NAMES)]
+    assert both.steps.items() > first.steps.items()
+    stored = json.loads((tmp_path / "cost.json").read_text())["rows"]
+    assert [row | vars(step) for row, step in zip(stored, both.steps.values(), strict=True)] == stored
     assert measure(B)[1] == []
-    assert measure(A, sizes=[0])[1] == []
-    more, measured = measure(A, sizes=[0, 1, 2])  # a pair's steps are interleaved, so all are remeasured
-    assert measured == [(A, [0, 1, 2])]
-    assert sorted((row["pair"], row["num_paths"]) for row in more["rows"]) == [(A, 0), (A, 1), (A, 2), (B, 0), (B, 1)]
+    assert measure(A, rows=[APP])[1] == []
+    more, measured = measure(A, rows=[APP, ONE_PATH, FCFD])  # a pair's steps are interleaved, so all are remeasured
+    assert measured == [(A, [*NAMES, FCFD.name])]
+    stored = json.loads((tmp_path / "cost.json").read_text())["rows"]
+    assert [(row["pair"], row["name"]) for row in stored] == [*((B, name) for name in NAMES), *more.steps]
 
 
-@pytest.mark.parametrize("other", [{"repeats": 3}, {"batch_size": 8}, {"amp": "bf16"}, "machine", "damaged", "empty"])
+@pytest.mark.parametrize("same", [{"epochs": 2}, {"lr": 0.1}, {"subset": 100}])
+def test_costs_do_not_depend_on_the_length_of_a_run(measure, same):
+    measure(A)
+    assert measure(A, **same)[1] == []
+
+
+@pytest.mark.parametrize(
+    "other",
+    [
+        {"repeats": 3},
+        {"batch_size": 8},
+        {"amp": "bf16"},
+        {"kd_loss": "dkd"},
+        {"teacher_bn": "running"},
+        "machine",
+        "damaged",
+        "empty",
+    ],
+)
 def test_costs_of_other_settings_or_machines_are_measured_again(measure, tmp_path, monkeypatch, other):
     measure(A)
     if other == "machine":
@@ -96,9 +124,9 @@ def test_costs_of_other_settings_or_machines_are_measured_again(measure, tmp_pat
         monkeypatch.setattr(complexity, "machine_of", lambda device: dict(machine))
     elif other in ("damaged", "empty"):
         (tmp_path / "cost.json").write_text('{"settings"' if other == "damaged" else "[]")
-    cost, measured = measure(A, **(other if isinstance(other, dict) else {}))
-    assert measured == [(A, [0, 1])]
-    assert len(cost["rows"]) == 2
+    _, measured = measure(A, **(other if isinstance(other, dict) else {}))
+    assert measured == [(A, NAMES)]
+    assert len(json.loads((tmp_path / "cost.json").read_text())["rows"]) == 2
 
 
 def test_costs_are_kept_across_commits(measure, monkeypatch):
@@ -109,22 +137,32 @@ def test_costs_are_kept_across_commits(measure, monkeypatch):
 
 
 def test_table_shows_the_finished_runs(measure):
-    cost, _ = measure(A, batch_size=11)
+    costs, _ = measure(A, batch_size=11)
     run = {"pair": A, "seed": 1, "teacher": 70.0}
     runs = [run | {"method": "fcfd-num_paths=1", "last": last} for last in (60.0, 62.0)]
-    flops = [f"{row['flops'] / 1e9:.2f}" for row in cost["rows"]]
-    text = num_paths.table([*runs, run | {"method": "fcfd", "last": 90.0}], cost, [A], [0, 1])
-    assert f"\n| {A} | 0 | 0 |  | 1000.0 | 11 | 100 | {flops[0]} |\n" in text
-    assert f"\n| {A} | 1 | 2 | 61.00 ± 1.41 | 1100.0 | 10 | 100 | {flops[1]} |\n" in text
+    text = num_paths.table([*runs, run | {"method": "fcfd", "last": 90.0}], costs, [A], [0, 1])
+    flops = [11 * complexity.formula(A, {"method": "fcfd", "num_paths": n}) / 1e9 for n in (0, 1)]
+    assert f"\n| {A} | 0 | 0 |  | 1000.0 | 11 | 100 | {flops[0]:.2f} |\n" in text
+    assert f"\n| {A} | 1 | 2 | 61.00 ± 1.41 | 1100.0 | 10 | 100 | {flops[1]:.2f} |\n" in text
     assert "90.00" not in text
-    assert "A step: batch 11, amp off, medians of 2; cpu, torch" in text
+    assert "the median of 2" in text
+    assert "Batch 11, amp off; cpu, torch" in text
 
 
-def test_steps_are_measured_with_the_settings_of_the_runs():
-    c = num_paths.cost_settings([A], {"batch_size": 7, "amp": "bf16"}, 5, "cpu")
-    assert (c.batch_size, c.amp, c.repeats, c.device, c.pairs) == (7, "bf16", 5, "cpu", [A])
-    c = num_paths.cost_settings([A], {}, None, "cpu")
-    assert (c.batch_size, c.amp, c.repeats) == (64, "off", 11)
+def test_steps_are_measured_with_the_settings_of_the_runs(measure):
+    settings = measure(A, batch_size=7, amp="bf16", repeats=5)[0].settings
+    assert (settings.batch_size, settings.amp, settings.repeats, settings.device) == (7, "bf16", 5, "cpu")
+    args, given = tables.parse_args(["--pairs", A, "--devices", "cpu"], "", "some", [], tables.add_repeats)
+    settings = tables.cost_settings(args, given)
+    assert (settings.batch_size, settings.amp, settings.repeats) == (64, "off", 11)
+
+
+def test_steps_have_the_options_of_the_runs(measure):
+    row = Row({"method": "fcfd", "positions": [2], "w_func_l2": 0})
+    costs, _ = measure(A, rows=[APP, row], w_func_kl=3, kd_loss="dkd", tckd=2, lr=0.1)
+    given = {"kd_loss": "dkd", "tckd": 2}
+    assert costs.steps[A, "app"].options == {"method": "app"} | given
+    assert costs.steps[A, row.name].options == row.settings | {"w_func_kl": 3} | given
 
 
 @pytest.mark.parametrize(
@@ -135,6 +173,7 @@ def test_steps_are_measured_with_the_settings_of_the_runs():
         (["--simkd"], "--simkd"),
         (["--w-func-prime", "0"], "--w-func-prime"),
         (["--w-func-partial", "1"], "--w-func-partial"),
+        (["--w-func-prime-l2", "1"], "--w-func-prime-l2"),
         (["--repeats", "0"], "--repeats: 0 must"),
         (["--pairs", "resnet14-resnet9"], "resnet8"),
         (["--pairs", "resnet14"], "hyphen"),
