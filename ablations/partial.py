@@ -6,6 +6,9 @@
 L_func feeds the student's feature through all later stages of the teacher, up to its output. L_func-partial stops after
 stage k + 1: L2 to the teacher's F^(k+1), no KL.
 
+Before any run starts, the time and the peak memory of a step of each row are measured on the first of --devices, as in
+ablations/complexity.py, and saved to cost.json.
+
 All other options are those of cifar100.py and go to the runs they apply to.
 """
 
@@ -33,7 +36,7 @@ ROWS = [
 
 def main(argv: list[str] | None = None) -> int:
     """Complete the runs and write the table. Returns the exit code (see `exit_code`)."""
-    return tables.main(argv, __doc__, "partial", HEADER, ROWS, PAIRS)
+    return tables.main(argv, __doc__, "partial", HEADER, ROWS, PAIRS, with_costs=True)
 
 
 if __name__ == "__main__":

@@ -8,6 +8,9 @@ F^4 is the last stage: the bridged feature enters the other network's classifier
 the teacher's classifier, and so one path, this is SRRL's idea, a special case of L_func (App. I). SRRL itself has
 neither L_kd nor L_app at the other stages.
 
+Before any run starts, the time and the peak memory of a step of each row are measured on the first of --devices, as in
+ablations/complexity.py, and saved to cost.json.
+
 All other options are those of cifar100.py and go to the runs they apply to.
 """
 
@@ -33,7 +36,7 @@ ROWS = [
 
 def main(argv: list[str] | None = None) -> int:
     """Complete the runs and write the table. Returns the exit code (see `exit_code`)."""
-    return tables.main(argv, __doc__, "positions", HEADER, ROWS, PAIRS, num_stages=4)
+    return tables.main(argv, __doc__, "positions", HEADER, ROWS, PAIRS, num_stages=4, with_costs=True)
 
 
 if __name__ == "__main__":

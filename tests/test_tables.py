@@ -9,7 +9,7 @@ import torch
 
 import cifar100
 import online_kd
-from ablations import compare, components, loss_terms, partial, positions, tables, train_baseline
+from ablations import compare, complexity, components, loss_terms, partial, positions, tables, train_baseline
 from ablations.rows import ALONE, PAIRS_L2, Row, grid, options_of
 from common.run.device import default_amp, default_device
 from common.run.errors import UserError
@@ -182,6 +182,25 @@ def test_layout():
     assert "n = 2." in tables.layout(["one", "two"], rows, args, complete)
 
 
+def test_layout_with_costs():
+    rows = [(("a",), Row({"method": "kd"})), (("b",), Row({"method": "fcfd"}))]
+    cells = [(pair, name) for pair in ("a-b", "c-d") for name in ("kd", "fcfd")]
+    steps = {key: complexity.Row(*key, {}, seconds=i / 8, megabytes=10 * i) for i, key in enumerate(cells, 1)}
+    costs = tables.Costs(steps, Namespace(batch_size=5, amp="off", repeats=3, device="cpu"))
+    args = Namespace(pairs=["a-b", "c-d"], seeds=[1])
+    text = tables.layout(["row"], rows, args, [result_row("c-d", "kd", 1, 70.0)], costs)
+    assert text.splitlines()[:4] == [
+        "| row | a-b | ms | peak memory (MiB) | c-d | ms | peak memory (MiB) |",
+        "| --- | --- | --- | --- | --- | --- | --- |",
+        "| a |  | 125.0 | 10 | 70.00 | 375.0 | 30 |",
+        "| b |  | 250.0 | 20 |  | 500.0 | 40 |",
+    ]
+    assert "the median of 3" in text
+    assert "Batch 5, amp off; cpu, torch" in text
+    steps["a-b", "kd"].megabytes = 0  # unknown
+    assert costs.cells("a-b", "kd") == ["125.0", ""]
+
+
 def test_online_runs_show_their_teacher():
     row = result_row("a-b", "online-dml", 1, 60.0) | {"best": 61.0, "teacher_last": 70.0, "teacher_best": 71.0}
     text = compare.table([row], {})
@@ -207,13 +226,23 @@ def test_smoke(smoke, capsys, script):
         cells = {cell["method"]: cell for cell in csv.DictReader(file)}
     assert list(cells) == [row.name for _, row in shown]
     lines = (out / "table.md").read_text().splitlines()[2:7]
-    for (start, row), line in zip(shown, lines, strict=True):
+    costs = [[] for _ in shown]
+    if script in (positions, partial):
+        steps = json.loads((out / "cost.json").read_text())["rows"]
+        l2 = cifar100.SETTINGS["other"]["w_l2"]
+        for (_, row), step in zip(shown, steps, strict=True):
+            options = {key: l2 if value == PAIRS_L2 else value for key, value in row.settings.items()}
+            assert (step["pair"], step["name"], step["options"]) == ("resnet14-resnet8", row.name, options)
+        costs = [[f"{1000 * step['seconds']:.1f}", f"{step['megabytes']:.0f}"] for step in steps]
+    for (start, row), line, cost in zip(shown, lines, costs, strict=True):
         result = json.loads((smoke / "runs" / f"resnet14-resnet8-{row.name}-seed1" / "result.json").read_text())
-        assert line == "| " + " | ".join([*start, f"{result['last']['top1']:.2f}"]) + " |"
+        assert line == "| " + " | ".join([*start, f"{result['last']['top1']:.2f}", *cost]) + " |"
         assert float(cells[row.name]["best"]) == result["best"]["top1"]
     before = (out / "table.md").read_text()
     assert script.main(["--smoke", "--out", str(out), "--runs", str(smoke / "runs")]) == 0
-    assert "6 runs, 6 already finished" in capsys.readouterr().out
+    text = capsys.readouterr().out
+    assert "6 runs, 6 already finished" in text
+    assert "measuring" not in text
     assert (out / "table.md").read_text() == before
 
 
@@ -267,6 +296,7 @@ def test_invalid_input_exits_with_one_line_error(tmp_path, capsys, options, expe
     [
         (positions, ["--positions", "2"], "--positions is set by the rows"),
         (positions, ["--pairs", "vgg13-vgg8"], "networks of 5 stages"),
+        (partial, ["--repeats", "0"], "--repeats: 0 must be"),
         (components, ["--w-app", "0"], "--w-app 0: the rows choose"),
         (components, ["--w-func-partial", "3"], "--w-func-partial does not affect any row"),
         (compare, ["--kd-loss", "dkd"], "--kd-loss is set by the rows"),
