@@ -55,8 +55,8 @@ METHODS = {  # their titles in the table, and the options of their runs
 WITH_PATHS = ("fcfd", "plain")
 FLOPS = "FLOPs are of convolutions and linear layers; a multiply-add is two."
 LEGEND = f"""
-Units are those of one forward and backward of the student alone, without SGD, by time and by FLOPs. {FLOPS}
-Paths: |S|.
+Units are those of one forward and backward of the student alone, without SGD, by time and by FLOPs.
+{FLOPS} Paths: |S|.
 """
 SMOKE = ["--pairs", "resnet14-resnet8", "--methods", *METHODS, "--num-paths", "0", "2", "--batch-size", "4"]
 SMOKE += ["--repeats", "2", "--out", "results/complexity/smoke"]

@@ -7,7 +7,8 @@ L_func feeds the student's feature through all later stages of the teacher, up t
 stage k + 1: L2 to the teacher's F^(k+1), no KL.
 
 Before any run starts, the time and the peak memory of a step of each row are measured on the first of --devices, as in
-ablations/complexity.py, and saved to cost.json.
+ablations/complexity.py, and saved to cost.json. Mixed paths run up to the logits in every row, although L_func-partial
+alone reads only stage k + 1, so its cost includes stages that it does not need.
 
 All other options are those of cifar100.py and go to the runs they apply to.
 """
