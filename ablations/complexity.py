@@ -1,8 +1,8 @@
 """Cost of a training step (Tab. 11, H.1; App. H): time, images/s, peak memory and FLOPs.
 
-    python ablations/complexity.py                                       FCFD on resnet32x4-resnet8x4, every |S|
-    python ablations/complexity.py --pairs all --num-paths 2             the ten published pairs
-    python ablations/complexity.py --methods kd dkd reviewkd crd fcfd    Tab. 11: several methods
+    python ablations/complexity.py                                           FCFD on resnet32x4-resnet8x4, every |S|
+    python ablations/complexity.py --pairs all --num-paths 2                 the ten published pairs
+    python ablations/complexity.py --methods kd dkd app reviewkd crd fcfd    Tab. 11: several methods
 
 The steps are in ablations/steps.py. The unit is one forward and backward of the student alone, in plain eager NCHW
 float32. "plain" is FCFD's step in that form. Each step samples its own paths, so its median is also over paths of

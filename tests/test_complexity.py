@@ -12,12 +12,15 @@ from common.models import build
 FCFD = {"method": "fcfd", "num_paths": 2}
 
 
+SMOKE = ["--smoke", "--device", "cpu", "--amp", "off"]
+
+
 def smoke_settings(*options):
-    return complexity.parse_args(["--smoke", "--device", "cpu", *options])
+    return complexity.parse_args([*SMOKE, *options])
 
 
 def test_smoke(tmp_path, capsys):
-    assert complexity.main(["--smoke", "--device", "cpu", "--out", str(tmp_path)]) == 0
+    assert complexity.main([*SMOKE, "--out", str(tmp_path)]) == 0
     numbers = json.loads((tmp_path / "rows.json").read_text())
     rows = {(row["name"], row["options"].get("num_paths")): row for row in numbers["rows"]}
     once = [(name, None) for name in ("alone", "kd", "dkd", "app", "reviewkd", "crd")]
@@ -47,7 +50,7 @@ def test_smoke(tmp_path, capsys):
     expected += f"{4 / row['seconds']:.0f} | {row['megabytes']:.0f} | {row['flops'] / 1e9:.2f} | "
     assert expected + f"{row['flops'] / unit['flops']:.2f} |" in text
     fewer = ["--methods", "fcfd", "kd", "--num-paths", "2"]
-    assert complexity.main(["--smoke", "--device", "cpu", "--out", str(tmp_path), *fewer]) == 0
+    assert complexity.main([*SMOKE, "--out", str(tmp_path), *fewer]) == 0
     assert "resnet14-resnet8: kept" in capsys.readouterr().out
     assert json.loads((tmp_path / "rows.json").read_text()) == numbers
     lines = text.splitlines()

@@ -69,7 +69,7 @@ def measure(tmp_path, monkeypatch):
     def measure(*pairs, rows=(APP, ONE_PATH), repeats=2, **options):
         measured.clear()
         argv = ["--pairs", *pairs, "--out", str(tmp_path), "--devices", "cpu", "--repeats", str(repeats)]
-        argv += ["--dataset", "synthetic", *to_argv(options)]
+        argv += ["--dataset", "synthetic", *to_argv({"amp": "off"} | options)]
         args, given = tables.parse_args(argv, "", "some", [], tables.add_repeats)
         return tables.measure_steps(args, given, grid(args, given, list(rows))), list(measured)
 
@@ -154,7 +154,7 @@ def test_steps_are_measured_with_the_settings_of_the_runs(measure):
     assert (settings.batch_size, settings.amp, settings.repeats, settings.device) == (7, "bf16", 5, "cpu")
     args, given = tables.parse_args(["--pairs", A, "--devices", "cpu"], "", "some", [], tables.add_repeats)
     settings = tables.cost_settings(args, given)
-    assert (settings.batch_size, settings.amp, settings.repeats) == (64, "off", 11)
+    assert (settings.batch_size, settings.amp, settings.repeats) == (64, given["amp"], 11)
 
 
 def test_steps_have_the_options_of_the_runs(measure):
