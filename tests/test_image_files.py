@@ -1,18 +1,30 @@
 """Reading images from files, independent of the number of workers and split over ranks."""
 
+import io
 import shutil
 import signal
 
 import numpy as np
 import pytest
 import torch
-from PIL import Image
+from PIL import ExifTags, Image
 from running import write_images
 from torchvision import transforms
-from torchvision.transforms import functional
 
+from common.data import image_files
 from common.data.batches import normalize
-from common.data.image_files import MEAN, STD, ImageFiles, Shard, eval_loader, list_files, list_test_files, train_loader
+from common.data.folders import open_rgb
+from common.data.image_files import (
+    MEAN,
+    STD,
+    ImageFiles,
+    Shard,
+    eval_loader,
+    list_files,
+    list_test_files,
+    read_pixels,
+    train_loader,
+)
 from common.randomness import derive_seed
 from common.run.errors import UserError
 
@@ -57,24 +69,87 @@ def test_augmentation_is_seeded_and_leaves_the_global_generator_unchanged(folder
             assert not torch.equal(views[i], views[j])
 
 
-def test_augmentation_matches_torchvision(folder):
-    path, label = list_files(folder).train[10]
-    image = Image.open(path).convert("RGB")
-    seen = {"flipped": 0, "kept": 0}
+@pytest.mark.parametrize("name", ["0.JPEG", "0.png"])
+def test_augmentation_matches_torchvision(tmp_path, name):
+    """The draws of torchvision's transforms of PIL images for the same seed, and their pixels up to rounding."""
+    noise = np.random.default_rng(0).integers(0, 256, (90, 120, 3), np.uint8)
+    Image.fromarray(noise).save(tmp_path / name)
+    image = Image.open(tmp_path / name).convert("RGB")
+    reference = transforms.Compose([transforms.RandomResizedCrop(32), transforms.RandomHorizontalFlip()])
     for epoch in range(40):
-        ours, ours_label = ImageFiles([(path, label)], 32, seed=1)[epoch, 0]
-        assert ours_label == label == 1
+        ours, label = ImageFiles([(str(tmp_path / name), 1)], 32, seed=1)[epoch, 0]
+        assert label == 1
         assert ours.dtype == torch.uint8
-        assert ours.shape == (32, 32, 3)
-        with torch.random.fork_rng(devices=[]):  # torchvision's crop for the same seed
+        assert ours.is_contiguous()
+        with torch.random.fork_rng(devices=[]):
             torch.manual_seed(derive_seed(1, epoch, "augmentation", 0))
-            crop = transforms.RandomResizedCrop(32)(image)
-        if np.array_equal(ours.numpy(), np.asarray(functional.hflip(crop))):
-            seen["flipped"] += 1
-        elif np.array_equal(ours.numpy(), np.asarray(crop)):
-            seen["kept"] += 1
-    assert sum(seen.values()) == 40
-    assert min(seen.values()) >= 8  # a fair coin has fewer with probability 1 in 20,000
+            theirs = np.array(reference(image))
+        assert np.abs(ours.numpy().astype(int) - theirs).max() <= 1
+
+
+def jpeg(mode="RGB", **options):
+    """The bytes of a JPEG of smooth colors."""
+    file, colors = io.BytesIO(), np.random.default_rng(0).integers(0, 256, (6, 8, 3), np.uint8)
+    Image.fromarray(colors).resize((61, 47)).convert(mode).save(file, "JPEG", **options)
+    return file.getvalue()
+
+
+def png(mode):
+    file = io.BytesIO()
+    Image.open(io.BytesIO(jpeg())).convert(mode).save(file, "PNG")
+    return file.getvalue()
+
+
+rotated = Image.Exif()
+rotated[ExifTags.Base.Orientation] = 6
+JPEGS = {
+    "photograph": jpeg(),
+    "full chroma": jpeg(subsampling=0, quality=95),
+    "progressive": jpeg(progressive=True),
+    "gray": jpeg("L"),
+    "RGB stored": jpeg(keep_rgb=True),
+    "rotated": jpeg(exif=rotated),
+    "followed by other bytes": jpeg() + b"more",
+}
+OTHERS = {"CMYK": jpeg("CMYK"), "PNG": png("RGB"), "palette": png("P"), "alpha": png("RGBA"), "16 bits": png("I;16")}
+
+
+@pytest.mark.parametrize("name", [*JPEGS, *OTHERS])
+def test_torchvision_decodes_only_plain_jpegs_and_agrees_with_pil(tmp_path, monkeypatch, name):
+    calls, path = [], tmp_path / "image.JPEG"
+    path.write_bytes((JPEGS | OTHERS)[name])
+    expected = np.asarray(open_rgb(str(path)))
+    decode = image_files.decode_jpeg
+    monkeypatch.setattr(image_files, "decode_jpeg", lambda *args: calls.append(1) or decode(*args))
+    pixels = read_pixels(str(path))
+    assert len(calls) == (name in JPEGS)
+    assert pixels.shape == (47, 61, 3)
+    assert np.abs(pixels.numpy().astype(int) - expected).max() <= 1  # their versions of libjpeg may differ
+    monkeypatch.setattr(image_files, "decode_jpeg", None)  # as in a torchvision without it
+    assert np.array_equal(read_pixels(str(path)).numpy(), expected)
+
+
+def test_pil_decides_whether_a_damaged_jpeg_is_read(tmp_path):
+    path, whole = tmp_path / "image.JPEG", JPEGS["photograph"]
+    for end in (2, 300, len(whole) // 2, len(whole) - 2):
+        path.write_bytes(whole[:end])
+        with pytest.raises(UserError) as expected:
+            open_rgb(str(path))
+        with pytest.raises(UserError) as error:
+            read_pixels(str(path))
+        assert str(error.value) == str(expected.value)
+    path.write_bytes(whole[:-200] + bytes(5000))  # without an end marker, but with enough data for every pixel
+    with pytest.raises(RuntimeError):
+        image_files.decode_jpeg(torch.from_numpy(np.fromfile(path, np.uint8)))
+    assert np.array_equal(read_pixels(str(path)).numpy(), np.asarray(open_rgb(str(path))))
+
+
+def test_decompression_bombs_are_refused(tmp_path, monkeypatch):
+    path = tmp_path / "image.JPEG"
+    path.write_bytes(JPEGS["photograph"])
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 1000)
+    with pytest.raises(UserError, match="decompression bomb"):
+        read_pixels(str(path))
 
 
 def test_evaluation_images_match_torchvision(folder):

@@ -4,6 +4,7 @@ Augmentation depends only on (seed, epoch, index) and the order only on (seed, e
 nor resuming changes the batches. Each rank reads its shard of every global batch.
 """
 
+import contextlib
 import hashlib
 import os
 import signal
@@ -16,15 +17,22 @@ from typing import Any
 
 import numpy as np
 import torch
+from PIL import Image
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 from torchvision import transforms
+from torchvision.transforms.v2 import functional
 
 from ..randomness import derive_seed, generator
 from ..run.errors import UserError, raise_if_signaled
 from .batches import normalize
 from .folders import image_folders, open_rgb
 from .sources import SUBSET_OPTIONS, balanced_subset
+
+try:
+    from torchvision.io import decode_jpeg
+except ImportError:  # deprecated since torchvision 0.29; PIL reads the same pixels, more slowly
+    decode_jpeg = None
 
 MEAN = (0.485, 0.456, 0.406)  # of ImageNet
 STD = (0.229, 0.224, 0.225)
@@ -87,12 +95,9 @@ class ImageFiles(Dataset):
         # Not a list: updating the reference counts of a million strings would copy their memory pages in every worker.
         self.paths = np.array([os.fsencode(path) for path, _ in samples])
         self.labels = np.array([label for _, label in samples])
-        self.seed = seed
-        if seed is None:
-            steps = [transforms.Resize(round(size * 256 / 224)), transforms.CenterCrop(size)]
-        else:
-            steps = [transforms.RandomResizedCrop(size), transforms.RandomHorizontalFlip()]
-        self.transform = transforms.Compose(steps)
+        self.size, self.seed = size, seed
+        # PIL, as for the published accuracies: torchvision resizes faster, but some pixels are rounded differently.
+        self.center = transforms.Compose([transforms.Resize(round(size * 256 / 224)), transforms.CenterCrop(size)])
 
     def __len__(self) -> int:
         return len(self.labels)
@@ -100,16 +105,48 @@ class ImageFiles(Dataset):
     def __getitem__(self, key: tuple[int, int]) -> tuple[Tensor, int]:
         epoch, index = key
         path, label = os.fsdecode(self.paths[index]), int(self.labels[index])
-        with warnings.catch_warnings(), torch.random.fork_rng(devices=[]):
-            warnings.simplefilter("ignore")  # PIL warns about unusual but readable files
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # PIL warns about unusual but readable files, torchvision about its decoder
+            if self.seed is not None:
+                seed = derive_seed(self.seed, epoch, "augmentation", index)
+                return augment(read_pixels(path), self.size, seed), label
             image = open_rgb(path)
-            if self.seed is not None:  # torchvision's transforms use PyTorch's global generator
-                torch.default_generator.manual_seed(derive_seed(self.seed, epoch, "augmentation", index))
             try:
-                image = self.transform(image)
+                image = self.center(image)
             except MemoryError as error:
                 raise UserError(f"the image {path} is too large to resize: remove or replace it") from error
         return torch.from_numpy(np.array(image)), label
+
+
+def read_pixels(path: str) -> Tensor:
+    """Read an image as uint8 [H, W, 3]: the pixels of `open_rgb`, faster if the file is a gray or RGB JPEG.
+
+    Raises:
+        UserError: the image cannot be read; the message names it.
+    """
+    if decode_jpeg:
+        with contextlib.suppress(Exception):  # open_rgb can read some files that fail here, and reports the others
+            with Image.open(path) as image:
+                plain = image.format == "JPEG" and image.mode in ("L", "RGB")  # CMYK may be converted differently
+            if plain:
+                return decode_jpeg(torch.from_numpy(np.fromfile(path, np.uint8)), "RGB").permute(1, 2, 0)
+    return torch.from_numpy(np.array(open_rgb(path)))
+
+
+def augment(image: Tensor, size: int, seed: int) -> Tensor:
+    """torchvision's RandomResizedCrop(size) and RandomHorizontalFlip, drawn from `seed`.
+
+    An image uint8 [H, W, 3] becomes uint8 [size, size, 3]; pixels differ from those of PIL images by rounding.
+    """
+    with torch.random.fork_rng(devices=[]):  # get_params uses PyTorch's global generator
+        torch.default_generator.manual_seed(seed)
+        top, left, height, width = transforms.RandomResizedCrop.get_params(
+            image.permute(2, 0, 1), scale=(0.08, 1), ratio=(3 / 4, 4 / 3)
+        )
+        flip = torch.rand(1).item() < 0.5
+    crop = image[top : top + height, left : left + width].contiguous()  # a view would be resized more slowly
+    crop = functional.resize(crop.permute(2, 0, 1), [size, size], antialias=True)
+    return (crop.flip(2) if flip else crop).permute(1, 2, 0).contiguous()
 
 
 @dataclass
