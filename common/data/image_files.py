@@ -6,6 +6,7 @@ nor resuming changes the batches. Each rank reads its shard of every global batc
 
 import contextlib
 import hashlib
+import math
 import os
 import signal
 import time
@@ -108,8 +109,8 @@ class ImageFiles(Dataset):
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # PIL warns about unusual but readable files, torchvision about its decoder
             if self.seed is not None:
-                seed = derive_seed(self.seed, epoch, "augmentation", index)
-                return augment(read_pixels(path), self.size, seed), label
+                rng = torch.Generator().manual_seed(derive_seed(self.seed, epoch, "augmentation", index))
+                return augment(read_pixels(path), self.size, rng), label
             image = open_rgb(path)
             try:
                 image = self.center(image)
@@ -133,20 +134,31 @@ def read_pixels(path: str) -> Tensor:
     return torch.from_numpy(np.array(open_rgb(path)))
 
 
-def augment(image: Tensor, size: int, seed: int) -> Tensor:
-    """torchvision's RandomResizedCrop(size) and RandomHorizontalFlip, drawn from `seed`.
+def augment(image: Tensor, size: int, rng: torch.Generator) -> Tensor:
+    """torchvision's RandomResizedCrop(size) and RandomHorizontalFlip with the draws of `rng`.
 
-    An image uint8 [H, W, 3] becomes uint8 [size, size, 3]; pixels differ from those of PIL images by rounding.
+    An image uint8 [H, W, 3] becomes uint8 [size, size, 3]. The resize of tensors is faster than PIL's and antialiased
+    alike; pixels differ by rounding.
     """
-    with torch.random.fork_rng(devices=[]):  # get_params uses PyTorch's global generator
-        torch.default_generator.manual_seed(seed)
-        top, left, height, width = transforms.RandomResizedCrop.get_params(
-            image.permute(2, 0, 1), scale=(0.08, 1), ratio=(3 / 4, 4 / 3)
-        )
-        flip = torch.rand(1).item() < 0.5
+    top, left, height, width = draw_crop(*image.shape[:2], rng)
     crop = image[top : top + height, left : left + width].contiguous()  # a view would be resized more slowly
     crop = functional.resize(crop.permute(2, 0, 1), [size, size], antialias=True)
+    flip = torch.rand(1, generator=rng).item() < 0.5
     return (crop.flip(2) if flip else crop).permute(1, 2, 0).contiguous()
+
+
+def draw_crop(height: int, width: int, rng: torch.Generator) -> tuple[int, int, int, int]:
+    """(top, left, height, width) of torchvision's RandomResizedCrop, which needs PyTorch's global generator."""
+    for _ in range(10):
+        area = height * width * torch.empty(1).uniform_(0.08, 1, generator=rng).item()
+        ratio = math.exp(torch.empty(1).uniform_(math.log(3 / 4), math.log(4 / 3), generator=rng).item())
+        w, h = round(math.sqrt(area * ratio)), round(math.sqrt(area / ratio))
+        if 0 < w <= width and 0 < h <= height:
+            top = torch.randint(height - h + 1, (1,), generator=rng).item()
+            left = torch.randint(width - w + 1, (1,), generator=rng).item()
+            return top, left, h, w
+    h, w = min(height, round(width * 4 / 3)), min(width, round(height * 4 / 3))  # the largest allowed, in the center
+    return (height - h) // 2, (width - w) // 2, h, w
 
 
 @dataclass
