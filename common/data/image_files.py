@@ -211,7 +211,7 @@ def _loader(
     return DataLoader(
         files,
         batch_sampler=batches,
-        num_workers=workers,
+        num_workers=workers,  # each prepares two batches: 38 MB for 256 images of 224x224
         pin_memory=device.type == "cuda",
         persistent_workers=workers > 0,
         worker_init_fn=ignore_interrupts,
