@@ -4,7 +4,7 @@
     OMP_NUM_THREADS=1 python ablations/reading.py --data-dir DIR --workers 8
 
 DIR holds train/<class>/* and val/<class>/*. Without it, 100 images are generated with the spectrum of photographs
-(1/frequency) and saved with quality 90 to 95, about 130 KB each. The files are in the page cache after the first pass,
+(1/frequency) and saved with quality 90 to 95, about 130 KiB each. The files are in the page cache after the first pass,
 which is not counted, so reading from the disk is not included. Nor is normalization, which runs on the GPU.
 """
 
