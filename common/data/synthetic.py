@@ -94,6 +94,14 @@ def _rotate(x: np.ndarray, y: np.ndarray, angle: np.ndarray) -> tuple[np.ndarray
 
 def _signed_distance(u: np.ndarray, v: np.ndarray, shape: np.ndarray, radius: np.ndarray) -> np.ndarray:
     """Approximate signed distance in pixels to the outline of each image's shape, positive inside: [n, H, W]."""
+    distances = np.empty(u.shape)  # float64, as the polygons
+    for i in np.unique(shape):
+        chosen = shape == i
+        distances[chosen] = _distance_to(SHAPES[i], u[chosen], v[chosen], radius[chosen])
+    return distances
+
+
+def _distance_to(name: str, u: np.ndarray, v: np.ndarray, radius: np.ndarray) -> np.ndarray:
     r, theta = np.hypot(u, v), np.arctan2(v, u)
 
     def polygon(sides):
@@ -101,18 +109,18 @@ def _signed_distance(u: np.ndarray, v: np.ndarray, shape: np.ndarray, radius: np
         return radius * 1.1 * np.cos(np.pi / sides) - r * np.cos(sector)
 
     distances = {
-        "disc": radius - r,
-        "ellipse": radius - np.hypot(u * 0.8, v * 1.9),
-        "ring": np.minimum(radius - r, r - 0.55 * radius),
-        "crescent": np.minimum(radius - r, np.hypot(u - 0.5 * radius, v) - 0.75 * radius),
-        "triangle": polygon(3),
-        "square": polygon(4),
-        "hexagon": polygon(6),
-        "trefoil": radius * (0.7 + 0.35 * np.cos(3 * theta)) - r,
-        "star": radius * (0.75 + 0.3 * np.cos(5 * theta)) - r,
-        "cross": np.minimum(radius - np.maximum(abs(u), abs(v)), 0.35 * radius - np.minimum(abs(u), abs(v))),
+        "disc": lambda: radius - r,
+        "ellipse": lambda: radius - np.hypot(u * 0.8, v * 1.9),
+        "ring": lambda: np.minimum(radius - r, r - 0.55 * radius),
+        "crescent": lambda: np.minimum(radius - r, np.hypot(u - 0.5 * radius, v) - 0.75 * radius),
+        "triangle": lambda: polygon(3),
+        "square": lambda: polygon(4),
+        "hexagon": lambda: polygon(6),
+        "trefoil": lambda: radius * (0.7 + 0.35 * np.cos(3 * theta)) - r,
+        "star": lambda: radius * (0.75 + 0.3 * np.cos(5 * theta)) - r,
+        "cross": lambda: np.minimum(radius - np.maximum(abs(u), abs(v)), 0.35 * radius - np.minimum(abs(u), abs(v))),
     }
-    return np.choose(_column(shape), [distances[name] for name in SHAPES])
+    return distances[name]()
 
 
 def _random_color(n: int, rng: np.random.Generator) -> np.ndarray:
