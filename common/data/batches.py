@@ -73,8 +73,9 @@ def train_batches(data: ImageSet, batch_size: int, seed: int, epoch: int) -> Ite
         yield normalize(images), data.labels[index]
 
 
-def eval_batches(data: ImageSet, batch_size: int = 500) -> Iterator[tuple[Tensor, Tensor]]:
+def eval_batches(data: ImageSet, batch_size: int | None = None) -> Iterator[tuple[Tensor, Tensor]]:
     """Normalized batches in dataset order: (images float32 [B, 3, 32, 32], labels [B])."""
+    batch_size = batch_size or (500 if data.labels.is_cuda else 100)  # features of 100 images stay in a CPU's cache
     for i in range(0, len(data), batch_size):
         batch = slice(i, i + batch_size)
         yield normalize(data.images[batch]), data.labels[batch]
