@@ -70,6 +70,9 @@ def open_device(name: str, fixed_size: bool = True) -> torch.device:
             torch.cuda.set_device(device)  # for events and pinned memory
     except (RuntimeError, AssertionError) as error:
         raise _no_device(name, error) from error
+    if device.type == "cpu":
+        # After freeing a large block, glibc keeps freed memory. Otherwise, every step would page-fault for it again.
+        torch.empty(2**25 - 2**12, dtype=torch.uint8)
     torch.backends.cudnn.benchmark = fixed_size
     torch.backends.cudnn.conv.fp32_precision = "ieee"  # PyTorch's default for convolutions is TF32
     return device
