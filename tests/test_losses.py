@@ -116,3 +116,9 @@ def test_targets_are_detached_and_results_are_float32(loss):
 def test_dkd_rejects_a_single_class():
     with pytest.raises(ValueError, match="two classes"):
         dkd(torch.zeros(2, 1), torch.zeros(2, 1), 4.0, torch.zeros(2, dtype=torch.int64))
+
+
+def test_gradient_of_l2_is_in_channels_last():
+    feature, target = (torch.randn(2, 3, 4, 5).to(memory_format=torch.channels_last) for _ in range(2))
+    (gradient,) = torch.autograd.grad(l2(feature.requires_grad_(), target), feature)
+    assert gradient.is_contiguous(memory_format=torch.channels_last)
