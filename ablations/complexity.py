@@ -6,8 +6,7 @@
 
 The steps are in ablations/steps.py. The unit is one forward and backward of the student alone, in plain eager NCHW
 float32. "plain" is FCFD's step in that form. Each step samples its own paths, so its median is also over paths of
-different cost, and its peak memory is that of the most expensive ones. All of them are run once before anything is
-measured.
+different cost, and its peak memory is the maximum over them. All of them are run once before anything is measured.
 
 FLOPs are of convolutions and linear layers; a multiply-add is two. They follow App. H's formula (ablations/flops.py) in
 expectation over S. Those of ReviewKD and CRD are counted in a step, CRD's with the products of the embeddings and the
@@ -86,7 +85,7 @@ def parse_args(argv: list[str] | None = None) -> Namespace:
     add("--methods", choices=METHODS, nargs="+", help="besides the unit (default: fcfd plain)")
     add("--num-paths", type=count_or_zero, nargs="+", metavar="N", help="|S| of FCFD (default: each; with --methods 2)")
     add("--batch-size", type=count, default=64, metavar="N", help="images per step")
-    add("--repeats", type=count, default=11, metavar="N", help="steps behind each time")
+    add("--repeats", type=count, default=11, metavar="N", help="timed steps, for the median")
     add("--device", default=default_device(), help="cpu, cuda, cuda:N or mps")
     add("--amp", choices=AMP, help="precision of autocast (default: as in cifar100.py)")
     add("--out", metavar="DIR", help="default: results/complexity, or results/complexity/methods with --methods")
@@ -174,7 +173,7 @@ def read_rows(file: Path, found: dict[str, Any]) -> list[dict[str, Any]]:
 
 
 def keep(row: Row, stored: list[dict[str, Any]]) -> bool:
-    """Set the numbers of a row from the same step among those stored, and return whether it is there."""
+    """Copy the stored measurements of the same step to `row`. Returns whether there are any."""
     for values in stored:
         if all(values[key] == getattr(row, key) for key in ("pair", "name", "options")):
             row.seconds, row.megabytes, row.flops = (values[key] for key in ("seconds", "megabytes", "flops"))
@@ -193,7 +192,7 @@ def measure_time(rows: list[Row], args: Namespace) -> None:
 
 
 def flops_of(row: Row, args: Namespace) -> float:
-    """By the formula, or counted in a step if there is none; for the rows of this table."""
+    """FLOPs of a batch, by App. H's formula or, for ReviewKD and CRD, counted in a step."""
     if row.options.get("method") in BASELINES:
         step = row.build(args)
         with flops.counter() as counter:

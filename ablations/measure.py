@@ -20,14 +20,14 @@ class Step:
     """A training step: `run(i)` does step i = 0, 1, ...
 
     Attributes:
-        distinct: the numbers of steps that differ in their paths; all others repeat the paths of one of these.
+        distinct: numbers of steps with distinct sets of paths; every other step repeats one of these.
     """
 
     run: Callable[[int], None]
     distinct: Sequence[int] = (0,)
 
     def run_distinct(self) -> None:
-        """Do each distinct step once. The first time, cuDNN searches for algorithms and SGD allocates its momentum."""
+        """Do each distinct step once. In the first ones, cuDNN benchmarks algorithms and SGD allocates momentum."""
         for i in self.distinct:
             self.run(i)
 

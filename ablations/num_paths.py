@@ -46,7 +46,7 @@ def path_counts(pairs: list[str]) -> list[int]:
 
 
 def check_settings(given: dict[str, Any]) -> None:
-    """Raise a UserError for an option of cifar100.py with which |S| or FLOPs in the table would be wrong."""
+    """Raise a UserError for an option of cifar100.py that would make |S| or the FLOPs in the table wrong."""
     for key, value in given.items():
         if key in ("num_paths", "positions", "simkd") or (key.startswith("w_") and not value):
             raise UserError(f"{option(key)} changes the paths or the steps that are compared here: omit it")

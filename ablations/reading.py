@@ -5,7 +5,7 @@
 
 DIR holds train/<class>/* and val/<class>/*. Without it, 100 images are generated with the spectrum of photographs
 (1/frequency) and saved with quality 90 to 95, about 130 KiB each. The files are in the page cache after the first pass,
-which is not counted, so reading from the disk is not included. Nor is normalization, which runs on the GPU.
+which is not counted, so reading from the disk is not included. Normalization runs on the GPU and is excluded too.
 """
 
 import sys
@@ -34,7 +34,7 @@ CPU = torch.device("cpu")
 
 
 def photograph(rng: np.random.Generator, width: int = 500, height: int = 375) -> Image.Image:
-    """A random image: noise whose amplitude is 1 / frequency, mostly the same in the three channels."""
+    """A random image: noise whose amplitude is 1 / frequency, strongly correlated across channels."""
 
     def noise() -> np.ndarray:
         frequency = np.hypot(np.fft.fftfreq(height)[:, None], np.fft.rfftfreq(width))
@@ -101,7 +101,8 @@ def main(argv: list[str] | None = None) -> int:
                 )
             rows = []
             for name, samples in splits.items():
-                samples = [samples[i % len(samples)] for i in range(args.images)]
+                step = max(1, len(samples) // args.images)  # of all classes, which are listed in order
+                samples = [samples[i * step % len(samples)] for i in range(args.images)]
                 rates = [images_per_second(samples, args, name == "training", workers) for workers in (0, args.workers)]
                 rows.append([name, *(f"{rate:.0f}" for rate in rates)])
         print(markdown(["images/s", "main process", f"{args.workers} workers"], rows))

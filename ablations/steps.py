@@ -1,11 +1,11 @@
 """The training step of a run on a batch of noise, to measure what it costs.
 
-A run of cifar100.py    forward along all paths, loss terms, backward, SGD
-of train_baseline.py    the step of ReviewKD or CRD, whose banks are those of CIFAR-100
-the unit                one forward and backward of the student, without SGD
+cifar100.py          forward along all paths, loss terms, backward, SGD
+train_baseline.py    the step of ReviewKD or CRD; CRD's banks have the size of CIFAR-100
+the unit             one forward and backward of the student, without SGD
 
-Steps of runs are in the form of training: channels_last and autocast. The plain form, also that of the unit, is eager
-NCHW float32.
+The steps of both scripts use channels_last and autocast, as in training. The plain form is NCHW float32; the unit has
+it too.
 """
 
 from argparse import Namespace
@@ -98,7 +98,7 @@ def cifar100_loss(
 
 
 def baseline_loss(words: list[str], images: Tensor, labels: Tensor) -> tuple[list[nn.Module], Loss, list[int]]:
-    """The same for train_baseline.py, whose steps are alike."""
+    """The same for train_baseline.py; all its steps cost the same."""
     args = train_baseline.parse_args(words)
     student, teacher = train_baseline.build_networks(args, CLASSES)
     method = train_baseline.build_method(args.method, teacher, student, torch.randint(CLASSES, (IMAGES,)))

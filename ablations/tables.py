@@ -20,7 +20,7 @@ from ablations.cells import markdown, mean_and_deviation, run_cells, to_argv, wi
 from ablations.rows import Cells, Row, assignment, grid
 from common.models import build
 from common.run.checkpoint import write_atomically
-from common.run.device import check_device
+from common.run.device import check_device, open_device
 from common.run.errors import UserError, exit_code
 from common.run.folder import locked
 from common.run.options import Parser, option
@@ -125,7 +125,7 @@ class Costs:
 
 def add_repeats(parser: Parser) -> None:
     """The option of a table with costs; see `parse_args`."""
-    parser.add_argument("--repeats", type=count, metavar="N", help="steps behind each time (default: 11)")
+    parser.add_argument("--repeats", type=count, metavar="N", help="timed steps, for the median (default: 11)")
 
 
 def cost_settings(args: Namespace, given: dict[str, Any]) -> Namespace:
@@ -139,7 +139,7 @@ def cost_settings(args: Namespace, given: dict[str, Any]) -> Namespace:
 def measure_steps(args: Namespace, given: dict[str, Any], cells: Cells) -> Costs:
     """Measure a step of each row, on the first of --devices, or read it from cost.json in --out.
 
-    It is measured again if an option of the run, except for NOT_OF_STEP, or of `cost_settings` or the machine differs.
+    It is measured again if the machine, `cost_settings`, or an option of the run outside NOT_OF_STEP differs.
 
     Raises:
         UserError: as `with_dependencies`; raised before anything is measured.
@@ -151,6 +151,7 @@ def measure_steps(args: Namespace, given: dict[str, Any], cells: Cells) -> Costs
     with_dependencies(cells.values())
     for folder in (args.out, args.runs):
         folder.mkdir(parents=True, exist_ok=True)
+    open_device(settings.device)
     with locked(args.runs):  # concurrent runs would slow down the steps
         by_pair = [[step for step in steps.values() if step.pair == pair] for pair in args.pairs]
         complexity.measure(by_pair, settings, args.out / "cost.json")

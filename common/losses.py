@@ -55,6 +55,6 @@ def l2(feature: Tensor, target: Tensor, pooled: bool = False) -> Tensor:
     input. The L2 terms of Eq. 9 use it at the last stage.
     """
     feature, target = feature.float(), target.detach().float()
-    # Channels last, so that the gradient is as well: that of F.mse_loss is contiguous, which is slower.
+    # F.mse_loss returns a contiguous gradient: with channels last it has the features' memory format, which is faster.
     loss = F.mse_loss(feature.movedim(1, -1), target.movedim(1, -1))
     return loss + F.mse_loss(pool(feature), pool(target)) if pooled else loss

@@ -16,7 +16,7 @@ from PIL import Image
 import cifar100
 
 SMALL = ["--dataset", "synthetic", "--subset", "120", "--test-subset", "60", "--batch-size", "32", "--device", "cpu"]
-SMALL += ["--amp", "off"]  # not what this CPU supports
+SMALL += ["--amp", "off"]  # the same on every CPU
 TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
 PAIR = ["--teacher", "resnet14", "--student", "resnet8", *SMALL]
 FEW_IMAGES = ["--subset", 40, "--test-subset", 20]  # two steps; overrides SMALL and must follow it

@@ -30,7 +30,6 @@ from common.models import build
 from common.multipath_bn import track_paths
 from common.paths import candidate_paths, sample_paths
 
-TEACHER = "synthetic-subset120-resnet14-alone-1ep-seed1"
 METHODS = {
     "kd": {"task", "kd"},
     "app": {"task", "kd", "app"},
@@ -292,7 +291,7 @@ def test_diverging_run_keeps_the_last_good_epoch(tmp_path, capsys, monkeypatch):
             "another term a weight",
         ),
         (
-            [*PAIR[:4], "--epochs", 1, "--out", f"{TEACHER}-off"],
+            [*PAIR[:4], "--epochs", 1, "--out", "synthetic-subset120-resnet14-alone-1ep-seed1-off"],
             "choose another --out",
         ),
         ([*PAIR[:4], "--positions", 4, "--w-func-kl", 0, "--w-func-prime", 0, "--num-paths", 1], "0 candidates"),

@@ -83,7 +83,7 @@ def test_boxes_and_losses_are_those_of_a_float32_run(net):
 
 @pytest.mark.parametrize("dtype", HALF)
 def test_frozen_batchnorm_in_half_precision(dtype):
-    """Only the result is rounded, which is not so if scale and bias are."""
+    """Only the result is rounded; scale and bias stay float32."""
     torch.manual_seed(0)
     layer = FrozenBatchNorm(8)
     layer.weight, layer.bias, layer.running_mean = (torch.randn(8) for _ in range(3))

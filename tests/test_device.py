@@ -58,7 +58,7 @@ def test_script_prints_the_default_precision_and_stores_it(monkeypatch, tmp_path
     for supported, amp in ((True, "bf16"), (False, "off")):
         cpu_with_bf16(monkeypatch, supported)
         printed = call(capsys, *ALONE)
-        assert f"cpu, amp {amp} (this CPU has {'' if supported else 'no '}bfloat16 instructions); runs/" in printed
+        assert f"cpu, amp {amp} (this CPU {'has' if supported else 'lacks'} AVX512-BF16); runs/" in printed
         folder = Path(f"runs/synthetic-subset40-resnet8-alone-1ep-seed1-{amp}")
         assert read_config(folder)["amp"] == amp
     assert len(list(Path("runs").iterdir())) == 2
@@ -138,13 +138,17 @@ def test_unused_gpu_is_reported(monkeypatch, tmp_path):
         return describe_device(Namespace(device="cpu", amp="off", given={*given, "amp"}, resume=False))
 
     file = tmp_path / "nvidiactl"
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     monkeypatch.setattr(device, "DEVICE_FILE", file)
     monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
     assert described() == "cpu, amp off"
     file.touch()
     assert described().startswith(f"cpu (PyTorch {torch.__version__} cannot use the NVIDIA GPU")
     assert described("device") == "cpu, amp off"
-    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
+    with monkeypatch.context() as patch:
+        patch.setenv("CUDA_VISIBLE_DEVICES", "")
+        assert described() == "cpu, amp off"
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)  # a resumed run may have stored the CPU
     assert described() == "cpu, amp off"
 
 
@@ -174,7 +178,7 @@ def test_opened_gpu_becomes_the_current_one_and_computes_in_float32(monkeypatch)
 
 
 def test_peak_memory_is_reset_after_every_epoch(monkeypatch, tmp_path, capsys):
-    """So that cuDNN's search for algorithms counts in the first one only."""
+    """cuDNN's benchmarking counts in the first one only."""
     calls = []
     monkeypatch.setattr(run, "reset_peak_memory", lambda device: calls.append("reset"))
     monkeypatch.setattr(run, "peak_memory", lambda device: calls.append("read") or 0.0)

@@ -29,7 +29,7 @@ from common.randomness import derive_seed
 from common.run.errors import UserError
 
 CPU = torch.device("cpu")
-pytestmark = pytest.mark.filterwarnings("ignore:The image decoding")  # is deprecated, says torchvision
+pytestmark = pytest.mark.filterwarnings("ignore:The image decoding")  # torchvision's deprecation warning
 
 
 @pytest.fixture(scope="module")

@@ -40,7 +40,7 @@ def folder(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def teacher(folder, tmp_path_factory):
-    """Checkpoint of a resnet18 trained on the same three classes, until its running statistics are usable."""
+    """Checkpoint of a resnet18 trained on the same classes, long enough for its running statistics."""
     out = tmp_path_factory.mktemp("teacher") / "run"
     options = ["--data-dir", folder, "--student", "resnet18", *SMALL, "--epochs", 8, "--out", out]
     assert imagenet.main([str(option) for option in options]) == 0
@@ -205,7 +205,7 @@ def test_two_steps_match_a_manual_loop(tmp_path, capsys, folder, teacher, pair):
 
     assert float(read_log(tmp_path)[0]["loss"]) == pytest.approx(sum(losses) / 2, rel=1e-4)
     state = torch.load(tmp_path / "last.pt", weights_only=True)
-    for name, p in student.named_parameters():
+    for name, p in student.named_parameters():  # BatchNorm over few values amplifies rounding errors
         assert (state["student"][name] - p.detach()).norm() < 0.1 * (p.detach() - start[name]).norm() + 1e-6, name
     assert all(torch.equal(state["teacher"][name], p) for name, p in net_t.named_parameters())
 

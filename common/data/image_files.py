@@ -32,7 +32,7 @@ from .sources import SUBSET_OPTIONS, balanced_subset
 
 try:
     from torchvision.io import decode_jpeg
-except ImportError:  # deprecated since torchvision 0.29; PIL reads the same pixels, more slowly
+except ImportError:  # deprecated since torchvision 0.29; PIL is slower
     decode_jpeg = None
 
 MEAN = (0.485, 0.456, 0.406)  # of ImageNet
@@ -120,7 +120,7 @@ class ImageFiles(Dataset):
 
 
 def read_pixels(path: str) -> Tensor:
-    """Read an image as uint8 [H, W, 3]: the pixels of `open_rgb`, faster if the file is a gray or RGB JPEG.
+    """Read an image as uint8 [H, W, 3]: like `open_rgb` up to rounding, but faster if the file is a gray or RGB JPEG.
 
     Raises:
         UserError: the image cannot be read; the message names it.
@@ -211,7 +211,7 @@ def _loader(
     return DataLoader(
         files,
         batch_sampler=batches,
-        num_workers=workers,  # each prepares two batches: 38 MB for 256 images of 224x224
+        num_workers=workers,  # each prefetches two batches
         pin_memory=device.type == "cuda",
         persistent_workers=workers > 0,
         worker_init_fn=ignore_interrupts,

@@ -94,7 +94,7 @@ def _rotate(x: np.ndarray, y: np.ndarray, angle: np.ndarray) -> tuple[np.ndarray
 
 def _signed_distance(u: np.ndarray, v: np.ndarray, shape: np.ndarray, radius: np.ndarray) -> np.ndarray:
     """Approximate signed distance in pixels to the outline of each image's shape, positive inside: [n, H, W]."""
-    distances = np.empty(u.shape)  # float64, as the polygons
+    distances = np.empty(u.shape)  # float64, like `polygon`
     for i in np.unique(shape):
         chosen = shape == i
         distances[chosen] = _distance_to(SHAPES[i], u[chosen], v[chosen], radius[chosen])

@@ -71,10 +71,10 @@ def build_detector(
 def _keep_boxes_float32(net: FasterRCNN) -> None:
     """Make torchvision compute boxes and scores in float32 under autocast.
 
-    It would use half precision: the dtype of the levels for anchors, and that of the heads' outputs for the rest.
+    torchvision computes anchors in the dtype of the levels, and boxes and scores in that of the heads' outputs.
     """
 
-    def float32(level: Tensor) -> Tensor:  # without its values, which anchors do not depend on
+    def float32(level: Tensor) -> Tensor:  # only dtype, device and shape matter; it takes the memory of one element
         return level.new_empty(1, dtype=torch.float32).expand(level.shape)
 
     net.rpn.anchor_generator.register_forward_pre_hook(lambda _, inputs: (inputs[0], [float32(x) for x in inputs[1]]))

@@ -22,17 +22,18 @@ def default_amp(device: str) -> tuple[str, str]:
         return "fp16", "the default on CUDA"
     if not device.startswith("cpu"):
         return "off", "the default on this device"
-    if torch.cpu._is_avx512_bf16_supported():  # CPUs with AMX have AVX512-BF16 too
-        return "bf16", "this CPU has bfloat16 instructions"
-    return "off", "this CPU has no bfloat16 instructions"
+    if torch.cpu._is_avx512_bf16_supported():  # CPUs with AMX have it too
+        return "bf16", "this CPU has AVX512-BF16"
+    return "off", "this CPU lacks AVX512-BF16"
 
 
 def describe_device(args: Namespace) -> str:
-    """The device and the precision of a run, and why if it did not ask for them."""
+    """The device and the precision of a run, with the reason for a default."""
     device, amp = args.device, f"amp {args.amp}"
     has_gpu = DEVICE_FILE.exists() and "CUDA_VISIBLE_DEVICES" not in os.environ
-    if device == "cpu" and "device" not in args.given and has_gpu:
-        device += f" (PyTorch {torch.__version__} cannot use the NVIDIA GPU: its driver may be too old)"
+    if device == "cpu" and "device" not in args.given and has_gpu and not torch.cuda.is_available():
+        reason = "its driver may be too old" if torch.version.cuda else "this build has no CUDA"
+        device += f" (PyTorch {torch.__version__} cannot use the NVIDIA GPU: {reason})"
     if "amp" not in args.given and not args.resume:
         amp += f" ({default_amp(args.device)[1]})"
     return f"{device}, {amp}"
@@ -71,7 +72,8 @@ def open_device(name: str, fixed_size: bool = True) -> torch.device:
     except (RuntimeError, AssertionError) as error:
         raise _no_device(name, error) from error
     if device.type == "cpu":
-        # After freeing a large block, glibc keeps freed memory. Otherwise, every step would page-fault for it again.
+        # Freeing a block of just under 32 MiB, its maximum, raises the size below which glibc keeps freed memory.
+        # Otherwise, every step would get its memory from the system, with page faults.
         torch.empty(2**25 - 2**12, dtype=torch.uint8)
     torch.backends.cudnn.benchmark = fixed_size
     torch.backends.cudnn.conv.fp32_precision = "ieee"  # PyTorch's default for convolutions is TF32

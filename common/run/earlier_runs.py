@@ -12,8 +12,8 @@ from .device import AMP
 def default_out(name: str, args: Namespace) -> str:
     """The folder of the run `name`: runs/<name>-<precision>.
 
-    With --resume, an existing run of that name is preferred. It may have another precision, the default of the device
-    that it began on, or none in its name, as in earlier versions.
+    With --resume, falls back to an existing run with another precision, the default of the device that it began on, and
+    then to one without a precision in its name, from an earlier version.
     """
     folders = [f"runs/{name}-{args.amp}"]
     if args.resume:

@@ -10,8 +10,8 @@ from collections.abc import Callable, Iterator
 
 import torch.distributed as dist
 
-# In messages of PyTorch, the operating system, cuBLAS (which allocates when it is first used) and cuDNN.
-OUT_OF_MEMORY = ("out of memory", "allocate memory", "alloc_failed", "allocation_failed", "cublascreate")
+# In messages of PyTorch, the operating system, cuBLAS and cuDNN.
+OUT_OF_MEMORY = ("out of memory", "allocate memory", "alloc_failed", "allocation_failed")
 AFTER_INTERRUPT = "finished epochs are kept; continue with --resume (without it if none finished)"
 
 

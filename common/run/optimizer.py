@@ -13,9 +13,9 @@ class SGD(torch.optim.SGD):
     def load_state_dict(self, state: dict[str, Any]) -> None:
         super().load_state_dict(state)
         for group in self.param_groups:
-            group["fused"] = all(parameter.is_cuda for parameter in group["params"])
-        for parameter, own in self.state.items():  # fused SGD requires buffers with the strides of their parameters
-            own["momentum_buffer"] = torch.empty_like(parameter).copy_(own["momentum_buffer"])
+            group["fused"] = next(iter(self.state)).is_cuda
+        for parameter, values in self.state.items():  # fused SGD requires buffers with the strides of their parameters
+            values["momentum_buffer"] = torch.empty_like(parameter).copy_(values["momentum_buffer"])
 
 
 def sgd(parameters: Iterable[nn.Parameter] | list[dict], lr: float, **options) -> SGD:

@@ -189,7 +189,7 @@ class Run:
         self.state["epoch"] = epoch
         self.save()
         self.publish()
-        reset_peak_memory(self.device)  # cuDNN's search for algorithms counts in the first epoch only
+        reset_peak_memory(self.device)  # cuDNN's benchmarking counts in the first epoch only
         if rank() == 0:
             print_epoch(self.state)
 
