@@ -95,14 +95,14 @@ def parse_args(argv: list[str] | None = None, stored: dict | None = None) -> Nam
 
 
 def run_name(args: Namespace) -> str:
-    """The name of the default output folder, without the precision."""
+    """The name of the default output folder."""
     data = f"folder-{Path(args.data_dir).resolve().name}" if args.dataset == "folder" else args.dataset
     subset = f"-subset{args.subset}" if args.subset else ""
     networks = f"{args.student}-alone"
     if args.teacher:
         networks = f"{args.teacher}-{args.student}-{args.method}"
         networks += "-dkd" * (args.kd_loss == "dkd") + "-simkd" * args.simkd
-    return f"{data}{subset}-{networks}-{args.epochs}ep-seed{args.seed}"
+    return f"{data}{subset}-{networks}-{args.epochs}ep-seed{args.seed}-{args.amp}"
 
 
 def learning_rate(args: Namespace, epoch: int) -> float:
@@ -242,7 +242,7 @@ def find_teacher(args: Namespace, data: Data) -> str | None:
 def teacher_folder(args: Namespace) -> Path:
     """Where to train the teacher first: the default folder of that run, next to --out."""
     alone = {"teacher": None, "student": args.teacher, "epochs": args.teacher_epochs or args.epochs}
-    return Path(args.out).parent / f"{run_name(Namespace(**vars(args) | alone))}-{args.amp}"
+    return Path(args.out).parent / run_name(Namespace(**vars(args) | alone))
 
 
 def evaluate_checkpoint(args: Namespace) -> None:

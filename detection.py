@@ -98,11 +98,11 @@ def parse_args(argv: list[str] | None = None, stored: dict | None = None) -> Nam
 
 
 def run_name(args: Namespace) -> str:
-    """The name of the default output folder, without the precision."""
+    """The name of the default output folder."""
     data = Path(args.data_dir).resolve().name + (f"-subset{args.subset}" if args.subset else "")
     networks = f"{args.teacher}-{args.student}-{args.method}" if args.teacher else f"{args.student}-alone"
     start = "-inherit" * args.inherit + "-scratch" * args.scratch
-    return f"{data}-{networks}{start}-{args.iterations}it-seed{args.seed}"
+    return f"{data}-{networks}{start}-{args.iterations}it-seed{args.seed}-{args.amp}"
 
 
 def learning_rate(args: Namespace, iteration: int) -> float:

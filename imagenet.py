@@ -92,11 +92,11 @@ def parse_args(argv: list[str] | None = None, stored: dict | None = None) -> Nam
 
 
 def run_name(args: Namespace) -> str:
-    """The name of the default output folder, without the precision."""
+    """The name of the default output folder."""
     data = Path(args.data_dir).resolve().name + (f"-subset{args.subset}" if args.subset else "")
     size = "" if args.image_size == IMAGE_SIZE else f"-{args.image_size}px"
     networks = f"{args.teacher}-{args.student}-{args.method}" if args.teacher else f"{args.student}-alone"
-    return f"{data}{size}-{networks}-{args.epochs}ep-seed{args.seed}"
+    return f"{data}{size}-{networks}-{args.epochs}ep-seed{args.seed}-{args.amp}"
 
 
 def learning_rate(args: Namespace, epoch: int) -> float:

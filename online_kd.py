@@ -100,10 +100,10 @@ def parse_args(argv: list[str] | None = None, stored: dict | None = None) -> Nam
 
 
 def run_name(args: Namespace) -> str:
-    """The name of the default output folder, without the precision."""
+    """The name of the default output folder."""
     data = f"folder-{Path(args.data_dir).resolve().name}" if args.dataset == "folder" else args.dataset
-    subset = f"-subset{args.subset}" if args.subset else ""
-    return f"{data}{subset}-{args.teacher}-{args.student}-online-{args.method}-{args.epochs}ep-seed{args.seed}"
+    data += f"-subset{args.subset}" if args.subset else ""
+    return f"{data}-{args.teacher}-{args.student}-online-{args.method}-{args.epochs}ep-seed{args.seed}-{args.amp}"
 
 
 def learning_rate(args: Namespace, epoch: int) -> float:

@@ -10,8 +10,6 @@ from ablations import complexity, measure, steps, train_baseline
 from common.models import build
 
 FCFD = {"method": "fcfd", "num_paths": 2}
-
-
 SMOKE = ["--smoke", "--device", "cpu", "--amp", "off"]
 
 

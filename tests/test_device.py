@@ -118,7 +118,8 @@ def test_default_folder_has_the_precision(monkeypatch, tmp_path):
     monkeypatch.chdir(tmp_path)
 
     def out(resume=True, **given):
-        return default_out("a", Namespace(**{"amp": "bf16", "resume": resume, "given": set(given)} | given))
+        args = Namespace(**{"amp": "bf16", "resume": resume, "given": set(given)} | given)
+        return default_out(f"a-{args.amp}", args)
 
     def make(folder):
         Path(folder).mkdir(parents=True)

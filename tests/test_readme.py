@@ -122,7 +122,7 @@ def test_commands_use_their_scripts_options(capsys):
         with pytest.raises(SystemExit):
             module.main(["--help"])
         text = capsys.readouterr().out
-        return text + (options_of(cifar100) if "Any other option is one of cifar100.py" in text else "")
+        return text + (options_of(cifar100) if "All other options are those of cifar100.py" in text else "")
 
     modules = {Path(module.__file__).name: module for module in (cifar100, imagenet, online_kd, detection, *ABLATIONS)}
     helps = {name: options_of(module) for name, module in modules.items()}

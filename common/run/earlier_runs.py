@@ -10,14 +10,14 @@ from .device import AMP
 
 
 def default_out(name: str, args: Namespace) -> str:
-    """The folder of the run `name`: runs/<name>-<precision>.
+    """The folder of the run `name`, which ends with the precision: runs/<name>.
 
     With --resume, falls back to an existing run with another precision, the default of the device that it began on, and
     then to one without a precision in its name, from an earlier version.
     """
-    folders = [f"runs/{name}-{args.amp}"]
+    folders, earlier = [f"runs/{name}"], name.removesuffix(f"-{args.amp}")
     if args.resume:
-        folders += [f"runs/{name}-{amp}" for amp in AMP if "amp" not in args.given] + [f"runs/{name}"]
+        folders += [f"runs/{earlier}-{amp}" for amp in AMP if "amp" not in args.given] + [f"runs/{earlier}"]
     return next((folder for folder in folders if (Path(folder) / "last.pt").exists()), folders[0])
 
 
