@@ -157,6 +157,15 @@ def test_steps_are_measured_with_the_settings_of_the_runs(measure):
     assert (settings.batch_size, settings.amp, settings.repeats) == (64, given["amp"], 11)
 
 
+def test_device_is_opened_before_steps_are_measured(measure, monkeypatch):
+    """As in training, which affects cuDNN's algorithms and precision."""
+    opened = []
+    monkeypatch.setattr(tables, "open_device", opened.append)
+    monkeypatch.setattr(complexity, "measure", lambda *_: opened.append("measured"))
+    measure(A)
+    assert opened == ["cpu", "measured"]
+
+
 def test_steps_have_the_options_of_the_runs(measure):
     row = Row({"method": "fcfd", "positions": [2], "w_func_l2": 0})
     costs, _ = measure(A, rows=[APP, row], w_func_kl=3, kd_loss="dkd", tckd=2, lr=0.1)
