@@ -1,8 +1,10 @@
 """Reading images from files, independent of the number of workers and split over ranks."""
 
 import io
+import random
 import shutil
 import signal
+import struct
 
 import numpy as np
 import pytest
@@ -10,8 +12,10 @@ import torch
 from PIL import ExifTags, Image
 from running import write_images
 from torchvision import transforms
+from torchvision.io import ImageReadMode
+from torchvision.transforms import functional
 
-from common.data import image_files
+from common.data import pixels
 from common.data.batches import normalize
 from common.data.folders import open_rgb
 from common.data.image_files import (
@@ -22,14 +26,13 @@ from common.data.image_files import (
     eval_loader,
     list_files,
     list_test_files,
-    read_pixels,
     train_loader,
 )
-from common.randomness import derive_seed
+from common.data.pixels import augment, draw_crop, jpeg_shape, read_jpeg, read_pixels
 from common.run.errors import UserError
 
 CPU = torch.device("cpu")
-pytestmark = pytest.mark.filterwarnings("ignore:The image decoding")  # torchvision's deprecation warning
+pytestmark = pytest.mark.filterwarnings("ignore:The given buffer is not writable")
 
 
 @pytest.fixture(scope="module")
@@ -73,20 +76,45 @@ def test_augmentation_is_seeded_and_leaves_the_global_generator_unchanged(folder
 @pytest.mark.parametrize(
     ("name", "shape"), [("0.JPEG", (90, 120)), ("0.png", (90, 120)), ("0.png", (9, 200)), ("0.png", (200, 9))]
 )
-def test_augmentation_matches_torchvision(tmp_path, name, shape):
-    """The draws of torchvision's transforms of PIL images for the same seed, and their pixels up to rounding."""
+def test_pixels_of_augmented_images_match_torchvision(tmp_path, name, shape):
     noise = np.random.default_rng(0).integers(0, 256, (*shape, 3), np.uint8)
     Image.fromarray(noise).save(tmp_path / name)
     image = Image.open(tmp_path / name).convert("RGB")
-    reference = transforms.Compose([transforms.RandomResizedCrop(32), transforms.RandomHorizontalFlip()])
     for epoch in range(40):
         ours, label = ImageFiles([(str(tmp_path / name), 1)], 32, seed=1)[epoch, 0]
         assert label == 1
         assert ours.dtype == torch.uint8
-        with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(derive_seed(1, epoch, "augmentation", 0))
-            theirs = np.array(reference(image))
-        assert np.abs(ours.numpy().astype(int) - theirs).max() <= 1
+        rng = random.Random(f"1 {epoch} 0")
+        theirs = functional.resized_crop(image, *draw_crop(*shape, rng), [32, 32])
+        theirs = functional.hflip(theirs) if rng.random() < 0.5 else theirs
+        assert np.abs(ours.numpy().astype(int) - np.array(theirs)).max() <= 1
+
+
+@pytest.mark.parametrize("shape", [(90, 120), (9, 30), (30, 9)])
+def test_crops_are_distributed_as_in_torchvision(shape):
+    """By the Kolmogorov-Smirnov distance, which exceeds 0.02 with a probability below 1e-6."""
+    n, rng = 40_000, random.Random(0)
+    ours = np.array([draw_crop(*shape, rng) for _ in range(n)])
+    image = torch.empty(3, *shape)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        scale, ratio = (0.08, 1.0), (3 / 4, 4 / 3)
+        theirs = np.array([transforms.RandomResizedCrop.get_params(image, scale, ratio) for _ in range(n)])
+    samples = [[*crops.T, crops[:, 2] * crops[:, 3], crops[:, 2] / crops[:, 3]] for crops in (ours, theirs)]
+    for pair in zip(*samples, strict=True):  # top, left, height, width, area, aspect ratio
+        values = np.unique(np.concatenate(pair))
+        ecdfs = [np.searchsorted(np.sort(sample), values, side="right") / n for sample in pair]
+        assert np.abs(ecdfs[0] - ecdfs[1]).max() < 0.02
+
+
+def test_half_of_the_images_are_flipped():
+    image = torch.arange(8 * 8 * 3, dtype=torch.uint8).reshape(8, 8, 3)
+    views = [augment(image, 8, random.Random(i)) for i in range(1000)]
+    assert 450 < sum(int(view[0, 0, 0] > view[0, -1, 0]) for view in views) < 550
+
+
+def read(path):
+    return read_pixels(str(path), read_jpeg(str(path)))
 
 
 def jpeg(mode="RGB", **options):
@@ -121,14 +149,36 @@ def test_torchvision_decodes_only_plain_jpegs_and_agrees_with_pil(tmp_path, monk
     calls, path = [], tmp_path / "image.JPEG"
     path.write_bytes((JPEGS | OTHERS)[name])
     expected = np.asarray(open_rgb(str(path)))
-    decode = image_files.decode_jpeg
-    monkeypatch.setattr(image_files, "decode_jpeg", lambda *args, **more: calls.append(1) or decode(*args, **more))
-    pixels = read_pixels(str(path))
+    decode = pixels.decode_jpeg
+    monkeypatch.setattr(pixels, "decode_jpeg", lambda *args: calls.append(1) or decode(*args))
+    image = read(path)
     assert len(calls) == (name in JPEGS)
-    assert pixels.shape == (47, 61, 3)
-    assert np.abs(pixels.numpy().astype(int) - expected).max() <= 1  # their versions of libjpeg may differ
-    monkeypatch.setattr(image_files, "decode_jpeg", None)  # as in a torchvision without it
-    assert np.array_equal(read_pixels(str(path)).numpy(), expected)
+    assert image.shape == (47, 61, 3)
+    assert np.abs(image.numpy().astype(int) - expected).max() <= 1  # their versions of libjpeg may differ
+    monkeypatch.setattr(pixels, "decode_jpeg", None)  # as in a torchvision without it
+    assert np.array_equal(read(path).numpy(), expected)
+
+
+@pytest.mark.parametrize("name", JPEGS)
+def test_jpeg_shape(name):
+    assert jpeg_shape(JPEGS[name]) == (47, 61, 1 if name == "gray" else 3)
+
+
+def test_unusual_headers_are_left_to_pil():
+    jpeg = JPEGS["photograph"]
+    start = jpeg.index(b"\xff\xc0")
+    cut = [b"", jpeg[:2], jpeg[:start], jpeg[: start + 9]]
+    for header in [*cut, jpeg[:2] + bytes(20) + jpeg[2:], b"\x89P" + jpeg[2:]]:
+        with pytest.raises((ValueError, IndexError, struct.error)):
+            jpeg_shape(header)
+    # If a marker without a length were taken for a segment, it could hide the size that libjpeg reads.
+    for marker in (b"\xff\x01", b"\xff\xd0", b"\xff\xff"):
+        with pytest.raises(ValueError, match="JPEG"):
+            jpeg_shape(jpeg[:2] + marker + b"\x00\x04\x00\x00" + jpeg[start:])
+    frames = {"lossless": b"\xc3\x00\x11\x08", "arithmetic": b"\xc9\x00\x11\x08", "12 bits": b"\xc1\x00\x11\x0c"}
+    for frame in frames.values():
+        with pytest.raises(ValueError, match="JPEG"):
+            jpeg_shape(jpeg[:2] + b"\xff" + frame + jpeg[start + 5 :])
 
 
 def test_pil_decides_whether_a_damaged_jpeg_is_read(tmp_path):
@@ -138,12 +188,12 @@ def test_pil_decides_whether_a_damaged_jpeg_is_read(tmp_path):
         with pytest.raises(UserError) as expected:
             open_rgb(str(path))
         with pytest.raises(UserError) as error:
-            read_pixels(str(path))
+            read(path)
         assert str(error.value) == str(expected.value)
     path.write_bytes(whole[:-200] + bytes(5000))  # without an end marker, but with enough data for every pixel
     with pytest.raises(RuntimeError):
-        image_files.decode_jpeg(torch.from_numpy(np.fromfile(path, np.uint8)))
-    assert np.array_equal(read_pixels(str(path)).numpy(), np.asarray(open_rgb(str(path))))
+        pixels.decode_jpeg(read_jpeg(str(path)), ImageReadMode.RGB.value)
+    assert np.array_equal(read(path).numpy(), np.asarray(open_rgb(str(path))))
 
 
 def test_decompression_bombs_are_refused(tmp_path, monkeypatch):
@@ -151,7 +201,7 @@ def test_decompression_bombs_are_refused(tmp_path, monkeypatch):
     path.write_bytes(JPEGS["photograph"])
     monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 1000)
     with pytest.raises(UserError, match="decompression bomb"):
-        read_pixels(str(path))
+        read(path)
 
 
 def test_evaluation_images_match_torchvision(folder):
@@ -254,9 +304,9 @@ def test_list_test_files_does_not_need_train(tmp_path):
 
 def test_workers_ignore_ctrl_c():
     class Signals(ImageFiles):
-        def __getitem__(self, key):
+        def __getitems__(self, keys):
             ignored = [signal.getsignal(number) is signal.SIG_IGN for number in (signal.SIGINT, signal.SIGHUP)]
-            return torch.zeros(1, 1, 3, dtype=torch.uint8), int(all(ignored))
+            return [(torch.zeros(1, 1, 3, dtype=torch.uint8), int(all(ignored))) for _ in keys]
 
     [(_, labels)] = eval_loader(Signals([("", 0)], 32), 1, CPU)
     assert labels.tolist() == [1]

@@ -4,10 +4,9 @@ Augmentation depends only on (seed, epoch, index) and the order only on (seed, e
 nor resuming changes the batches. Each rank reads its shard of every global batch.
 """
 
-import contextlib
 import hashlib
-import math
 import os
+import random
 import signal
 import time
 import warnings
@@ -18,22 +17,16 @@ from typing import Any
 
 import numpy as np
 import torch
-from PIL import Image
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 from torchvision import transforms
-from torchvision.transforms.v2 import functional
 
-from ..randomness import derive_seed, generator
+from ..randomness import generator
 from ..run.errors import UserError, raise_if_signaled
 from .batches import normalize
 from .folders import image_folders, open_rgb
+from .pixels import augment, read_jpeg, read_pixels
 from .sources import SUBSET_OPTIONS, balanced_subset
-
-try:
-    from torchvision.io import decode_jpeg
-except ImportError:  # deprecated since torchvision 0.29; PIL is slower
-    decode_jpeg = None
 
 MEAN = (0.485, 0.456, 0.406)  # of ImageNet
 STD = (0.229, 0.224, 0.225)
@@ -104,61 +97,33 @@ class ImageFiles(Dataset):
         return len(self.labels)
 
     def __getitem__(self, key: tuple[int, int]) -> tuple[Tensor, int]:
-        epoch, index = key
-        path, label = os.fsdecode(self.paths[index]), int(self.labels[index])
+        return self.__getitems__([key])[0]
+
+    def __getitems__(self, keys: list[tuple[int, int]]) -> list[tuple[Tensor, int]]:
+        """A batch, which DataLoader requests as a whole.
+
+        All files are read before the first is decoded: decoding displaces Python from the processor's caches, after
+        which the same lines take several times as long.
+        """
+        paths = [os.fsdecode(self.paths[index]) for _, index in keys]
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # PIL warns about unusual but readable files, torchvision about its decoder
-            if self.seed is not None:
-                rng = torch.Generator().manual_seed(derive_seed(self.seed, epoch, "augmentation", index))
-                return augment(read_pixels(path), self.size, rng), label
-            image = open_rgb(path)
-            try:
-                image = self.center(image)
-            except MemoryError as error:
-                raise UserError(f"the image {path} is too large to resize: remove or replace it") from error
-        return torch.from_numpy(np.array(image)), label
+            warnings.simplefilter("ignore")  # PIL warns about unusual but readable files, PyTorch about read-only bytes
+            if self.seed is None:
+                images = [self._center_crop(path) for path in paths]
+            else:
+                jpegs = [read_jpeg(path) for path in paths]
+                rngs = [random.Random(f"{self.seed} {epoch} {index}") for epoch, index in keys]
+                images = [
+                    augment(read_pixels(*file), self.size, rng) for *file, rng in zip(paths, jpegs, rngs, strict=True)
+                ]
+        return list(zip(images, self.labels[[index for _, index in keys]].tolist(), strict=True))
 
-
-def read_pixels(path: str) -> Tensor:
-    """Read an image as uint8 [H, W, 3]: like `open_rgb` up to rounding, but faster if the file is a gray or RGB JPEG.
-
-    Raises:
-        UserError: the image cannot be read; the message names it.
-    """
-    if decode_jpeg:
-        with contextlib.suppress(Exception):  # open_rgb can read some files that fail here, and reports the others
-            with Image.open(path) as image:
-                plain = image.format == "JPEG" and image.mode in ("L", "RGB")  # CMYK may be converted differently
-            if plain:
-                return decode_jpeg(torch.from_numpy(np.fromfile(path, np.uint8)), "RGB").permute(1, 2, 0)
-    return torch.from_numpy(np.array(open_rgb(path)))
-
-
-def augment(image: Tensor, size: int, rng: torch.Generator) -> Tensor:
-    """torchvision's RandomResizedCrop(size) and RandomHorizontalFlip with the draws of `rng`.
-
-    An image uint8 [H, W, 3] becomes uint8 [size, size, 3]. The resize of tensors is faster than PIL's and antialiased
-    alike; pixels differ by rounding.
-    """
-    top, left, height, width = draw_crop(*image.shape[:2], rng)
-    crop = image[top : top + height, left : left + width].contiguous()  # a view would be resized more slowly
-    crop = functional.resize(crop.permute(2, 0, 1), [size, size], antialias=True)
-    flip = torch.rand(1, generator=rng).item() < 0.5
-    return (crop.flip(2) if flip else crop).permute(1, 2, 0).contiguous()
-
-
-def draw_crop(height: int, width: int, rng: torch.Generator) -> tuple[int, int, int, int]:
-    """(top, left, height, width) of torchvision's RandomResizedCrop, which needs PyTorch's global generator."""
-    for _ in range(10):
-        area = height * width * torch.empty(1).uniform_(0.08, 1, generator=rng).item()
-        ratio = math.exp(torch.empty(1).uniform_(math.log(3 / 4), math.log(4 / 3), generator=rng).item())
-        w, h = round(math.sqrt(area * ratio)), round(math.sqrt(area / ratio))
-        if 0 < w <= width and 0 < h <= height:
-            top = torch.randint(height - h + 1, (1,), generator=rng).item()
-            left = torch.randint(width - w + 1, (1,), generator=rng).item()
-            return top, left, h, w
-    h, w = min(height, round(width * 4 / 3)), min(width, round(height * 4 / 3))  # the largest allowed, in the center
-    return (height - h) // 2, (width - w) // 2, h, w
+    def _center_crop(self, path: str) -> Tensor:
+        image = open_rgb(path)
+        try:
+            return torch.from_numpy(np.array(self.center(image)))
+        except MemoryError as error:
+            raise UserError(f"the image {path} is too large to resize: remove or replace it") from error
 
 
 @dataclass
