@@ -92,8 +92,8 @@ def test_pixels_of_augmented_images_match_torchvision(tmp_path, name, shape):
 
 @pytest.mark.parametrize("shape", [(90, 120), (9, 30), (30, 9)])
 def test_crops_are_distributed_as_in_torchvision(shape):
-    """By the Kolmogorov-Smirnov distance, which exceeds 0.02 with a probability below 1e-6."""
-    n, rng = 40_000, random.Random(0)
+    """By the Kolmogorov-Smirnov distance, which exceeds 0.028 with a probability below 1e-6."""
+    n, rng = 20_000, random.Random(0)
     ours = np.array([draw_crop(*shape, rng) for _ in range(n)])
     image = torch.empty(3, *shape)
     with torch.random.fork_rng(devices=[]):
@@ -104,7 +104,7 @@ def test_crops_are_distributed_as_in_torchvision(shape):
     for pair in zip(*samples, strict=True):  # top, left, height, width, area, aspect ratio
         values = np.unique(np.concatenate(pair))
         ecdfs = [np.searchsorted(np.sort(sample), values, side="right") / n for sample in pair]
-        assert np.abs(ecdfs[0] - ecdfs[1]).max() < 0.02
+        assert np.abs(ecdfs[0] - ecdfs[1]).max() < 0.028
 
 
 def test_half_of_the_images_are_flipped():
