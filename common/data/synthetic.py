@@ -4,6 +4,8 @@ A class is one of ten outlines filled with one of two textures. Position, size, 
 clutter and an occluding bar are random. For quick checks and tests; results on it do not transfer to photos.
 """
 
+from functools import cache
+
 import numpy as np
 
 SIZE = 32
@@ -14,6 +16,7 @@ TEXTURES = ("striped", "checked")
 CLASSES = [f"{texture}_{shape}" for texture in TEXTURES for shape in SHAPES]
 
 
+@cache  # a run that trains its teacher loads them twice
 def synthetic_images(n: int, split: str) -> tuple[np.ndarray, np.ndarray]:
     """The first `n` images uint8 [n, 32, 32, 3] of split "train" or "test", and their labels int64 [n].
 
