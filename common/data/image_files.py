@@ -102,8 +102,8 @@ class ImageFiles(Dataset):
     def __getitems__(self, keys: list[tuple[int, int]]) -> list[tuple[Tensor, int]]:
         """A batch, which DataLoader requests as a whole.
 
-        All files are read before the first is decoded: decoding displaces Python from the processor's caches, after
-        which the same lines take several times as long.
+        All files are read before the first is decoded. Decoding evicts the interpreter from the CPU caches, so Python
+        code between two images runs several times slower.
         """
         paths = [os.fsdecode(self.paths[index]) for _, index in keys]
         with warnings.catch_warnings():

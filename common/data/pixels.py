@@ -1,6 +1,6 @@
 """Reads and augments training images.
 
-Decoding a JPEG takes three quarters of the time. docs/results.md lists what the rest was tried with.
+Decoding a JPEG takes three quarters of the time. docs/results.md lists the alternatives that were measured.
 """
 
 import contextlib
@@ -56,7 +56,7 @@ def jpeg_shape(data: bytes) -> tuple[int, int, int]:
 
 
 def read_pixels(path: str, jpeg: Tensor | None) -> Tensor:
-    """An image as uint8 [H, W, 3]: like `open_rgb` up to rounding, but faster if `jpeg`, its bytes, are given.
+    """An image as uint8 [H, W, 3]; equal to `open_rgb` up to rounding, and faster if its bytes `jpeg` are given.
 
     Raises:
         UserError: the image cannot be read; the message names it.
@@ -76,7 +76,7 @@ def augment(image: Tensor, size: int, rng: random.Random) -> Tensor:
     crop = image[top : top + height, left : left + width].contiguous()  # a view would be resized more slowly
     batch = crop[None].permute(0, 3, 1, 2)
     crop = F.interpolate(batch, (size, size), mode="bilinear", antialias=True)[0].permute(1, 2, 0)
-    return (crop.flip(1) if rng.random() < 0.5 else crop).contiguous()
+    return crop.flip(1) if rng.random() < 0.5 else crop
 
 
 def draw_crop(height: int, width: int, rng: random.Random) -> tuple[int, int, int, int]:

@@ -16,7 +16,7 @@ TEXTURES = ("striped", "checked")
 CLASSES = [f"{texture}_{shape}" for texture in TEXTURES for shape in SHAPES]
 
 
-@cache  # a run that trains its teacher loads them twice
+@cache  # a run that trains its teacher loads the dataset twice
 def synthetic_images(n: int, split: str) -> tuple[np.ndarray, np.ndarray]:
     """The first `n` images uint8 [n, 32, 32, 3] of split "train" or "test", and their labels int64 [n].
 
