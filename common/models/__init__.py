@@ -6,9 +6,9 @@ Parameter names match the widely used CIFAR checkpoints and, for the ImageNet Re
 from collections.abc import Mapping
 from importlib import import_module
 
-from .staged import StagedNet, pool
+from .staged import StagedNet, Taps, pool
 
-__all__ = ["IMAGENET_NETWORKS", "NETWORKS", "StagedNet", "build", "build_imagenet", "pool"]
+__all__ = ["IMAGENET_NETWORKS", "NETWORKS", "StagedNet", "Taps", "build", "build_imagenet", "pool"]
 
 # name -> (module, class, arguments that precede num_classes)
 NETWORKS: dict[str, tuple] = {

@@ -2,7 +2,7 @@
 
 from torch import Tensor, nn
 
-from .staged import StagedNet
+from .staged import StagedNet, tap_last
 
 # output channels and stride of the 13 depthwise separable layers after the stem
 LAYERS = [(64, 1), (128, 2), (128, 1), (256, 2), (256, 1), (512, 2), *[(512, 1)] * 5, (1024, 2), (1024, 1)]
@@ -42,6 +42,10 @@ class MobileNetV1(StagedNet):
         for i in range(*STAGE_LAYERS[k]):
             x = self.model[i](x)
         return x
+
+    def tap(self, k: int, x: Tensor, pre_relu: bool) -> tuple[Tensor, Tensor]:
+        *layers, last = self.model[slice(*STAGE_LAYERS[k])]
+        return tap_last(last[:-1](nn.Sequential(*layers)(x)), pre_relu)
 
     @property
     def classifier_layer(self) -> nn.Linear:

@@ -60,11 +60,15 @@ class MobileNetV2(StagedNet):
     def stage(self, k: int, x: Tensor) -> Tensor:
         if k == 1:
             return self.conv1(x)
+        return self.tap(k, x, pre_relu=True)[1]
+
+    def tap(self, k: int, x: Tensor, pre_relu: bool) -> tuple[Tensor, Tensor]:
+        """f is the linear output of the last block, before conv2."""
         if k == 2:
             x = F.relu(x)
         for group in STAGE_GROUPS[k]:
             x = self.blocks[group](x)
-        return self.conv2(x) if k == 5 else x
+        return x, self.conv2(x) if k == 5 else x
 
     @property
     def classifier_layer(self) -> nn.Sequential:

@@ -3,7 +3,7 @@
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .staged import StagedNet, init_fan_out
+from .staged import StagedNet, init_fan_out, tap_last
 
 
 class BasicBlock(nn.Module):
@@ -19,11 +19,13 @@ class BasicBlock(nn.Module):
         if stride != 1 or c_in != c_out:
             self.downsample = nn.Sequential(nn.Conv2d(c_in, c_out, 1, stride, bias=False), nn.BatchNorm2d(c_out))
 
-    def forward(self, x: Tensor) -> Tensor:
+    def pre_relu(self, x: Tensor) -> Tensor:
         out = F.relu(self.bn1(self.conv1(x)), inplace=True)
         out = self.bn2(self.conv2(out))
-        shortcut = x if self.downsample is None else self.downsample(x)
-        return F.relu(out + shortcut, inplace=True)
+        return out + (x if self.downsample is None else self.downsample(x))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.relu(self.pre_relu(x), inplace=True)
 
 
 def group(c_in: int, c_out: int, blocks: int, stride: int) -> nn.Sequential:
@@ -53,6 +55,10 @@ class ResNet(StagedNet):
         if k == 1:
             return F.relu(self.bn1(self.conv1(x)), inplace=True)
         return getattr(self, f"layer{k - 1}")(x)
+
+    def tap(self, k: int, x: Tensor, pre_relu: bool) -> tuple[Tensor, Tensor]:
+        *blocks, last = getattr(self, f"layer{k - 1}")
+        return tap_last(last.pre_relu(nn.Sequential(*blocks)(x)), pre_relu)
 
     @property
     def classifier_layer(self) -> nn.Linear:

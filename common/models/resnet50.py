@@ -3,7 +3,7 @@
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .staged import StagedNet, init_fan_out
+from .staged import StagedNet, init_fan_out, tap_last
 
 EXPANSION = 4
 
@@ -24,11 +24,14 @@ class Bottleneck(nn.Module):
         if stride != 1 or c_in != c_out:
             self.shortcut = nn.Sequential(nn.Conv2d(c_in, c_out, 1, stride, bias=False), nn.BatchNorm2d(c_out))
 
-    def forward(self, x: Tensor) -> Tensor:
+    def pre_relu(self, x: Tensor) -> Tensor:
         out = F.relu(self.bn1(self.conv1(x)), inplace=True)
         out = F.relu(self.bn2(self.conv2(out)), inplace=True)
         out = self.bn3(self.conv3(out))
-        return F.relu(out + self.shortcut(x), inplace=True)
+        return out + self.shortcut(x)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.relu(self.pre_relu(x), inplace=True)
 
 
 class ResNet50(StagedNet):
@@ -54,6 +57,10 @@ class ResNet50(StagedNet):
         if k == 1:
             return F.relu(self.bn1(self.conv1(x)), inplace=True)
         return getattr(self, f"layer{k - 1}")(x)
+
+    def tap(self, k: int, x: Tensor, pre_relu: bool) -> tuple[Tensor, Tensor]:
+        *blocks, last = getattr(self, f"layer{k - 1}")
+        return tap_last(last.pre_relu(nn.Sequential(*blocks)(x)), pre_relu)
 
     @property
     def classifier_layer(self) -> nn.Linear:

@@ -4,7 +4,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .staged import StagedNet
+from .staged import StagedNet, tap_last
 
 
 def shuffle(x: Tensor, groups: int) -> Tensor:
@@ -84,12 +84,12 @@ class ShuffleV2Block(nn.Module):
         self.conv3 = nn.Conv2d(half, half, 1, bias=False)
         self.bn3 = nn.BatchNorm2d(half)
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x: Tensor, pre_relu: bool = False) -> Tensor:
         kept, x = x.chunk(2, dim=1)
         x = F.relu(self.bn1(self.conv1(x)), inplace=True)
         x = self.bn2(self.conv2(x))
-        x = F.relu(self.bn3(self.conv3(x)), inplace=True)
-        return shuffle(torch.cat([kept, x], 1), 2)
+        x = self.bn3(self.conv3(x))
+        return shuffle(torch.cat([kept, x if pre_relu else F.relu(x, inplace=True)], 1), 2)
 
 
 class ShuffleV2Down(nn.Module):
@@ -139,7 +139,16 @@ class ShuffleV2(StagedNet):
         if k == 1:
             return F.relu(self.bn1(self.conv1(x)), inplace=True)
         x = getattr(self, f"layer{k - 1}")(x)
-        return F.relu(self.bn2(self.conv2(x)), inplace=True) if k == 4 else x
+        return self._last(x) if k == 4 else x
+
+    def tap(self, k: int, x: Tensor, pre_relu: bool) -> tuple[Tensor, Tensor]:
+        """f is the output of the last block, before the final convolution."""
+        *blocks, last = getattr(self, f"layer{k - 1}")
+        feature, x = tap_last(last(nn.Sequential(*blocks)(x), pre_relu=True), pre_relu)
+        return feature, self._last(x) if k == 4 else x
+
+    def _last(self, x: Tensor) -> Tensor:
+        return F.relu(self.bn2(self.conv2(x)), inplace=True)
 
     @property
     def classifier_layer(self) -> nn.Linear:

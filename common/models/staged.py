@@ -1,10 +1,27 @@
 """The interface of networks in FCFD: N stages and a classifier (Sec. 2)."""
 
 from abc import ABC, abstractmethod
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+
+
+class Taps(NamedTuple):
+    """What other distillation methods compare, from one forward pass (`StagedNet.taps`).
+
+    Attributes:
+        features: [f^1, ..., f^(N-1)], of stages 2..N without the stem.
+        last: F^N after ReLU, which the classifier pools, [B, C_N, H, W].
+        pooled: the input of the classifier's linear layer, [B, C_N].
+        logits: [B, num_classes].
+    """
+
+    features: list[Tensor]
+    last: Tensor
+    pooled: Tensor
+    logits: Tensor
 
 
 class StagedNet(nn.Module, ABC):
@@ -43,6 +60,28 @@ class StagedNet(nn.Module, ABC):
             out.append(x)
         return out
 
+    def tap(self, k: int, x: Tensor, pre_relu: bool) -> tuple[Tensor, Tensor]:
+        """(f, F^k) of stage k: f is the feature that other methods compare, before or after the stage's last ReLU.
+
+        f differs from F^k where the published networks of these methods differ in it, or end a stage elsewhere.
+
+        Raises:
+            ValueError: the network does not provide it before the ReLU.
+        """
+        x = self.stage(k, x)
+        if self.post_relu and pre_relu:
+            raise ValueError(f"{type(self).__name__} does not provide its features before the ReLU")
+        return (x if self.post_relu or pre_relu else F.relu(x)), x
+
+    def taps(self, x: Tensor, pre_relu: bool = False) -> Taps:
+        """Images [B, 3, H, W] -> features, before the ReLU if `pre_relu`, and outputs. FCFD does not use this."""
+        features, x = [], self.stage(1, x)
+        for k in range(2, self.num_stages + 1):
+            feature, x = self.tap(k, x, pre_relu)
+            features.append(feature)
+        pooled = pool(x)
+        return Taps(features, F.relu(x), pooled, self.classifier_layer(pooled))
+
     def forward(self, x: Tensor) -> Tensor:
         """Images [B, 3, H, W] -> logits [B, num_classes]."""
         return self.classify(self.features(x)[-1])
@@ -51,6 +90,12 @@ class StagedNet(nn.Module, ABC):
 def pool(feature: Tensor) -> Tensor:
     """ReLU and global average pooling, the first step of every classifier here: [B, C, H, W] -> [B, C]."""
     return torch.flatten(F.adaptive_avg_pool2d(F.relu(feature), 1), 1)
+
+
+def tap_last(x: Tensor, pre_relu: bool) -> tuple[Tensor, Tensor]:
+    """`StagedNet.tap` of a stage whose last block outputs x before its ReLU."""
+    after = F.relu(x)
+    return (x if pre_relu else after), after
 
 
 def init_fan_out(net: nn.Module) -> None:

@@ -57,6 +57,19 @@ class WideResNet(StagedNet):
         x = getattr(self, f"block{k - 1}")(x)
         return self.bn1(x) if k == 4 else x
 
+    def tap(self, k: int, x: Tensor, pre_relu: bool) -> tuple[Tensor, Tensor]:
+        """f is the sum of the last block as it is, or, before the ReLU, after the BatchNorm that follows it."""
+        x = getattr(self, f"block{k - 1}")(x)
+        bn = self.bn1 if k == 4 else getattr(self, f"block{k}").layer[0].bn1
+        return (normalize(x, bn) if pre_relu else x), self.bn1(x) if k == 4 else x
+
     @property
     def classifier_layer(self) -> nn.Linear:
         return self.fc
+
+
+def normalize(x: Tensor, bn: nn.BatchNorm2d) -> Tensor:
+    """The output of a BatchNorm, without updating its running statistics."""
+    if not bn.training:
+        return bn(x)
+    return F.batch_norm(x, None, None, bn.weight, bn.bias, training=True, eps=bn.eps)
