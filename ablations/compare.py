@@ -1,7 +1,7 @@
 """Compare methods: Tab. 1, 4 and 9, and any other grid of pairs, methods and seeds.
 
-    python ablations/compare.py                               ten pairs, 240 epochs: alone, KD, KD with L_app, FCFD
-    python ablations/compare.py --table 1                     Tab. 1: with CRD, ReviewKD and DKD
+    python ablations/compare.py                               ten pairs, 240 epochs: FCFD, and without its other terms
+    python ablations/compare.py --table 1                     Tab. 1: FCFD and the published methods
     python ablations/compare.py --table 4                     Tab. 4: DKD and SimKD, with and without FCFD
     python ablations/compare.py --table 9                     Tab. 9: online distillation
     python ablations/compare.py --pairs resnet32x4-resnet8x4 --methods kd fcfd --seeds 1 2 3 --jobs 4
@@ -11,8 +11,8 @@ All other options are those of cifar100.py and go to the runs they apply to. A t
 seed, for all its students. Rerunning a command keeps finished runs and resumes interrupted ones. To add runs, append
 seeds to --seeds. Each run has a folder in --runs; table.md and cells.csv in --out contain the runs of the last command.
 
-crd, reviewkd and simkd are trained by ablations/train_baseline.py, online-* by online_kd.py, the others by cifar100.py;
-kd-dkd is DKD with L_task.
+baseline-* are the published methods by their own settings, trained by ablations/baseline_cifar100.py; online-* are
+trained by online_kd.py, the others by cifar100.py with FCFD's settings.
 """
 
 import sys
@@ -24,7 +24,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import yaml
 
 import online_kd
-from ablations import tables, train_baseline
+from ablations import baseline_cifar100, tables
 from ablations.cells import Cell, markdown, mean_and_deviation
 from ablations.rows import ALONE, Cells, Row, check_given, grid
 from common.run.errors import UserError, exit_code
@@ -38,33 +38,47 @@ ROWS = [
     Row({"method": "fcfd", "kd_loss": "dkd"}),
     Row({"method": "fcfd", "simkd": True}),
     Row({"method": "fcfd", "kd_loss": "dkd", "simkd": True}),
-    *(Row({"method": method}, train_baseline) for method in train_baseline.METHODS),
+    *(Row({"method": method}, baseline_cifar100) for method in baseline_cifar100.METHODS),
     *(Row({"method": method}, online_kd) for method in online_kd.METHODS),
 ]
 METHODS = {row.name: row for row in ROWS}
+TITLES = {
+    "alone": "alone, FCFD's settings",
+    "kd": "L_task + L_kd of FCFD",
+    "app": "L_task + L_kd + L_app of FCFD",
+    "fcfd": "FCFD",
+    "baseline-alone": "alone",
+    "baseline-kd": "KD",
+    "baseline-dkd": "DKD",
+    "baseline-fitnet": "FitNet",
+    "baseline-vid": "VID",
+    "baseline-crd": "CRD",
+    "baseline-reviewkd": "ReviewKD",
+    "baseline-simkd": "SimKD",
+}
+BASELINES = ["baseline-alone", *(f"baseline-{name}" for name in ("kd", "fitnet", "vid", "crd", "dkd", "reviewkd"))]
 TABLES = {
-    "1": ["alone", "kd", "crd", "kd-dkd", "reviewkd", "app", "fcfd"],
-    "4": ["kd-dkd", "fcfd-dkd", "simkd", "fcfd-simkd", "fcfd-dkd-simkd"],
+    "1": [*BASELINES, "fcfd"],
+    "4": ["baseline-dkd", "fcfd-dkd", "baseline-simkd", "fcfd-simkd", "fcfd-dkd-simkd"],
     "9": ["online-kd", "online-dml", "online-fcfd"],
 }
-COLUMNS = {"reviewkd": "review"}  # of PUBLISHED, if their names differ
+COLUMNS = {name: name.removeprefix("baseline-") for name in BASELINES} | {"baseline-reviewkd": "review", "fcfd": "fcfd"}
 # Settings that may differ from those of a published run.
 NOT_DEFINING = ("seed", "device", "amp", "out", "data_dir", "max_minutes", "teacher_ckpt")
 NOTE = """
 Top-1 test accuracy in percent: mean ± sample standard deviation over n seeds. The teacher is the network that taught
 the students. The best epoch is chosen on the test set, so its accuracy is optimistic.
 """
-NOTE_BASELINES = """
-crd, reviewkd and simkd are trained with their own settings: no Nesterov momentum, the teacher in evaluation mode.
-"""
 NOTE_PUBLISHED = """
-Published accuracies are shown for runs with published settings. Those without a mark were obtained with the same
-settings, but in float32. Those marked * were obtained with other settings and are for orientation only: no Nesterov
-momentum (unknown for Review), and KD as 0.1 L_task + 0.9 L_kd at T = 4.
+Published accuracies stand beside runs with the published settings. They are of float32, and their students learned
+from other teachers: RepDistiller's, trained without Nesterov momentum, and for ReviewKD its authors' own. FCFD and DKD
+report the best epoch, the student alone, KD, FitNet, VID and CRD the last; of ReviewKD this is not known. *: the
+teacher here was trained with Nesterov momentum.
 """
+UNPUBLISHED = "setting not published"
 
 
-def table(rows: list[dict[str, Any]], published: dict[str, dict[str, float]]) -> str:
+def table(rows: list[dict[str, Any]], published: dict[str, dict[str, str]]) -> str:
     """The Markdown table of `rows` from `tables.numbers`; `published` is from `published_figures`."""
     lines = []
     for pair in dict.fromkeys(row["pair"] for row in rows):
@@ -76,39 +90,41 @@ def table(rows: list[dict[str, Any]], published: dict[str, dict[str, float]]) ->
         for method in dict.fromkeys(row["method"] for row in of_pair):
             runs = [row for row in of_pair if row["method"] == method]
             last, best = (mean_and_deviation([run[key] for run in runs]) for key in ("last", "best"))
-            lines.append([pair, method, len(runs), last, best, figures.get(method, "")])
+            lines.append([pair, title(method), len(runs), last, best, figures.get(method, "")])
             if runs[0]["teacher_last"] != "":  # trained in the same run
                 last, best = (mean_and_deviation([run[f"teacher_{key}"] for run in runs]) for key in ("last", "best"))
                 lines.append([pair, f"{method}: its teacher", len(runs), last, best, ""])
-    own_settings = any(row["method"] in train_baseline.METHODS for row in rows)
-    return (
-        markdown(["pair", "method", "n", "last epoch", "best", "published"], lines)
-        + NOTE
-        + (NOTE_BASELINES if own_settings else "")
-        + (NOTE_PUBLISHED if published else "")
-    )
+    text = markdown(["pair", "method", "n", "last epoch", "best", "published"], lines) + NOTE
+    return text + (NOTE_PUBLISHED if published else "")
+
+
+def title(method: str) -> str:
+    return TITLES.get(method, method)
 
 
 def published_figures(cells: Cells) -> dict[str, dict[str, str]]:
-    """The published accuracies of runs with published settings, by pair and method."""
+    """The published accuracies of runs with published settings, by pair and method; UNPUBLISHED if some are ours."""
     figures: dict[str, dict[str, str]] = {}
     for (pair, method, _), cell in cells.items():
-        column = COLUMNS.get(method, method)
-        if pair in PUBLISHED["pairs"] and column in PUBLISHED["columns"] and has_published_settings(cell):
-            row = dict(zip(PUBLISHED["columns"], PUBLISHED["pairs"][pair], strict=True))
-            figures.setdefault(pair, {})[method] = f"{row[column]:.2f}" + ("" if method == "fcfd" else " *")
+        if pair not in PUBLISHED["pairs"] or not has_default_settings(cell):
+            continue
+        row = dict(zip(PUBLISHED["columns"], PUBLISHED["pairs"][pair], strict=True))
+        if not cell.settings().get("published", True):
+            figures.setdefault(pair, {})[method] = UNPUBLISHED
+        elif method in COLUMNS:
+            figures.setdefault(pair, {})[method] = f"{row[COLUMNS[method]]:.2f}"
             if cell.after:
                 figures[pair]["teacher"] = f"{row['teacher']:.2f} *"
     return figures
 
 
-def has_published_settings(cell: Cell) -> bool:
-    """Whether all settings of a run and its teacher's run are the published ones, except for NOT_DEFINING."""
+def has_default_settings(cell: Cell) -> bool:
+    """Whether all settings of a run and its teacher's run are the default ones, except for NOT_DEFINING."""
     plain = {key: cell.given[key] for key in ("teacher", "student", "method") if key in cell.given}
     none = cell.folder / "none"  # without a run
     ours, theirs = (Cell(none, given, script=cell.script).settings() for given in (cell.given, plain))
     same = all(ours[key] == theirs[key] for key in ours if key not in NOT_DEFINING)
-    return same and (cell.after is None or has_published_settings(cell.after))
+    return same and (cell.after is None or has_default_settings(cell.after))
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -132,7 +148,7 @@ def main(argv: list[str] | None = None) -> int:
         def finish(found: list[dict[str, Any]]) -> None:
             text = table(found, published_figures(cells))
             if args.table:  # first as in the paper
-                text = tables.layout(["method"], [((row.name,), row) for row in rows], args, found) + "\n" + text
+                text = tables.layout(["method"], [((title(row.name),), row) for row in rows], args, found) + "\n" + text
             tables.write(args.out, text, found)
 
         tables.run(args, cells, finish)

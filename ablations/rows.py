@@ -14,12 +14,14 @@ from typing import Any
 
 import cifar100
 import online_kd
+from ablations import baseline_cifar100
 from ablations.cells import Cell, to_argv
 from common.fcfd import TERMS
 from common.run.errors import UserError, user_errors
 from common.run.options import option
 
 PAIRS_L2 = "l2"  # as a weight in a row's settings: the weight that L_func's L2 part has for the pair
+PREFIXES = {online_kd: "online", baseline_cifar100: "baseline"}  # of the names of rows
 Cells = dict[tuple[str, str, int], Cell]  # by pair, name of the row, seed
 
 
@@ -37,8 +39,8 @@ class Row:
 
     @property
     def name(self) -> str:
-        """The row in the names of folders: fcfd, fcfd-w_app=0, kd-dkd, online-dml."""
-        words = ["online"] if self.script is online_kd else []
+        """The row in the names of folders: fcfd, fcfd-w_app=0, kd-dkd, online-dml, baseline-kd."""
+        words = [PREFIXES[self.script]] if self.script in PREFIXES else []
         words.append(self.settings.get("method", "alone"))
         for key, value in sorted(self.settings.items()):
             if value == PAIRS_L2:
@@ -46,6 +48,10 @@ class Row:
             elif key != "method":
                 words.append({"kd_loss": value, "simkd": key}.get(key) or assignment(key, value))
         return "-".join(words)
+
+    @property
+    def has_teacher(self) -> bool:
+        return self.settings.get("method", "alone") != "alone"
 
 
 ALONE = Row({})
@@ -76,21 +82,24 @@ def grid(args: Namespace, given: dict[str, Any], rows: list[Row]) -> Cells:
         if not Path(file).is_file():
             raise UserError(f"--teacher-ckpt {name}={file}: no such file")
 
+    teacher_epochs = args.teacher_epochs or given["epochs"]
+
     @cache  # a network that is the teacher of several pairs, or a teacher and a student, is trained once
-    def alone(network: str, seed: int, epochs: int) -> Cell:
+    def alone(network: str, seed: int, epochs: int, script: ModuleType) -> Cell:
+        row = ALONE if script is cifar100 else Row({"method": "alone"}, script)
         duration = f"-{epochs}ep" if epochs != given["epochs"] else ""
-        options = options_of(ALONE, given, None, network) | {"seed": seed, "epochs": epochs}
-        return Cell(args.runs / f"{network}-alone{duration}-seed{seed}", options)
+        options = options_of(row, given, None, network) | {"seed": seed, "epochs": epochs}
+        return Cell(args.runs / f"{network}-{row.name}{duration}-seed{seed}", options, script=script)
 
     def cell(pair: str, row: Row, seed: int) -> Cell:
         teacher, _, student = pair.partition("-")
         if not (teacher and student):
             raise UserError(f"--pairs {pair}: join teacher and student by a hyphen, as in resnet32x4-resnet8x4")
-        if row == ALONE:
-            return alone(student, seed, given["epochs"])
+        if not row.has_teacher:
+            return alone(student, seed, given["epochs"], row.script)
         options, after = options_of(row, given, teacher, student) | {"seed": seed}, None
         if row.script is not online_kd:  # which trains the teacher as well
-            after = None if teacher in files else alone(teacher, args.seeds[0], args.teacher_epochs or given["epochs"])
+            after = None if teacher in files else alone(teacher, args.seeds[0], teacher_epochs, cifar100)
             options["teacher_ckpt"] = str(after.network) if after else files[teacher]
         return Cell(args.runs / f"{pair}-{row.name}-seed{seed}", options, after, row.script)
 

@@ -1,8 +1,8 @@
 """The training step of a run on a batch of noise, to measure what it costs.
 
-cifar100.py          forward along all paths, loss terms, backward, SGD
-train_baseline.py    the step of ReviewKD or CRD; CRD's banks have the size of CIFAR-100
-the unit             one forward and backward of the student, without SGD
+cifar100.py           forward along all paths, loss terms, backward, SGD
+baseline_cifar100.py  the step of a method there; CRD's banks have the size of CIFAR-100
+the unit              one forward and backward of the student, without SGD
 
 The steps of both scripts use channels_last and autocast, as in training. The plain form is NCHW float32; the unit has
 it too.
@@ -18,7 +18,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import cifar100
-from ablations import train_baseline
+from ablations import baseline_cifar100
+from ablations.baselines.batch import Batch
+from ablations.baselines.build import build_method
 from ablations.cells import to_argv
 from ablations.measure import Step
 from common.data.batches import SIZE
@@ -56,14 +58,14 @@ def build_step(pair: str, options: dict[str, Any], args: Namespace, plain: bool 
     memory_format, amp = (torch.contiguous_format, "off") if plain else (torch.channels_last, args.amp)
     images = images.contiguous(memory_format=memory_format)
     words = to_argv({"teacher": teacher, "student": student} | options)
-    baseline = options["method"] in BASELINES
-    if baseline:
-        networks, loss, distinct = baseline_loss(words, images, labels)
+    nesterov = True
+    if options["method"] in BASELINES:
+        networks, loss, distinct, nesterov = baseline_loss(words, images, labels)
     else:
         networks, loss, distinct = cifar100_loss(words, images, labels, args.repeats)
     for net in networks:
         net.to(args.device, memory_format=memory_format)
-    run = training_step(networks, loss, torch.device(args.device), amp, nesterov=not baseline)
+    run = training_step(networks, loss, torch.device(args.device), amp, nesterov)
     return Step(run, distinct)
 
 
@@ -97,18 +99,18 @@ def cifar100_loss(
     return [net for net in (teacher, student, bridges) if net is not None], loss, distinct
 
 
-def baseline_loss(words: list[str], images: Tensor, labels: Tensor) -> tuple[list[nn.Module], Loss, list[int]]:
-    """The same for train_baseline.py; all its steps cost the same."""
-    args = train_baseline.parse_args(words)
-    student, teacher = train_baseline.build_networks(args, CLASSES)
-    method = train_baseline.build_method(args.method, teacher, student, torch.randint(CLASSES, (IMAGES,)))
-    teacher.eval()
-    index, generator = torch.arange(len(images), device=images.device), torch.Generator(images.device)
+def baseline_loss(words: list[str], images: Tensor, labels: Tensor) -> tuple[list[nn.Module], Loss, list[int], bool]:
+    """The same for baseline_cifar100.py, all of whose steps cost the same, and whether SGD is Nesterov's."""
+    args = baseline_cifar100.parse_args(words)
+    student, teacher = baseline_cifar100.build_networks(args, CLASSES)
+    method = build_method(args, student, teacher, SIZE, torch.randint(CLASSES, (IMAGES,)))
+    teacher.train(args.teacher_bn == "batch")
+    batch = Batch(labels, torch.arange(len(images), device=images.device), torch.Generator(images.device))
 
     def loss(i: int) -> Tensor:
-        return sum(train_baseline.terms(method, teacher, student, images, labels, index, generator)[0].values())
+        return sum(baseline_cifar100.loss_terms(method, student, teacher, images, batch, args)[0].values())
 
-    return [teacher, student, method], loss, [0]
+    return [teacher, student, method], loss, [0], args.optimizer == "nesterov"
 
 
 def training_step(

@@ -143,7 +143,10 @@ def test_table_shows_the_finished_runs(fake, tmp_path, capsys):
         str(tmp_path / "out"),
     ]
     assert compare.main([*options, "--dataset", "synthetic", "--test-subset", "40"]) == 2
-    assert "| resnet32-resnet8 | alone | 1 | 50.00 | 50.00 |  |" in (tmp_path / "out" / "table.md").read_text()
+    assert (
+        "| resnet32-resnet8 | alone, FCFD's settings | 1 | 50.00 | 50.00 |  |"
+        in (tmp_path / "out" / "table.md").read_text()
+    )
     assert "2 of the runs failed" in capsys.readouterr().err
 
 
@@ -197,10 +200,10 @@ def row(method, seed, last, best, teacher=75.0):
 
 def test_table():
     rows = [row("alone", 1, 60.0, 61.0, ""), row("kd", 1, 70.0, 71.0), row("kd", 2, 72.0, 72.0)]
-    text = compare.table(rows, {"a-b": {"kd": "73.33 *"}})
+    text = compare.table(rows, {"a-b": {"kd": "73.33"}})
     assert "| a-b | teacher | 1 | 75.00 |  |  |\n" in text
-    assert "| a-b | alone | 1 | 60.00 | 61.00 |  |\n" in text
-    assert "| a-b | kd | 2 | 71.00 ± 1.41 | 71.50 ± 0.71 | 73.33 * |\n" in text
+    assert "| a-b | alone, FCFD's settings | 1 | 60.00 | 61.00 |  |\n" in text
+    assert "| a-b | L_task + L_kd of FCFD | 2 | 71.00 ± 1.41 | 71.50 ± 0.71 | 73.33 |\n" in text
 
 
 def grid(*options, methods=("alone", "kd", "app", "fcfd")):
@@ -214,20 +217,31 @@ def published(tmp_path, *options):
 
 def test_published_figures_are_shown_only_for_published_settings(tmp_path):
     figures = published(tmp_path)
-    assert figures["vgg13-vgg8"] == {"teacher": "74.64 *", "alone": "70.36 *", "kd": "72.98 *", "fcfd": "75.22"}
+    assert figures["vgg13-vgg8"] == {"teacher": "74.64 *", "fcfd": "75.22"}  # not beside alone, kd and app: FCFD's
     assert figures["resnet56-resnet20"]["fcfd"] == "71.96"
-    assert set(published(tmp_path, "--num-paths", "2", "--devices", "cpu", "--amp", "off", "--seeds", "5")) == set(
-        figures
-    )
+    assert published(tmp_path, "--num-paths", "2", "--devices", "cpu", "--amp", "off", "--seeds", "5") == figures
     for options in (["--epochs", "30"], ["--dataset", "synthetic"], ["--subset", "500"], ["--lr", "0.1"]):
         assert published(tmp_path, *options) == {}, options
-    others = grid("--out", tmp_path, "--pairs", "vgg13-vgg8", methods=["crd", "reviewkd", "simkd", "online-kd"])
-    others = compare.published_figures(others)["vgg13-vgg8"]
-    assert others == {"teacher": "74.64 *", "crd": "73.94 *", "reviewkd": "74.84 *"}
-    assert set(published(tmp_path, "--teacher-epochs", "30")["vgg13-vgg8"]) == {"alone"}
+    assert published(tmp_path, "--teacher-epochs", "30") == published(tmp_path, "--w-app", "2") == {}
     (tmp_path / "teacher.pth").touch()
-    assert "teacher" not in published(tmp_path, "--teacher-ckpt", f"vgg13={tmp_path / 'teacher.pth'}")["vgg13-vgg8"]
-    assert set(published(tmp_path, "--w-app", "2")["vgg13-vgg8"]) == {"teacher", "alone", "kd"}
+    assert "teacher" in figures["vgg13-vgg8"]
+    given = published(tmp_path, "--teacher-ckpt", f"vgg13={tmp_path / 'teacher.pth'}")
+    assert given["vgg13-vgg8"] == {"fcfd": "75.22"}
+
+
+def test_published_figures_of_the_baselines(tmp_path):
+    methods = [*compare.TABLES["1"], "baseline-simkd", "online-kd"]
+    pairs = ["vgg13-vgg8", "resnet56-resnet20"]
+    cells = grid("--out", tmp_path, "--pairs", *pairs, "--amp", "off", methods=methods)
+    figures = compare.published_figures(cells)
+    known = {"teacher": "72.34 *", "baseline-alone": "69.06", "baseline-kd": "70.66", "baseline-fitnet": "69.21"}
+    known |= {"baseline-vid": "70.38", "baseline-crd": "71.16", "baseline-dkd": "71.97", "baseline-reviewkd": "71.89"}
+    assert figures["resnet56-resnet20"] == known | {"fcfd": "71.96", "baseline-simkd": "setting not published"}
+    assert figures["vgg13-vgg8"]["baseline-reviewkd"] == "setting not published"
+    cells = grid(
+        "--out", tmp_path, "--pairs", "vgg13-vgg8", "--temperature", "3", methods=["baseline-kd", "baseline-vid"]
+    )
+    assert compare.published_figures(cells)["vgg13-vgg8"] == {"teacher": "74.64 *", "baseline-vid": "71.23"}
 
 
 def test_grid(tmp_path):

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 import cifar100
-from ablations import complexity, measure, steps, train_baseline
+from ablations import baseline_cifar100, complexity, measure, steps
 from common.models import build
 
 FCFD = {"method": "fcfd", "num_paths": 2}
@@ -36,9 +36,9 @@ def test_smoke(tmp_path, capsys):
     flops = {key: row["flops"] for key, row in rows.items()}
     assert flops["alone", None] < flops["kd", None] == flops["dkd", None] < flops["app", None]
     assert flops["app", None] == flops["fcfd", 0] < flops["fcfd", 2] == flops["plain", 2]
-    # CRD skips the teacher's classifier, trains two embeddings, and multiplies each by rows of a bank.
+    # CRD trains two embeddings, and multiplies each by rows of a bank.
     embedding, products = 2 * 64 * 128, 2 * 128 * 16_385
-    assert flops["crd", None] == flops["kd", None] + 4 * (5 * embedding + 4 * products - 2 * 64 * 100)
+    assert flops["crd", None] == flops["kd", None] + 4 * (5 * embedding + 4 * products)
     text = (tmp_path / "table.md").read_text()
     assert text in capsys.readouterr().out
     unit, row = rows["alone", None], rows["fcfd", 2]
@@ -141,7 +141,7 @@ def test_every_set_of_paths_is_among_the_distinct_steps(monkeypatch, num_paths, 
 @pytest.mark.parametrize("method", ["kd", "dkd", "app", "reviewkd", "crd", "fcfd", "plain"])
 def test_step_trains_only_the_student(monkeypatch, method):
     built = {}
-    for module in (cifar100, train_baseline):
+    for module in (cifar100, baseline_cifar100):
         monkeypatch.setattr(module, "build", lambda name, n: built.setdefault(name, build(name, n)))
     settings = smoke_settings("--methods", method, *(["--num-paths", "4"] if method in complexity.WITH_PATHS else []))
     _, row = complexity.rows_of("resnet14-resnet8", settings)
@@ -150,7 +150,7 @@ def test_step_trains_only_the_student(monkeypatch, method):
     before = [[p.detach().clone() for p in net.parameters()] for net in (teacher, student)]
     seen_by_teacher = teacher.bn1.running_mean.clone()
     step.run(0)
-    assert torch.equal(teacher.bn1.running_mean, seen_by_teacher) == (method in ("reviewkd", "crd"))  # evaluation mode
+    assert torch.equal(teacher.bn1.running_mean, seen_by_teacher) == (method == "crd")  # evaluation mode
     same = [
         [torch.equal(p, q) for p, q in zip(net.parameters(), old, strict=True)]
         for net, old in zip((teacher, student), before, strict=True)

@@ -11,7 +11,7 @@ import cifar100
 import detection
 import imagenet
 import online_kd
-from ablations import train_baseline
+from ablations import baseline_cifar100
 from common import fcfd
 from common.run import device, run
 from common.run.device import AMP, check_device, default_amp, describe_device, open_device
@@ -44,7 +44,7 @@ def test_default_precision_of_every_script(monkeypatch, name, supported, amp):
     for script, argv in (
         (cifar100, pair),
         (online_kd, pair),
-        (train_baseline, [*pair, "--method", "crd"]),
+        (baseline_cifar100, [*pair, "--method", "crd"]),
         (imagenet, imagenet_pair),
         (detection, imagenet_pair),
     ):

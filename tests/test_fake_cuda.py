@@ -14,7 +14,7 @@ from torch.utils.data import DataLoader
 import cifar100
 import imagenet
 import online_kd
-from ablations import train_baseline
+from ablations import baseline_cifar100
 from common.data import batches
 from common.models import build
 from common.run.run import Run
@@ -36,9 +36,12 @@ LOOPS = {
     "online-dml": (online_kd, *PAIR, "--amp", "fp16", "--method", "dml"),
     "imagenet-fcfd": (imagenet, "--teacher", "resnet18", "--student", "MobileNetV1", *CKPT, "--amp", "fp16"),
     "imagenet-alone": (imagenet, "--student", "resnet18", "--amp", "off"),
-    "reviewkd": (train_baseline, *PAIR, *CKPT, "--amp", "fp16", "--method", "reviewkd"),
-    "crd": (train_baseline, *PAIR, *CKPT, "--amp", "fp16", "--method", "crd"),
-    "simkd": (train_baseline, *PAIR, *CKPT, "--amp", "fp16", "--method", "simkd"),
+    "baseline-alone": (baseline_cifar100, "--student", "resnet8", "--amp", "fp16", "--method", "alone"),
+    **{
+        name: (baseline_cifar100, *PAIR, *CKPT, "--amp", "fp16", "--method", name)
+        for name in baseline_cifar100.METHODS
+        if name != "alone"
+    },
 }
 EACH_SCRIPT = ["fcfd-fp16", "online-dml", "imagenet-alone", "crd"]
 # Errors of the fake device, and their messages.
@@ -91,8 +94,9 @@ def train_epoch(tmp_path, folder, monkeypatch):
     iterate = DataLoader.__iter__
     monkeypatch.setattr(DataLoader, "__iter__", real(lambda loader: iter(list(iterate(loader)))))
     # CRD sorts by label on the CPU, and the labels on the device have no values.
-    method = train_baseline.build_method
-    monkeypatch.setattr(train_baseline, "build_method", lambda *args: method(*args[:3], torch.arange(IMAGES)))
+    method = baseline_cifar100.build_method
+    labels = torch.arange(IMAGES)
+    monkeypatch.setattr(baseline_cifar100, "build_method", lambda *args: method(*args[:4], labels))
     # Later tests must not find fake tensors in the cache.
     monkeypatch.setattr(batches, "_moments", cache(batches._moments.__wrapped__))
     return train

@@ -9,7 +9,7 @@ import torch
 
 import cifar100
 import online_kd
-from ablations import compare, complexity, components, loss_terms, partial, positions, tables, train_baseline
+from ablations import baseline_cifar100, compare, complexity, components, loss_terms, partial, positions, tables
 from ablations.rows import ALONE, PAIRS_L2, Row, grid, options_of
 from common.run.device import default_amp, default_device
 from common.run.errors import UserError
@@ -133,7 +133,8 @@ def test_each_row_takes_the_options_that_affect_it():
     assert applied("fcfd", w_app=0, num_paths=4) == all_options | {"w_app": 0, "num_paths": 4}
     assert applied("fcfd", online_kd) == all_options
     assert applied("dml", online_kd) == {"lr": 5, "temperature": 6}
-    assert applied("crd", train_baseline) == {"lr": 5}
+    assert applied("crd", baseline_cifar100) == {"lr": 5}
+    assert applied("dkd", baseline_cifar100) == {"lr": 5, "temperature": 6, "tckd": 4}
     alone = options_of(ALONE, given, None, "resnet8x4")
     assert alone == {"student": "resnet8x4", "epochs": 3, "lr": 5, "amp": "off"}
 
@@ -247,26 +248,28 @@ def test_smoke(smoke, capsys, script):
 
 
 def test_compare_also_runs_other_scripts(tmp_path, capsys):
-    assert compare.main(["--smoke", "--methods", "online-dml", "crd", "--out", str(tmp_path)]) == 0
-    crd = json.loads((tmp_path / "resnet14-resnet8-crd-seed1" / "result.json").read_text())
-    assert f"| resnet14-resnet8 | crd | 1 | {crd['last']['top1']:.2f} |" in (tmp_path / "table.md").read_text()
+    options = ["--smoke", "--out", str(tmp_path), "--methods"]
+    assert compare.main([*options, "online-dml", "baseline-crd", "baseline-alone"]) == 0
+    for run, title in (("resnet14-resnet8-baseline-crd", "CRD"), ("resnet8-baseline-alone", "alone")):
+        last = json.loads((tmp_path / f"{run}-seed1" / "result.json").read_text())["last"]
+        assert f"| resnet14-resnet8 | {title} | 1 | {last['top1']:.2f} |" in (tmp_path / "table.md").read_text()
     folder = tmp_path / "resnet14-resnet8-online-dml-seed1"
     result = json.loads((folder / "result.json").read_text())
     text = (tmp_path / "table.md").read_text()
     assert f"| resnet14-resnet8 | online-dml | 1 | {result['last']['top1']:.2f} |" in text
     assert f"| online-dml: its teacher | 1 | {result['teacher_last']['top1']:.2f} |" in text
-    assert compare.main(["--smoke", "--methods", "online-dml", "crd", "--out", str(tmp_path)]) == 0
-    assert "3 runs, 3 already finished" in capsys.readouterr().out
-    assert compare.main(["--smoke", "--methods", "online-dml", "--out", str(tmp_path), "--lr", "0.3"]) == 2
+    assert compare.main([*options, "online-dml", "baseline-crd", "baseline-alone"]) == 0
+    assert "4 runs, 4 already finished" in capsys.readouterr().out
+    assert compare.main([*options, "online-dml", "--lr", "0.3"]) == 2
     assert "--lr is 0.3 and was 0.05" in capsys.readouterr().err
 
 
 def test_paper_tables_contain_known_methods():
-    assert compare.TABLES == {
-        "1": ["alone", "kd", "crd", "kd-dkd", "reviewkd", "app", "fcfd"],
-        "4": ["kd-dkd", "fcfd-dkd", "simkd", "fcfd-simkd", "fcfd-dkd-simkd"],
+    assert {
+        "1": [*(f"baseline-{name}" for name in ("alone", "kd", "fitnet", "vid", "crd", "dkd", "reviewkd")), "fcfd"],
+        "4": ["baseline-dkd", "fcfd-dkd", "baseline-simkd", "fcfd-simkd", "fcfd-dkd-simkd"],
         "9": ["online-kd", "online-dml", "online-fcfd"],
-    }
+    } == compare.TABLES
     assert all(method in compare.METHODS for methods in compare.TABLES.values() for method in methods)
 
 

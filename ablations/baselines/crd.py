@@ -4,7 +4,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from common.models import pool
+from ablations.baselines.batch import Batch
+from common.models import Taps
 
 
 class CRD(nn.Module):
@@ -17,8 +18,9 @@ class CRD(nn.Module):
     (1 GiB at the published sizes), are kept for the backward pass.
 
     Args:
-        c_s, c_t: channels of the student's and the teacher's F^N.
+        c_s, c_t: length of the student's and the teacher's pooled vector.
         labels: [n], of all training images.
+        replacement: whether an image's negatives may repeat; they must if a class leaves fewer than m other images.
         negatives: m, per image.
         dim: of the embeddings.
         momentum: weight of the old row in a bank update.
@@ -38,6 +40,7 @@ class CRD(nn.Module):
         c_s: int,
         c_t: int,
         labels: Tensor,
+        replacement: bool = False,
         negatives: int = 16384,
         dim: int = 128,
         temperature: float = 0.07,
@@ -48,6 +51,7 @@ class CRD(nn.Module):
         n, counts = len(labels), labels.bincount()
         if counts.max() == n:
             raise ValueError("CRD contrasts images of different classes, but all are of one: choose other images")
+        self.replacement = replacement or n - counts.max().item() < negatives
         self.negatives, self.temperature, self.momentum = negatives, temperature, momentum
         self.embed_s, self.embed_t = nn.Linear(c_s, dim), nn.Linear(c_t, dim)
         bound = (3 / dim) ** 0.5  # for an expected squared length of 1
@@ -55,17 +59,25 @@ class CRD(nn.Module):
             self.register_buffer(bank, torch.empty(n, dim).uniform_(-bound, bound))
         for z in ("z_s", "z_t"):
             self.register_buffer(z, torch.tensor(-1.0))
+        self.register_buffer("labels", labels, persistent=False)
         # Sorted by class, the images of one class are the `size` images from position `first` on.
         self.register_buffer("by_class", labels.argsort(stable=True), persistent=False)
         self.register_buffer("first", (counts.cumsum(0) - counts)[labels], persistent=False)
         self.register_buffer("size", counts[labels], persistent=False)
 
-    def draw(self, index: Tensor, generator: torch.Generator) -> Tensor:
-        """[B] -> [B, m]: negatives of other classes for each image, sampled uniformly with replacement.
+    def forward(self, student: Taps, teacher: Taps, batch: Batch) -> Tensor:
+        negatives = self.draw(batch.index, batch.generator)
+        return self.loss(student.pooled, teacher.pooled, batch.index, negatives)
 
-        Noise-contrastive estimation assumes independent samples. (The authors' code samples without replacement if
-        there are enough images.) Does not synchronize with the device; `generator` is on the same device.
+    def draw(self, index: Tensor, generator: torch.Generator) -> Tensor:
+        """[B] -> [B, m]: negatives for each image, sampled uniformly from the images of other classes.
+
+        Does not synchronize with the device; `generator` is on the same device.
         """
+        if not self.replacement:
+            keys = torch.rand(len(index), len(self.labels), generator=generator, device=index.device)
+            same = self.labels[index, None] == self.labels
+            return keys.masked_fill(same, -1).topk(self.negatives, sorted=False).indices
         first, size = self.first[index, None], self.size[index, None]
         shape = (len(index), self.negatives)
         # randint does not support a different bound for each image; float32 is too coarse for a large dataset.
@@ -73,17 +85,17 @@ class CRD(nn.Module):
         position %= len(self.by_class) - size  # with a bias below 1e-9 for any dataset
         return self.by_class[position + size * (position >= first)]
 
-    def forward(self, feature_s: Tensor, feature_t: Tensor, index: Tensor, negatives: Tensor) -> Tensor:
+    def loss(self, pooled_s: Tensor, pooled_t: Tensor, index: Tensor, negatives: Tensor) -> Tensor:
         """Sum of the losses in both directions; also updates the batch's rows of both banks.
 
         Args:
-            feature_s, feature_t: F^N of each network, [B, C, H, W]; the teacher's is detached.
+            pooled_s, pooled_t: [B, C]; the teacher's is detached.
             index: [B], indices of these training images, without repetition.
             negatives: [B, m], from `draw`.
         """
         with torch.autocast(index.device.type, enabled=False):
-            v_s = F.normalize(self.embed_s(pool(feature_s.float())))
-            v_t = F.normalize(self.embed_t(pool(feature_t.detach().float())))
+            v_s = F.normalize(self.embed_s(pooled_s.float()))
+            v_t = F.normalize(self.embed_t(pooled_t.detach().float()))
             rows = torch.cat([index[:, None], negatives], 1)
             loss = self.contrast(v_s, self.bank_t, self.z_t, rows) + self.contrast(v_t, self.bank_s, self.z_s, rows)
             self.update_bank(self.bank_s, index, v_s)

@@ -8,8 +8,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from ablations.baselines.batch import Batch
 from common.losses import l2
-from common.models import pool
+from common.models import Taps
 
 
 class ABF(nn.Module):
@@ -24,7 +25,7 @@ class ABF(nn.Module):
             nn.init.kaiming_uniform_(conv.weight, a=1)
 
     def forward(self, feature: Tensor, deeper: Tensor | None, size: tuple[int, int]) -> tuple[Tensor, Tensor]:
-        """Output [B, c_out, *size] to compare with the teacher's, and residual [B, c_mid, H, W] for the next level.
+        """Output [B, c_out, *size] to compare with the teacher's, and residual [B, c_mid, *size] for the next level.
 
         Args:
             feature: the student's, [B, c_in, H, W].
@@ -36,50 +37,42 @@ class ABF(nn.Module):
             deeper = resize(deeper, x.shape[2:])
             maps = self.attention(torch.cat([x, deeper], 1))
             x = x * maps[:, :1] + deeper * maps[:, 1:]
-        return self.conv2(resize(x, size)), x
+        x = resize(x, size)
+        return self.conv2(x), x
 
 
 class ReviewKD(nn.Module):
     """Fuses the levels from the deepest to the shallowest, and computes the loss of their outputs.
 
-    The levels are F^2..F^N and, as the deepest, the pooled F^N as a 1x1 map, whose BatchNorm needs at least two images
-    per batch. The authors' code takes features before the ReLU where a network provides them; here they are as the
-    networks return them (`StagedNet.post_relu`), and F^N of MobileNetV2 and ShuffleV2 includes the final 1x1
-    convolution. The loss needs a warm-up: its weight rises linearly over 20 epochs.
+    The levels are the features and, as the deepest, the pooled vector as a 1x1 map. Its BatchNorm needs at least two
+    images per batch.
 
     Args:
-        shapes_s, shapes_t: k -> (C, H, W) of the student's and the teacher's F^k (common.bridges.feature_shapes).
-
-    Raises:
-        ValueError: the networks have different numbers of stages.
+        c_s, c_t: channels of the student's and the teacher's levels, the shallowest first.
+        c_mid: channels of the residuals, at most those of the student's deepest level.
     """
 
-    def __init__(self, shapes_s: dict[int, torch.Size], shapes_t: dict[int, torch.Size]):
+    def __init__(self, c_s: list[int], c_t: list[int], c_mid: int = 512):
         super().__init__()
-        if len(shapes_s) != len(shapes_t):
-            raise ValueError(
-                f"the teacher has {len(shapes_t)} stages and the student {len(shapes_s)}: choose two networks whose "
-                "stages correspond"
-            )
-        last = len(shapes_s)
-        c_s, c_t = ([*(shapes[k][0] for k in range(2, last + 1)), shapes[last][0]] for shapes in (shapes_s, shapes_t))
-        c_mid = min(512, c_s[-1])
-        fuse = [True] * (last - 1) + [False]
-        self.fusions = nn.ModuleList(ABF(*level) for level in zip(c_s, [c_mid] * last, c_t, fuse, strict=True))
+        c_mid = min(c_mid, c_s[-1])
+        fuse = [True] * (len(c_s) - 1) + [False]
+        self.fusions = nn.ModuleList(ABF(a, c_mid, b, f) for a, b, f in zip(c_s, c_t, fuse, strict=True))
 
-    def forward(self, features_s: list[Tensor], features_t: list[Tensor]) -> Tensor:
-        """Sum of `hcl` over the levels, given F^1..F^N of each network; the teacher's are detached."""
-        levels = zip(self.fusions, self.levels(features_s), self.levels(features_t), strict=True)
+    def forward(self, student: Taps, teacher: Taps, batch: Batch) -> Tensor:
+        return self.review(self.levels(student), self.levels(teacher))
+
+    def review(self, levels_s: list[Tensor], levels_t: list[Tensor]) -> Tensor:
+        """Sum of `hcl` over the levels [B, C, H, W], the shallowest first; the teacher's are detached."""
         residual, loss = None, 0
-        for fusion, feature, target in reversed(list(levels)):
+        for fusion, feature, target in reversed(list(zip(self.fusions, levels_s, levels_t, strict=True))):
             output, residual = fusion(feature, residual, target.shape[2:])
             loss = loss + hcl(output, target)
         return loss
 
     @staticmethod
-    def levels(features: list[Tensor]) -> list[Tensor]:
-        """[F^1, ..., F^N] -> [F^2, ..., F^N, pooled F^N as [B, C, 1, 1]]."""
-        return [*features[1:], pool(features[-1])[:, :, None, None]]
+    def levels(taps: Taps) -> list[Tensor]:
+        """[f^1, ..., f^(N-1), the pooled vector as [B, C, 1, 1]]."""
+        return [*taps.features, taps.pooled[:, :, None, None]]
 
 
 def resize(x: Tensor, size: tuple[int, int]) -> Tensor:

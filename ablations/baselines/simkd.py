@@ -1,17 +1,53 @@
-"""SimKD's loss (Chen et al.: Knowledge Distillation with the Reused Teacher Classifier, CVPR 2022).
+"""SimKD (Chen, Mei, Zhang, Wang, Feng, Chen: Knowledge Distillation with the Reused Teacher Classifier, CVPR 2022).
 
-The projector and the reused classifier are in common/simkd.py, since FCFD is combined with them too.
+The student learns the teacher's last feature map through a projector, and classifies it by the teacher's classifier. In
+FCFD with SimKD (common/simkd.py) the projector reads F^N instead, which in MobileNetV2 and ShuffleV2 follows their last
+1x1 convolution, and starts from another initialization.
 """
 
+import torch.nn.functional as F
 from torch import Tensor, nn
 
+from ablations.baselines.batch import Batch
 from common.losses import l2
-from common.simkd import SimKDStudent
+from common.models import StagedNet, Taps, pool
+from common.simkd import projector
+
+
+class SimKDStudent(nn.Module):
+    """The student, its projector (Sec. 3.2) and the teacher's classifier, which both networks share.
+
+    Layers of the student after its last feature are unused. At inference the projector and the classifier are part of
+    the network.
+
+    Args:
+        feature_s, last_t: the student's last feature and the teacher's `Taps.last`, for their shapes.
+    """
+
+    def __init__(self, student: StagedNet, teacher: StagedNet, feature_s: Tensor, last_t: Tensor):
+        super().__init__()
+        self.student, self.classifier = student, teacher.classifier_layer
+        self.projector = projector(feature_s.shape[1:], last_t.shape[1:])
+        for layer in self.projector:
+            if isinstance(layer, nn.Conv2d):
+                layer.reset_parameters()  # PyTorch's default
+
+    def taps(self, images: Tensor, pre_relu: bool = False) -> Taps:
+        """`Taps.last` is the projected feature."""
+        features = self.student.taps(images, pre_relu).features
+        projected = self.projector(features[-1])
+        pooled = pool(projected)
+        return Taps(features, projected, pooled, self.classifier(pooled))
+
+    def forward(self, images: Tensor) -> Tensor:
+        return self.taps(images).logits
 
 
 class SimKD(nn.Module):
-    """L2 between the student's projected F^N and the teacher's F^N; the projector belongs to the student."""
+    """L2 between the projected feature and the teacher's last map (Sec. 3.2), the mean over all elements.
 
-    def forward(self, student: SimKDStudent, projected: Tensor, feature_t: Tensor) -> Tensor:
-        """Mean over all elements. F_s^N as projected, and F_t^N, which is detached: [B, C, H, W] each."""
-        return l2(projected, student.last_target(feature_t, projected))
+    The projector works at the smaller of both sizes. If the teacher's map is larger, it is average-pooled.
+    """
+
+    def forward(self, student: Taps, teacher: Taps, batch: Batch) -> Tensor:
+        return l2(student.last, F.adaptive_avg_pool2d(teacher.last.float(), student.last.shape[2:]))

@@ -110,11 +110,14 @@ def load_weights(net: nn.Module, weights: dict[str, torch.Tensor], path: str | P
     """Load the weights read from the file `path` strictly into the network `name`.
 
     Raises:
-        UserError: the weights are those of a SimKD student (common/simkd.py), but `net` is a plain network.
+        UserError: the weights are those of a SimKD student, but `net` is a plain network.
         NetworkMismatchError: the weights are for another network or number of classes.
     """
     if any(key.startswith("projector.") for key in weights) and not hasattr(net, "projector"):
-        raise UserError(f"{path} is a SimKD student, not a plain network: use --evaluate with --simkd and --teacher")
+        raise UserError(
+            f"{path} is a SimKD student, not a plain network: use --evaluate with --simkd and --teacher, or, if "
+            "ablations/baseline_cifar100.py trained it, that script"
+        )
     try:
         net.load_state_dict(weights)
     except RuntimeError as error:

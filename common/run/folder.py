@@ -101,7 +101,7 @@ def read_state(out: Path, script: str, unit: str) -> dict[str, Any]:
     state = load(last)
     config = state.get("config") if isinstance(state, dict) else None
     if isinstance(config, dict) and (other := config.get("script", "cifar100")) != script:
-        name = {"baselines": "ablations/train_baseline.py"}.get(other, f"{other}.py")
+        name = f"ablations/{other}.py" if other.startswith("baseline_") else f"{other}.py"
         raise UserError(f"{out} holds a run of {name}: resume it with that script, or choose another --out")
     kinds = {"config": dict, unit: int, "log": list, "best": dict, "student": dict, "made_with": dict}
     if not isinstance(state, dict) or not all(isinstance(state.get(key), kind) for key, kind in kinds.items()):

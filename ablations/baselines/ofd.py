@@ -1,0 +1,78 @@
+"""OFD (Heo, Kim, Yun, Park, Kwak, Choi: A Comprehensive Overhaul of Feature Distillation, ICCV 2019).
+
+Compares features before the ReLU, through a margin ReLU for the teacher's and a 1x1 convolution for the student's.
+"""
+
+import torch
+from torch import Tensor, nn
+from torch.distributions import Normal
+
+from ablations.baselines.batch import Batch
+from common.models import StagedNet, Taps
+from common.models.imagenet_resnet import ImageNetResNet
+from common.models.mobilenetv1 import STAGE_LAYERS, MobileNetV1
+
+
+class OFD(nn.Module):
+    """Partial L2 (Sec. 3.3) of every stage; stage i of n weighs 1 / 2^(n - i).
+
+    Summed over channels and positions and averaged over the batch, which the published weight of 1e-4 is for.
+
+    Args:
+        c_s: channels of the student's features before the ReLU.
+        norms: the teacher's BatchNorm layers before the ReLU at the end of each stage.
+    """
+
+    def __init__(self, c_s: list[int], norms: list[nn.BatchNorm2d]):
+        super().__init__()
+        self.connectors = nn.ModuleList(connector(c, norm.num_features) for c, norm in zip(c_s, norms, strict=True))
+        for i, norm in enumerate(norms):
+            self.register_buffer(f"margin{i}", margin(norm))
+
+    def forward(self, student: Taps, teacher: Taps, batch: Batch) -> Tensor:
+        n, loss = len(self.connectors), 0
+        for i, (net, feature, target) in enumerate(
+            zip(self.connectors, student.features, teacher.features, strict=True)
+        ):
+            target = torch.maximum(target.detach().float(), getattr(self, f"margin{i}")[:, None, None])
+            loss = loss + partial_l2(net(feature).float(), target) / 2 ** (n - 1 - i)
+        return loss
+
+
+def connector(c_s: int, c_t: int) -> nn.Sequential:
+    conv = nn.Conv2d(c_s, c_t, 1, bias=False)
+    nn.init.normal_(conv.weight, std=(2 / c_t) ** 0.5)
+    return nn.Sequential(conv, nn.BatchNorm2d(c_t))
+
+
+def partial_l2(feature: Tensor, target: Tensor) -> Tensor:
+    """Squared difference, except where the target is not positive and the feature below it. [B, C, H, W] each."""
+    counted = (feature > target) | (target > 0)
+    return torch.where(counted, (feature - target) ** 2, 0).sum() / len(feature)
+
+
+@torch.no_grad()
+def margin(norm: nn.BatchNorm2d) -> Tensor:
+    """[C]: the expected negative response of each channel, E[x | x < 0] for x ~ N(beta, gamma^2) (Sec. 3.2).
+
+    -3 |gamma| where responses are hardly ever negative.
+    """
+    mean, std = norm.bias.double(), norm.weight.double().abs()
+    normal = Normal(0, 1)
+    negative = normal.cdf(-mean / std)
+    expected = mean - std * normal.log_prob(-mean / std).exp() / negative
+    return torch.where(negative > 0.001, expected, -3 * std).float()
+
+
+def last_norms(net: StagedNet) -> list[nn.BatchNorm2d]:
+    """The last BatchNorm before the ReLU at the end of each stage but the stem; of an ImageNet network.
+
+    Raises:
+        ValueError: another network.
+    """
+    if isinstance(net, MobileNetV1):
+        return [net.model[end - 1][4] for k, (_, end) in STAGE_LAYERS.items() if k > 1]
+    if not isinstance(net, ImageNetResNet):
+        raise ValueError(f"OFD is for ImageNet networks, not for {type(net).__name__}")
+    blocks = [getattr(net, f"layer{k}")[-1] for k in range(1, 5)]
+    return [getattr(block, "bn3", block.bn2) for block in blocks]

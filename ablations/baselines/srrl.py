@@ -1,0 +1,30 @@
+"""SRRL (Yang, Martinez, Bulat, Tzimiropoulos: Knowledge Distillation via Softmax Regression Representation Learning,
+ICLR 2021)."""
+
+from torch import Tensor, nn
+
+from ablations.baselines.batch import Batch
+from common.losses import l2
+from common.models import Taps, pool
+
+
+class SRRL(nn.Module):
+    """Feature matching L_FM plus softmax regression L_SR (Sec. 3), each with weight 1.
+
+    Args:
+        c_s, c_t: channels of `Taps.last`.
+        classifier: the teacher's linear layer, frozen. It is not part of this module's state.
+    """
+
+    def __init__(self, c_s: int, c_t: int, classifier: nn.Module):
+        super().__init__()
+        conv = nn.Conv2d(c_s, c_t, 1, bias=False)
+        nn.init.normal_(conv.weight, std=(2 / c_t) ** 0.5)
+        self.connector = nn.Sequential(conv, nn.BatchNorm2d(c_t), nn.ReLU(inplace=True))
+        self.classify = [classifier]  # in a list, so that it is not registered
+
+    def forward(self, student: Taps, teacher: Taps, batch: Batch) -> Tensor:
+        """The gradient of L_SR passes through the teacher's classifier."""
+        pooled = pool(self.connector(student.last))
+        logits = self.classify[0](pooled)
+        return l2(pooled, teacher.pooled) + l2(logits, teacher.logits)
