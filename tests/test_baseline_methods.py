@@ -415,6 +415,8 @@ def test_simkd_matches_a_naive_implementation(teacher, student):
     for conv, bn in zip(layers[::2], layers[1::2], strict=True):
         x = batch_norm(F.conv2d(x, conv.weight, padding=conv.kernel_size[0] // 2), bn.weight, bn.bias).clamp(min=0)
     assert [conv.kernel_size[0] for conv in layers[::2]] == [1, 3, 1]
+    for conv in layers[::2]:  # PyTorch's default
+        assert conv.weight.abs().max().item() == pytest.approx(conv.weight[0].numel() ** -0.5, rel=0.02)
     assert list(terms) == ["distill"]
     assert terms["distill"].item() == pytest.approx(((x - y) ** 2).mean().item(), rel=1e-4)
     torch.testing.assert_close(logits, teacher.classifier_layer(x.mean((2, 3))), rtol=1e-3, atol=1e-4)
