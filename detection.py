@@ -15,6 +15,7 @@ import math
 import sys
 import time
 from argparse import Namespace
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
@@ -24,10 +25,11 @@ from tqdm import tqdm
 
 from common.detection.boxes import draw_detections
 from common.detection.coco import CocoData, load_coco, load_coco_test
-from common.detection.detectors import DETECTORS, build_detector, decay_all_but_norms
+from common.detection.detectors import build_detector, decay_all_but_norms
 from common.detection.evaluation import evaluate, require_pycocotools
 from common.detection.fcfd import TERMS, detection_terms, forward_detectors, level_bridges
 from common.detection.images import BoxedImages, batches, load
+from common.detection.options import add_options
 from common.detection.records import add_row, all_reduce_mean, format_metrics, print_row, publish, report, save
 from common.detection.weights import inherit, load_backbone, load_coco_v1, load_detector, trained_size
 from common.randomness import derive_seed
@@ -38,8 +40,8 @@ from common.run.errors import NetworkMismatchError, NonFiniteLossError, UserErro
 from common.run.optimizer import sgd
 from common.run.options import PUBLISHED, Parser, option, set_defaults
 from common.run.run import Run, stored_options
-from common.run.torchrun import default_workers, distribute, process_group
-from common.run.types import count, name_in, number, positive, weight
+from common.run.torchrun import distribute, process_group
+from common.run.types import positive, weight
 
 SETTINGS = PUBLISHED["detection"]
 METHODS = {"kd": ("task", "kd"), "app": ("task", "kd", "app"), "fcfd": tuple(TERMS)}  # the terms of each method
@@ -49,42 +51,16 @@ INTERRUPTED = "saved iterations are kept; continue with --resume (without it if 
 def parse_args(argv: list[str] | None = None, stored: dict | None = None) -> Namespace:
     """Parse the options; defaults are those `stored` by the run being resumed, then the published settings."""
     parser = Parser(__doc__)
-    add = parser.add_argument
-    add("--data-dir", default="data/coco", metavar="DIR", help="a dataset in COCO's format")
-    add("--student", type=name_in(DETECTORS), required=True, metavar="NAME", help=", ".join(DETECTORS))
-    add("--teacher", type=name_in(DETECTORS), metavar="NAME", help="omit to train --student alone")
-    add("--backbone-ckpt", metavar="FILE", help="classifier for the student's backbone (default: torchvision's)")
-    add("--scratch", action="store_true", help="random weights, ordinary BatchNorm, nothing frozen")
-    add("--subset", type=count, metavar="N", help="train on N images, spread evenly over the dataset")
-    add("--test-subset", type=count, metavar="N", help="test on N images, spread evenly over the dataset")
-    sizes = {"type": number(int, 96, 1333), "nargs": "+", "default": SETTINGS["min_size"]}
-    add("--min-size", **sizes, metavar="PIXELS", help="shorter sides in training; tests use the largest")
-    add("--rois", type=count, default=SETTINGS["rois"], metavar="N", help="proposals per image for the ROI heads")
-    add("--workers", type=number(int, 0, 1000), default=default_workers(), metavar="N", help="image readers per rank")
-    add("--iterations", type=count, default=SETTINGS["iterations"], metavar="N", help="the schedule scales with it")
-    add("--batch-size", type=count, default=SETTINGS["batch_size"], metavar="N", help="of all ranks together")
-    add("--lr", type=positive, default=SETTINGS["lr"], help="after the warm-up")
-    add("--save-every", type=count, default=1000, metavar="N", help="iterations")
-    add("--eval-every", type=count, default=5000, metavar="N", help="iterations; also tests after the last one")
-    add("--evaluate", metavar="FILE", help="only test this checkpoint of --student")
-    add("--visualize", type=count, metavar="N", help="draw detections on N test images; saved to boxes/")
-    distillation = parser.add_argument_group("distillation")
+    distillation = add_options(parser)
+    parser.add_argument("--evaluate", metavar="FILE", help="only test this checkpoint of --student")
     add = distillation.add_argument
     add("--method", choices=METHODS, default="fcfd", help="kd: L_task + L_kd; app: adds L_app")
-    add("--teacher-ckpt", metavar="FILE", help="default: an earlier run's, else torchvision's for resnet50")
-    add("--inherit", action="store_true", help="start with the teacher's FPN, RPN and ROI head")
     add("--temperature", type=positive, default=SETTINGS["temperature"], metavar="T", help="of every KL")
     for name in TERMS:
         add(option(f"w_{name}"), type=weight, metavar="W", help=f"weight of {name} (default: 1 if --method has it)")
-    parser.add_run_options(unit="iteration")
     args = parser.parse(argv, stored)
-
-    args.min_size = sorted(set(args.min_size))
-    args.out = args.out or default_out(run_name(args), args)
-    if args.resume and stored is None:
-        return args  # main() reads the stored options once the ranks can communicate
-    if args.scratch and "backbone_ckpt" in args.given:
-        parser.error("--scratch starts from random weights: omit it, or --backbone-ckpt")
+    if not resolve(parser, args, stored):
+        return args
     if not args.teacher:
         parser.refuse(args, distillation, "is about distillation: also give --teacher")
         args.method = args.temperature = None
@@ -92,9 +68,20 @@ def parse_args(argv: list[str] | None = None, stored: dict | None = None) -> Nam
     set_defaults(args, **{f"w_{name}": 1 if name in chosen else 0 for name in TERMS})
     if not any(getattr(args, f"w_{name}") for name in TERMS):
         parser.error("no term remains to train on: give one of them a weight")
+    return args
+
+
+def resolve(parser: Parser, args: Namespace, stored: dict | None) -> bool:
+    """Set and check the shared options; False if --resume has yet to read the stored ones."""
+    args.min_size = sorted(set(args.min_size))
+    args.out = args.out or default_out(run_name(args), args)
+    if args.resume and stored is None:
+        return False  # main() reads them once the ranks can communicate
+    if args.scratch and "backbone_ckpt" in args.given:
+        parser.error("--scratch starts from random weights: omit it, or --backbone-ckpt")
     if args.batch_size % world_size():
         parser.error(f"--batch-size {args.batch_size}: must be a multiple of the {world_size()} ranks")
-    return args
+    return True
 
 
 def run_name(args: Namespace) -> str:
@@ -159,13 +146,23 @@ def load_teacher(teacher: FasterRCNN, args: Namespace, data: CocoData) -> None:
 
 
 class Step(nn.Module):
-    """Computes the loss terms of a batch in one forward, as DistributedDataParallel requires."""
+    """Computes the loss terms of a batch in one forward, as DistributedDataParallel requires.
 
-    def __init__(self, args: Namespace, terms: list[str], student: FasterRCNN, teacher: FasterRCNN | None):
+    `columns` are the terms in the log, `parts` what last.pt holds besides the detectors.
+    """
+
+    columns = TERMS
+
+    def __init__(self, args: Namespace, student: FasterRCNN, teacher: FasterRCNN | None):
         super().__init__()
         self.student, self.teacher = student, teacher
-        self.bridges = level_bridges(terms) if teacher else None
-        self.terms, self.temperature, self.amp = terms, args.temperature, AMP[args.amp]
+        self.terms = {name: getattr(args, f"w_{name}") for name in TERMS if getattr(args, f"w_{name}")}
+        self.bridges = level_bridges(self.terms) if teacher else None
+        self.parts = {"bridges": self.bridges}
+        self.temperature, self.amp = args.temperature, AMP[args.amp]
+
+    def weights(self, iteration: int) -> dict[str, float]:
+        return self.terms
 
     def train(self, mode: bool = True) -> "Step":
         super().train(mode)
@@ -181,27 +178,26 @@ class Step(nn.Module):
         return detection_terms(flow, self.temperature, self.terms) | parts
 
 
-def train(args: Namespace, device: torch.device) -> None:
-    """Train until the last iteration or the time limit."""
-    with Run(args, "detection", unit="iteration") as run:
+def train(args: Namespace, device: torch.device, make_step: Callable[..., nn.Module], script: str) -> None:
+    """Train the Step from `make_step` until the last iteration or the time limit; only `script` can resume the run."""
+    with Run(args, script, unit="iteration") as run:
         data = load_coco(args.data_dir, args.subset, args.test_subset)
         run.check_data(data.fingerprint, len(data.train))
-        weights = {name: getattr(args, f"w_{name}") for name in TERMS if getattr(args, f"w_{name}")}
         ranks = f"{world_size()} rank{'s' * (world_size() > 1)}"
-        print(f"{run_name(args)}: {data}; {describe_device(args)}; {ranks}; {args.out}")
-        print(f"weights {weights}", *data.notes, sep="\n")
+        print(f"{run_name(args)}: {data}; {describe_device(args)}; {ranks}; {args.out}", *data.notes, sep="\n")
         student, teacher = build_networks(args, data, load_weights=not run.resumed and rank() == 0)
-        step = Step(args, list(weights), student, teacher).to(device, memory_format=torch.channels_last)
+        step = make_step(args, student, teacher).to(device, memory_format=torch.channels_last)
+        print(f"weights {step.weights(args.iterations)}")
         optimizer = sgd(decay_all_but_norms(step), args.lr, momentum=0.9, weight_decay=1e-4)
         scaler = torch.amp.GradScaler(device.type, enabled=args.amp == "fp16")
 
         state, classes = run.state, list(data.categories.values())
-        run.track(student=student, teacher=teacher, bridges=step.bridges, optimizer=optimizer, scaler=scaler)
+        run.track(student=student, teacher=teacher, **step.parts, optimizer=optimizer, scaler=scaler)
         if run.resumed:
             publish(run)
         else:
             state |= {"classes": classes, "sums": {}}  # sums over the iterations since the last row of the log
-        distributed = distribute(step, some_unused="task" not in weights)  # rank 0's weights on every rank
+        distributed = distribute(step, some_unused="task" not in step.weights(0))  # rank 0's weights on every rank
         if teacher:
             if not state["iteration"]:
                 state["teacher_accuracy"] = evaluate_distributed(teacher, args, data, device)
@@ -218,7 +214,7 @@ def train(args: Namespace, device: torch.device) -> None:
                 began = time.monotonic()
                 accuracy = evaluate_distributed(student, args, data, device) if tested else {}
                 state["sums"] = all_reduce_mean(state["sums"], device)
-                add_row(state, learning_rate(args, iteration - 1), accuracy, time.monotonic() - began)
+                add_row(state, learning_rate(args, iteration - 1), accuracy, time.monotonic() - began, step.columns)
                 save(run)
                 publish(run)
                 print_row(state)
@@ -234,7 +230,7 @@ def train(args: Namespace, device: torch.device) -> None:
                 group["lr"] = learning_rate(args, iteration)
             step.train()
             terms = distributed(images, targets)
-            loss = sum(value * terms[name] for name, value in weights.items())
+            loss = sum(value * terms[name] for name, value in step.weights(iteration).items())
 
             optimizer.zero_grad(set_to_none=True)
             scaler.scale(loss).backward()
@@ -308,7 +304,7 @@ def main(argv: list[str] | None = None) -> int:
             device = open_device(name, fixed_size=False)
             if args.resume:
                 args = parse_args(argv, stored_options(args, "detection", "iteration") | {"device": args.device})
-            train(args, device)
+            train(args, device, Step, "detection")
 
     return exit_code(script, INTERRUPTED, rank(), smaller="smaller images (--min-size)")
 

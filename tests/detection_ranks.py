@@ -17,6 +17,7 @@ from tiny_detectors import shrink
 
 import detection
 from common.detection.detectors import build_detector
+from common.detection.fcfd import TERMS
 from common.run.distributed import rank
 from common.run.torchrun import distribute, process_group
 
@@ -34,7 +35,8 @@ def save_gradients(path, terms):
     )
     teacher = build_detector("resnet18", 3, [96], scratch=True).requires_grad_(False)
     student = build_detector("mobilenet_v2", 3, [96], rois=16, scratch=True)
-    step = detection.Step(args, list(terms), student, teacher).train()
+    vars(args).update({f"w_{name}": float(name in terms) for name in TERMS})
+    step = detection.Step(args, student, teacher).train()
     distributed = distribute(step, some_unused="task" not in terms)
     local = copy.deepcopy(step)
     images = [torch.rand(3, 96, 120, generator=torch.Generator().manual_seed(rank()))]

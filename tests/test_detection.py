@@ -351,7 +351,7 @@ def test_batchnorm_parameters_have_no_weight_decay(tmp_path, capsys, folder, mon
 def test_teacher_stays_in_evaluation_mode():
     args = detection.parse_args(["--teacher", "resnet18", "--student", "mobilenet_v2", "--device", "cpu"])
     detectors = [build_detector(name, 2, [96], scratch=True) for name in (args.student, args.teacher)]
-    step = detection.Step(args, list(TERMS), *detectors).train()
+    step = detection.Step(args, *detectors).train()
     assert not any(layer.training for layer in step.teacher.modules())
     assert all(layer.training for net in (step.student, step.bridges) for layer in net.modules())
 

@@ -4,6 +4,7 @@ Progress is counted in iterations. The log has one row per --save-every or test,
 """
 
 import sys
+from collections.abc import Iterable
 from typing import Any
 
 import torch
@@ -68,18 +69,25 @@ def all_reduce_mean(values: dict[str, float], device: torch.device) -> dict[str,
     return dict(zip(values, (total / world_size()).tolist(), strict=True))
 
 
-def add_row(state: dict[str, Any], lr: float, accuracy: dict[str, float | None], seconds: float) -> None:
+def add_row(
+    state: dict[str, Any],
+    lr: float,
+    accuracy: dict[str, float | None],
+    seconds: float,
+    terms: Iterable[str] = TERMS,
+) -> None:
     """Append the state's "sums" to its log as a row, and update its "best" if `accuracy` (METRICS, or {}) is better.
 
     Args:
         lr: of the last iteration.
         seconds: spent on the test.
+        terms: those with a column, even if they are not used.
     """
     sums, done, device = state["sums"], state["iteration"], state["config"]["device"]
     row = {
         "iteration": done,
         "lr": lr,
-        **{name: sums[name] / sums["steps"] if name in sums else "" for name in ("loss", *TERMS, *TASK_LOSSES)},
+        **{name: sums[name] / sums["steps"] if name in sums else "" for name in ("loss", *terms, *TASK_LOSSES)},
         **{name: accuracy.get(name) for name in METRICS},
         "seconds": sums["seconds"] + seconds,
         "images_per_s": state["config"]["batch_size"] * sums["steps"] / sums["seconds"],
