@@ -81,6 +81,10 @@ def resolve(parser: Parser, args: Namespace, stored: dict | None) -> bool:
         parser.error("--scratch starts from random weights: omit it, or --backbone-ckpt")
     if args.batch_size % world_size():
         parser.error(f"--batch-size {args.batch_size}: must be a multiple of the {world_size()} ranks")
+    if "milestones" in args.given and not args.milestones[0] < args.milestones[1] < args.iterations:
+        parser.error(f"--milestones must increase and be below --iterations {args.iterations}")
+    part = args.iterations / SETTINGS["iterations"]
+    set_defaults(args, milestones=[round(milestone * part) for milestone in SETTINGS["milestones"]])
     return True
 
 
@@ -94,9 +98,9 @@ def run_name(args: Namespace) -> str:
 
 def learning_rate(args: Namespace, iteration: int) -> float:
     """Rises linearly from a thousandth of --lr during the warm-up; divided by 10 at each milestone."""
-    part = args.iterations / SETTINGS["iterations"]
-    warmed = min(1.0, iteration / (SETTINGS["warmup_iterations"] * min(1.0, part)))
-    passed = sum(iteration >= round(milestone * part) for milestone in SETTINGS["milestones"])
+    warmup = SETTINGS["warmup_iterations"] * min(1.0, args.iterations / SETTINGS["iterations"])
+    warmed = min(1.0, iteration / warmup)
+    passed = sum(iteration >= milestone for milestone in args.milestones)
     return args.lr * (0.001 + 0.999 * warmed) / 10**passed
 
 

@@ -4,7 +4,6 @@ import json
 import os
 import shutil
 import signal
-from argparse import Namespace
 from pathlib import Path
 
 import detection_ranks
@@ -373,16 +372,28 @@ def test_single_rank_needs_no_device_for_the_mean():
     assert all_reduce_mean({"loss": 1.5}, torch.device("mps")) == {"loss": 1.5}  # MPS has no float64
 
 
-def test_1x_schedule():
-    args = Namespace(lr=0.01, iterations=180_000)
-    rate = [detection.learning_rate(args, i) for i in (0, 500, 999, 1000, 119_999, 120_000, 159_999, 160_000, 179_999)]
-    assert rate == pytest.approx([1e-5, 0.005005, 0.00999001, 0.01, 0.01, 1e-3, 1e-3, 1e-4, 1e-4])
-    args = Namespace(lr=0.01, iterations=1800)  # everything scales
-    rate = [detection.learning_rate(args, i) for i in (0, 5, 10, 1199, 1200, 1599, 1600)]
-    assert rate == pytest.approx([1e-5, 0.005005, 0.01, 0.01, 1e-3, 1e-3, 1e-4])
-    args = Namespace(lr=0.01, iterations=540_000)  # everything but the warm-up scales
-    rate = [detection.learning_rate(args, i) for i in (500, 1000, 359_999, 360_000, 480_000)]
-    assert rate == pytest.approx([0.005005, 0.01, 0.01, 1e-3, 1e-4])
+@pytest.mark.parametrize(
+    ("options", "rates"),
+    [
+        ([], {0: 1e-5, 500: 0.005005, 999: 0.00999001, 1000: 0.01, 119_999: 0.01, 120_000: 1e-3, 160_000: 1e-4}),
+        (["--iterations", 1800], {0: 1e-5, 5: 0.005005, 10: 0.01, 1199: 0.01, 1200: 1e-3, 1600: 1e-4}),
+        # A longer run has the same warm-up.
+        (["--iterations", 540_000], {500: 0.005005, 1000: 0.01, 359_999: 0.01, 360_000: 1e-3, 480_000: 1e-4}),
+        (["--milestones", 5000, 5001], {1000: 0.01, 4999: 0.01, 5000: 1e-3, 5001: 1e-4, 179_999: 1e-4}),
+    ],
+)
+def test_learning_rate(options, rates):
+    args = detection.parse_args(["--student", "resnet18", "--device", "cpu", *map(str, options)])
+    assert {i: detection.learning_rate(args, i) for i in rates} == pytest.approx(rates)
+
+
+def test_run_from_before_milestones_resumes_with_the_published_ones(capsys, stopped):
+    state = torch.load(stopped / "last.pt", weights_only=True)
+    assert state["config"].pop("milestones") == [1, 2]
+    torch.save(state, stopped / "last.pt")
+    resume = ["--student", "mobilenet_v2", "--out", stopped, "--resume", "--device", "cpu"]
+    assert "iteration      2/2" in run(capsys, *resume)
+    assert float(read_log(stopped)[0]["lr"]) == pytest.approx(0.001)
 
 
 def test_published_settings():
@@ -433,6 +444,15 @@ def test_pictures_show_boxes(tmp_path, capsys, folder, teacher):
         (["--student", "resnet18", "--scratch", "--rois", 0], "--rois: 0"),
         (["--student", "resnet18", "--scratch", "--iterations", 0], "--iterations: 0"),
         (["--student", "resnet18", "--scratch", "--eval-every", 0], "--eval-every: 0"),
+        (
+            ["--student", "resnet18", "--scratch", "--milestones", 20, 20, "--data-dir", "missing"],
+            "--milestones must increase",
+        ),
+        (
+            ["--student", "resnet18", "--scratch", "--milestones", 5, 180_000, "--data-dir", "missing"],
+            "be below --iterations 180000",
+        ),
+        (["--student", "resnet18", "--scratch", "--milestones", 5], "--milestones: expected 2 arguments"),
         (["--student", "resnet18", "--scratch", "--visualize", -1], "--visualize: -1"),
         (["--student", "resnet18", "--scratch", "--subset", 10], "--subset 10"),
         ([*PAIR[:4], "--scratch", "--method", "kd", "--w-task", 0, "--w-kd", 0], "no term remains"),
