@@ -35,7 +35,7 @@ from common.models import NETWORKS, StagedNet, build
 from common.randomness import derive_seed
 from common.run import earlier_runs
 from common.run.checkpoint import load_network
-from common.run.device import AMP, describe_device, open_device
+from common.run.device import AMP, default_device, describe_device, open_device
 from common.run.errors import UserError, exit_code, user_errors
 from common.run.evaluation import evaluate
 from common.run.optimizer import sgd
@@ -45,7 +45,7 @@ from common.run.types import count
 
 METHODS = settings.METHODS["cifar100"]
 SMOKE = ["--student", "resnet8", "--dataset", "synthetic", "--subset", "40", "--test-subset", "40"]
-SMOKE += ["--epochs", "1", "--batch-size", "20"]
+SMOKE += ["--batch-size", "20"]
 
 
 def parse_args(argv: list[str] | None = None, stored: dict | None = None) -> Namespace:
@@ -55,7 +55,7 @@ def parse_args(argv: list[str] | None = None, stored: dict | None = None) -> Nam
     add = parser.add_argument
     add("--teacher-ckpt", metavar="FILE", help="default: an earlier run's next to --out, else it is trained first")
     add("--teacher-epochs", type=count, metavar="N", help="of a teacher that is trained first (default: --epochs)")
-    add("--evaluate", metavar="FILE", help="only test this student of --method")
+    add("--evaluate", metavar="FILE", help="only test this student of --method simkd")
     add("--smoke", action="store_true", help="train two small networks with every method")
     parser.add_data_options()
     parser.add_run_options()
@@ -69,7 +69,9 @@ def parse_args(argv: list[str] | None = None, stored: dict | None = None) -> Nam
             return parse_args(argv, stored_options(args, "baseline_cifar100"))
         args.resume = False
 
-    settings.resolve(args, "cifar100", parser)
+    settings.resolve(args, "cifar100", parser, stored)
+    if args.evaluate and args.method != "simkd":
+        parser.error("--evaluate is for SimKD's students: test others by cifar100.py --student NAME --evaluate FILE")
     if args.teacher:
         set_defaults(args, teacher_epochs=args.epochs)
     if {"teacher_ckpt", "teacher_epochs"} <= args.given:
@@ -107,7 +109,8 @@ def loss_terms(
     batch: Batch,
     args: Namespace,
 ) -> tuple[dict[str, Tensor], Tensor]:
-    """The unweighted loss terms of a step, "task" and "distill" as far as they have a weight, and the student's logits.
+    """The unweighted loss terms of a step, and the student's logits. The terms are "task" and "distill"; SimKD has no
+    task, and without a method there is nothing to distill.
 
     Args:
         images: [B, 3, H, W].
@@ -129,7 +132,9 @@ def train(args: Namespace, data: Data | None = None) -> bool:
         n, batch_size = len(data.train), args.batch_size
         run.check_data(data.fingerprint, n)
         if args.method == "reviewkd" and (batch_size == 1 or n % batch_size == 1):
-            raise UserError(f"--batch-size {batch_size}: {n} images leave a batch of one for ReviewKD's BatchNorm")
+            raise UserError(
+                f"--batch-size {batch_size}: {n} images leave a batch of one for ReviewKD's BatchNorm; choose another"
+            )
         with user_errors():
             student, teacher = build_networks(args, len(data.classes))
             method = build_method(args, student, teacher, SIZE, data.train.labels) if teacher else None
@@ -155,7 +160,7 @@ def train(args: Namespace, data: Data | None = None) -> bool:
             run.state["teacher_accuracy"] = tested
             print(f"teacher: {tested['top1']:.2f} % top-1 before distillation", flush=True)
 
-        indices = ImageSet(data.train.images, torch.arange(n, device=device))  # yield the labels, and CRD's rows
+        indices = ImageSet(data.train.images, torch.arange(n, device=device))  # to select labels, and CRD's rows
         generator = torch.Generator(device)
         steps = math.ceil(n / batch_size)
         for epoch in run.epochs():
@@ -194,11 +199,16 @@ def evaluate_checkpoint(args: Namespace) -> None:
 
 
 def smoke(argv: list[str]) -> None:
-    """--smoke: train two small networks with every method. Finished runs are only reported again."""
+    """--smoke: train two small networks with every method. Finished runs are not repeated."""
     parser = Parser(__doc__)
-    parser.add_argument("--smoke", action="store_true")
-    parser.add_argument("--out", default="results/baselines/smoke")
-    args, words = parser.parse_known_args(argv)
+    add = parser.add_argument
+    add("--smoke", action="store_true")
+    add("--out", default="results/baselines/smoke", metavar="DIR")
+    add("--epochs", type=count, default=1, metavar="N")
+    add("--device", default=default_device())
+    add("--amp", choices=AMP)
+    args = parser.parse(argv)
+    words = [f"--epochs={args.epochs}", f"--device={args.device}", f"--amp={args.amp}"]
     for method in METHODS:
         out = Path(args.out) / method
         networks = [] if method == "alone" else ["--teacher=resnet14"]

@@ -1,6 +1,6 @@
 """Compare methods: Tab. 1, 4 and 9, and any other grid of pairs, methods and seeds.
 
-    python ablations/compare.py                               ten pairs, 240 epochs: FCFD, and without its other terms
+    python ablations/compare.py                               ten pairs, 240 epochs: FCFD, and with fewer terms
     python ablations/compare.py --table 1                     Tab. 1: FCFD and the published methods
     python ablations/compare.py --table 4                     Tab. 4: DKD and SimKD, with and without FCFD
     python ablations/compare.py --table 9                     Tab. 9: online distillation
@@ -47,6 +47,9 @@ TITLES = {
     "kd": "L_task + L_kd of FCFD",
     "app": "L_task + L_kd + L_app of FCFD",
     "fcfd": "FCFD",
+    "fcfd-dkd": "FCFD with DKD",
+    "fcfd-simkd": "FCFD with SimKD",
+    "fcfd-dkd-simkd": "FCFD with DKD and SimKD",
     "baseline-alone": "alone",
     "baseline-kd": "KD",
     "baseline-dkd": "DKD",
@@ -62,7 +65,8 @@ TABLES = {
     "4": ["baseline-dkd", "fcfd-dkd", "baseline-simkd", "fcfd-simkd", "fcfd-dkd-simkd"],
     "9": ["online-kd", "online-dml", "online-fcfd"],
 }
-COLUMNS = {name: name.removeprefix("baseline-") for name in BASELINES} | {"baseline-reviewkd": "review", "fcfd": "fcfd"}
+COLUMNS = {name: name.removeprefix("baseline-") for name in [*BASELINES, "baseline-simkd"]}
+COLUMNS |= {"baseline-reviewkd": "review", "fcfd": "fcfd"}
 # Settings that may differ from those of a published run.
 NOT_DEFINING = ("seed", "device", "amp", "out", "data_dir", "max_minutes", "teacher_ckpt")
 NOTE = """
@@ -70,10 +74,10 @@ Top-1 test accuracy in percent: mean ± sample standard deviation over n seeds. 
 the students. The best epoch is chosen on the test set, so its accuracy is optimistic.
 """
 NOTE_PUBLISHED = """
-Published accuracies stand beside runs with the published settings. They are of float32, and their students learned
-from other teachers: RepDistiller's, trained without Nesterov momentum, and for ReviewKD its authors' own. FCFD and DKD
-report the best epoch, the student alone, KD, FitNet, VID and CRD the last; of ReviewKD this is not known. *: the
-teacher here was trained with Nesterov momentum.
+A published accuracy is shown only beside runs with the published settings. The published runs used float32, and
+RepDistiller's teachers, which were trained without Nesterov momentum; ReviewKD's authors trained their own. FCFD, DKD
+and SimKD report the best epoch; the student alone, KD, FitNet, VID and CRD the last; for ReviewKD it is not known. *:
+the teacher here was trained with Nesterov momentum.
 """
 UNPUBLISHED = "setting not published"
 
@@ -109,9 +113,10 @@ def published_figures(cells: Cells) -> dict[str, dict[str, str]]:
         if pair not in PUBLISHED["pairs"] or not has_default_settings(cell):
             continue
         row = dict(zip(PUBLISHED["columns"], PUBLISHED["pairs"][pair], strict=True))
+        row["simkd"] = PUBLISHED["simkd"].get(pair)
         if not cell.settings().get("published", True):
             figures.setdefault(pair, {})[method] = UNPUBLISHED
-        elif method in COLUMNS:
+        elif method in COLUMNS and row[COLUMNS[method]]:
             figures.setdefault(pair, {})[method] = f"{row[COLUMNS[method]]:.2f}"
             if cell.after:
                 figures[pair]["teacher"] = f"{row['teacher']:.2f} *"

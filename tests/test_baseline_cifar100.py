@@ -262,6 +262,25 @@ def test_smoke_runs_every_method(tmp_path, capsys):
     assert "baseline_cifar100.py" in message
 
 
+@pytest.mark.parametrize("option", ["--method", "--teacher", "--weight", "--resume", "--evaluate"])
+def test_smoke_accepts_no_other_options(capsys, option):
+    assert option in call(capsys, "--smoke", option, "kd", code=2)
+
+
+def test_resume_refuses_changed_settings(tmp_path, capsys, monkeypatch, teacher):
+    options = [*TINY, "--method", "dkd", "--epochs", 2, "--out", tmp_path]
+    call(capsys, *options, "--teacher-ckpt", teacher / "student.pth", "--max-minutes", 1e-9)
+    monkeypatch.setitem(settings.SETTINGS["cifar100"]["recipe"], "weight_decay", 1e-3)
+    assert "weight_decay 0.001, and the run began with 0.0005" in call(capsys, *options, "--resume", code=2)
+
+
+def test_a_student_alone_is_no_teacher_of_other_runs(tmp_path, capsys):
+    """Its recipe differs from that of cifar100.py, which trains a teacher."""
+    call(capsys, *TINY[2:], "--method", "alone", "--epochs", 1, "--out", tmp_path / "alone")
+    networks = ["--teacher", "resnet8", *TINY[2:], "--epochs", 1]
+    assert "teacher: training resnet8" in running.call(capsys, *networks, "--out", tmp_path / "run", module=cifar100)
+
+
 def test_resume_first_finishes_the_teacher(tmp_path, capsys):
     options = [*TINY, "--method", "simkd", "--epochs", 1, "--teacher-epochs", 2, "--out", tmp_path / "run"]
     assert "stopped after 1 of 2" in call(capsys, *options, "--max-minutes", 1e-9)
@@ -291,9 +310,15 @@ def test_student_initialization_matches_cifar100():
         (["--student", "resnet8", "--method", "alone", "--weight", 1], "--weight is about distillation"),
         ([*NETWORKS, "--method", "vid", "--temperature", 2], "--temperature is not an option of vid"),
         ([*NETWORKS, "--method", "kd", "--nckd", 2], "--nckd is not an option of kd"),
-        ([*NETWORKS, "--method", "simkd", "--w-task", 1], "--w-task: SimKD"),
+        ([*NETWORKS, "--method", "simkd", "--w-task", 1], "without cross entropy"),
         ([*NETWORKS, "--method", "ofd"], "--method"),
-        ([*NETWORKS, "--method", "kd", "--weight", 0, "--w-task", 0], "no loss remains"),
+        ([*NETWORKS, "--method", "kd", "--weight", 0, "--w-task", 0], "--weight 0: no loss remains"),
+        (["--student", "resnet8", "--method", "alone", "--w-task", 0], "--w-task 0: no loss remains"),
+        (
+            ["--student", "resnet8", "--method", "alone", "--teacher-epochs", 2],
+            "--teacher-epochs is about distillation",
+        ),
+        ([*NETWORKS, "--method", "kd", "--evaluate", "none.pth"], "cifar100.py --student NAME --evaluate"),
         ([*NETWORKS, "--method", "simkd", "--evaluate", "none.pth"], "none.pth"),
         (["--student", "resnet8", "--method", "simkd", "--evaluate", "none.pth"], "also needs --teacher"),
         ([*NETWORKS], "--method"),
@@ -321,7 +346,8 @@ def test_invalid_input_exits_with_one_line_error(tmp_path, capsys, monkeypatch, 
     assert_invalid(capsys, SMALL, options, expected, module=baseline_cifar100)
 
 
-def test_single_class_is_rejected_before_training_a_teacher(tmp_path, capsys):
+@pytest.mark.parametrize(("method", "expected"), [("crd", "different classes"), ("dkd", "at least two classes")])
+def test_single_class_is_rejected_before_training_a_teacher(tmp_path, capsys, method, expected):
     running.write_images(tmp_path / "images", {"train": 4, "test": 2}, classes=["n1"])
     options = [
         *NETWORKS,
@@ -334,8 +360,8 @@ def test_single_class_is_rejected_before_training_a_teacher(tmp_path, capsys):
         "--device",
         "cpu",
     ]
-    message = call(capsys, *options, "--method", "crd", "--out", tmp_path / "runs" / "run", code=2)
-    assert "different classes" in message
+    message = call(capsys, *options, "--method", method, "--out", tmp_path / "runs" / "run", code=2)
+    assert expected in message
     assert not (tmp_path / "runs").exists()
 
 

@@ -238,6 +238,8 @@ def test_published_figures_of_the_baselines(tmp_path):
     known |= {"baseline-vid": "70.38", "baseline-crd": "71.16", "baseline-dkd": "71.97", "baseline-reviewkd": "71.89"}
     assert figures["resnet56-resnet20"] == known | {"fcfd": "71.96", "baseline-simkd": "setting not published"}
     assert figures["vgg13-vgg8"]["baseline-reviewkd"] == "setting not published"
+    cells = grid("--out", tmp_path, "--pairs", "resnet32x4-resnet8x4", methods=["baseline-simkd"])
+    assert compare.published_figures(cells)["resnet32x4-resnet8x4"]["baseline-simkd"] == "78.08"
     cells = grid(
         "--out", tmp_path, "--pairs", "vgg13-vgg8", "--temperature", "3", methods=["baseline-kd", "baseline-vid"]
     )

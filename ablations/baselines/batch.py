@@ -1,4 +1,4 @@
-"""What a method may need of a batch besides the features and outputs of both networks."""
+"""What a loss may use besides the Taps of both networks."""
 
 from typing import NamedTuple
 
@@ -11,7 +11,7 @@ class Batch(NamedTuple):
 
     Attributes:
         labels: [B].
-        index: [B], among all training images, without repetition.
+        index: [B], indices into the training set, all different.
         generator: on the device of the images.
     """
 

@@ -21,7 +21,16 @@ ALL_STAGES = ("vid", "at", "ofd", "reviewkd")  # methods that compare each stage
 
 
 def build_student(student: StagedNet, teacher: StagedNet | None, method: str, image_size: int) -> nn.Module:
-    """The network to train: the student, or with SimKD the student with its projector and the teacher's classifier."""
+    """The network to train: the student, or with SimKD the student with its projector and the teacher's classifier.
+
+    Raises:
+        ValueError: the method compares each stage, but the networks have different numbers of stages.
+    """
+    if method in ALL_STAGES and student.num_stages != teacher.num_stages:
+        raise ValueError(
+            f"the teacher has {teacher.num_stages} stages and the student {student.num_stages}: choose two networks "
+            "with the same number of stages"
+        )
     if method != "simkd":
         return student
     return SimKDStudent(student, teacher, shapes(student, image_size).features[-1], shapes(teacher, image_size).last)
@@ -41,11 +50,8 @@ def build_method(args: Namespace, student: nn.Module, teacher: StagedNet, image_
         ValueError: the networks or the labels do not fit the method.
     """
     s, t = shapes(student, image_size, args.student_pre_relu), shapes(teacher, image_size, args.teacher_pre_relu)
-    if args.method in ALL_STAGES and len(s.features) != len(t.features):
-        raise ValueError(
-            f"the teacher has {len(t.features) + 1} stages and the student {len(s.features) + 1}: choose two networks "
-            "whose stages correspond"
-        )
+    if args.method == "dkd" and t.logits.shape[1] < 2:
+        raise ValueError("DKD needs at least two classes")
     c_s, c_t = ([feature.shape[1] for feature in taps.features] for taps in (s, t))
     build = {
         "kd": lambda: KD(args.temperature),

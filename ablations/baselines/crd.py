@@ -14,13 +14,13 @@ class CRD(nn.Module):
     Given a student embedding, the teacher's stored embedding of the same image must be distinguished from those of
     other images, and vice versa (Sec. 3.1). Computes in float32, even under autocast.
 
-    As published, a step copies the rows that it reads from each bank. The copies of both banks, 2 B (1 + m) dim floats
-    (1 GiB at the published sizes), are kept for the backward pass.
+    Like the published code, each step gathers copies of the rows that it needs from both banks. These 2 B (1 + m) dim
+    floats (1 GiB at the published sizes) are kept for the backward pass.
 
     Args:
         c_s, c_t: length of the student's and the teacher's pooled vector.
         labels: [n], of all training images.
-        replacement: whether an image's negatives may repeat; they must if a class leaves fewer than m other images.
+        replacement: whether an image's negatives may repeat; they may if the images outside a class are fewer than m.
         negatives: m, per image.
         dim: of the embeddings.
         momentum: weight of the old row in a bank update.
@@ -90,7 +90,7 @@ class CRD(nn.Module):
 
         Args:
             pooled_s, pooled_t: [B, C]; the teacher's is detached.
-            index: [B], indices of these training images, without repetition.
+            index: [B], indices into the training set, all different.
             negatives: [B, m], from `draw`.
         """
         with torch.autocast(index.device.type, enabled=False):

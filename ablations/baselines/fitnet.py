@@ -15,13 +15,13 @@ HINT = 1  # index of f^2 in Taps.features
 
 
 class FitNet(nn.Module):
-    """L2 between the student's f^2 after a regressor and the teacher's f^2 (Eq. 3), the mean over all elements.
+    """L2 between the student's f^2 after a regressor and the teacher's f^2 (Eq. 3, but the mean over all elements).
 
     Args:
         shape_s, shape_t: (C, H, W) of f^2.
 
     Raises:
-        ValueError: the student's feature is smaller than half the teacher's.
+        ValueError: the student's feature is smaller than the teacher's, but not half its size.
     """
 
     def __init__(self, shape_s: torch.Size, shape_t: torch.Size):

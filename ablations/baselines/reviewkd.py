@@ -84,7 +84,7 @@ def hcl(feature: Tensor, target: Tensor) -> Tensor:
     """Hierarchical context loss (Sec. 3.3) of maps [B, C, H, W]; `target` is detached.
 
     Weighted mean of the L2 at full size and after average pooling to l x l, for each l of 4, 2, 1 below H; the weights
-    are 1, 1/2, 1/4, 1/8 in this order.
+    are 1, 1/2, 1/4, 1/8 in the order of the remaining terms.
     """
     feature, target = feature.float(), target.float()
     losses = [l2(feature, target)]

@@ -6,19 +6,20 @@ from typing import Any
 
 import yaml
 
+from common.run.errors import UserError
 from common.run.options import PUBLISHED, Parser, option
 from common.run.types import count, count_or_zero, name_in, positive, weight
 
 SETTINGS: dict[str, dict[str, Any]] = yaml.safe_load((Path(__file__).parent / "settings.yaml").read_text())
 METHODS = {dataset: [name for name in methods if name != "recipe"] for dataset, methods in SETTINGS.items()}
-OF_DISTILLATION = ("weight", "temperature", "tckd", "nckd", "warmup", "teacher_bn", "teacher_ckpt")
+OF_DISTILLATION = ("weight", "temperature", "tckd", "nckd", "warmup", "teacher_bn", "teacher_ckpt", "teacher_epochs")
 
 
 def add_options(parser: Parser, dataset: str, networks: dict) -> None:
     """The networks, the method and its settings; the defaults of the latter are set by `resolve`."""
     add = parser.add_argument
     add("--student", type=name_in(networks), required=True, metavar="NAME", help=", ".join(networks))
-    add("--teacher", type=name_in(networks), metavar="NAME", help="of every method but alone")
+    add("--teacher", type=name_in(networks), metavar="NAME", help="required by every method except alone")
     add("--method", choices=METHODS[dataset], required=True)
     add = parser.add_argument_group("settings (default: the published ones of the method and the pair)").add_argument
     add("--epochs", type=count, metavar="N", help="the schedule scales with it")
@@ -35,7 +36,7 @@ def add_options(parser: Parser, dataset: str, networks: dict) -> None:
 
 
 def published(dataset: str, method: str, teacher: str | None, student: str) -> dict[str, Any]:
-    """The settings of a method for a pair. "published": whether they are, or some are ours for this pair."""
+    """The settings of a method for a pair. "published": whether all of them are published for this pair."""
     pair = f"{teacher}-{student}" if teacher else student
     found = SETTINGS[dataset]["recipe"] | SETTINGS[dataset][method]
     known = found.pop("published", None)
@@ -47,11 +48,15 @@ def of_pair(value: Any, pair: str, student: str) -> Any:
     return value.get(pair, value.get(student, value["other"])) if isinstance(value, dict) else value
 
 
-def resolve(args: Namespace, dataset: str, parser: Parser) -> None:
+def resolve(args: Namespace, dataset: str, parser: Parser, stored: dict[str, Any] | None) -> None:
     """Set the options that were not given, and all other settings, as attributes of `args`.
 
+    Args:
+        stored: the settings of the run being resumed.
+
     Raises:
-        UserError: an option does not apply to the method, or nothing is left to train on.
+        UserError: an option does not apply to the method, nothing is left to train on, or settings.yaml has changed
+            since the run began.
     """
     if args.method == "alone":
         if args.teacher:
@@ -65,12 +70,17 @@ def resolve(args: Namespace, dataset: str, parser: Parser) -> None:
         if name in args.given and name not in found:
             parser.error(f"{option(name)} is not an option of {args.method}: omit it")
     for name, value in found.items():
+        if not hasattr(args, name) and stored and stored.get(name, value) != value:
+            raise UserError(
+                f"cannot resume: settings.yaml has {name} {value}, and the run began with {stored[name]}; restore the "
+                "file, or choose another --out"
+            )
         if getattr(args, name, None) is None:
             setattr(args, name, value)
-    if not (args.w_task or args.weight):
-        parser.error("no loss remains to train on: give --weight or --w-task a value above 0")
     if args.method == "simkd" and args.w_task:
-        parser.error("--w-task: SimKD has no cross entropy, since the teacher's classifier is fixed; omit it")
+        parser.error("--w-task: SimKD is trained without cross entropy; omit it")
+    if not (args.w_task or args.weight):
+        parser.error(f"{'--w-task' if args.method == 'alone' else '--weight'} 0: no loss remains to train on")
 
 
 def summary(args: Namespace) -> str:
@@ -87,8 +97,8 @@ def notice(args: Namespace, dataset: str) -> str | None:
     if args.published:
         return None
     if pair in PUBLISHED[dataset]["pairs"]:
-        return f"setting not published: {args.method} for {pair}; using those of other pairs"
-    return f"{pair} is not a published pair; using the default settings"
+        return f"setting not published: {args.method} for {pair}; using that of other pairs unless it is given"
+    return f"{pair} is not a published pair; using the default settings unless they are given"
 
 
 def ramp(args: Namespace, dataset: str, epoch: int) -> float:

@@ -1,8 +1,9 @@
 """SimKD (Chen, Mei, Zhang, Wang, Feng, Chen: Knowledge Distillation with the Reused Teacher Classifier, CVPR 2022).
 
-The student learns the teacher's last feature map through a projector, and classifies it by the teacher's classifier. In
-FCFD with SimKD (common/simkd.py) the projector reads F^N instead, which in MobileNetV2 and ShuffleV2 follows their last
-1x1 convolution, and starts from another initialization.
+A projector maps the student's last feature to the teacher's, and the teacher's classifier reads it. In FCFD with SimKD
+(common/simkd.py) the projector reads F^N instead and starts from another initialization. F^N differs from the feature
+here in MobileNetV2 and ShuffleV2 (after their last 1x1 convolution), WRN (after its last BatchNorm), and VGG and
+ShuffleV1 (before the ReLU).
 """
 
 import torch.nn.functional as F

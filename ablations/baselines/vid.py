@@ -11,7 +11,7 @@ from common.models import Taps
 
 
 class VID(nn.Module):
-    """The negative log-likelihood of the teacher's features given the student's, summed over the stages (Sec. 2.2).
+    """The negative log-likelihood of the teacher's features given the student's, summed over the stages.
 
     Args:
         c_s, c_t: channels of the student's and the teacher's features.

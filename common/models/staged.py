@@ -63,7 +63,8 @@ class StagedNet(nn.Module, ABC):
     def tap(self, k: int, x: Tensor, pre_relu: bool) -> tuple[Tensor, Tensor]:
         """(f, F^k) of stage k: f is the feature that other methods compare, before or after the stage's last ReLU.
 
-        f differs from F^k where the published networks of these methods differ in it, or end a stage elsewhere.
+        f differs from F^k where the networks that these methods were published with return another tensor, such as
+        the input of a final convolution.
 
         Raises:
             ValueError: the network does not provide it before the ReLU.

@@ -115,8 +115,8 @@ def load_weights(net: nn.Module, weights: dict[str, torch.Tensor], path: str | P
     """
     if any(key.startswith("projector.") for key in weights) and not hasattr(net, "projector"):
         raise UserError(
-            f"{path} is a SimKD student, not a plain network: use --evaluate with --simkd and --teacher, or, if "
-            "ablations/baseline_cifar100.py trained it, that script"
+            f"{path} is a SimKD student, not a plain network: only --evaluate can read it, with cifar100.py --simkd or "
+            "ablations/baseline_cifar100.py --method simkd"
         )
     try:
         net.load_state_dict(weights)

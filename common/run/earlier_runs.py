@@ -36,6 +36,8 @@ def find_network(
         config, result = read_config(folder), read_result(folder, unit, metric)
         if not config or not result or config.get("teacher") or config.get("student") != network:
             continue
+        if config.get("script") == "baseline_cifar100":  # trained by another recipe
+            continue
         if config.get("fingerprint") != fingerprint:
             reason = "it was trained on other data"
         elif config.get(f"{unit}s") != length:
