@@ -12,7 +12,7 @@ the gradients, and only rank 0 prints and writes files.
 
 import sys
 from argparse import Namespace
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 
 import torch
@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from common.bridges import build_bridges
-from common.data.image_files import ImageFiles, Shard, eval_loader, list_files, list_test_files, train_loader
+from common.data.image_files import FileData, ImageFiles, Shard, eval_loader, list_files, list_test_files, train_loader
 from common.fcfd import EQ_9, TERMS, fcfd_terms, forward_paths, needs_all_bridges, plan_paths, term_weights
 from common.models import IMAGENET_NETWORKS, StagedNet, build_imagenet
 from common.multipath_bn import track_paths
@@ -47,17 +47,11 @@ def parse_args(argv: list[str] | None = None, stored: dict | None = None) -> Nam
     """Parse the options; defaults are those `stored` by the run being resumed, then the published settings."""
     parser = Parser(__doc__)
     add = parser.add_argument
-    add("--data-dir", default="data/imagenet", metavar="DIR", help="holds train/ and val/ or test/")
     add("--student", type=name_in(IMAGENET_NETWORKS), required=True, metavar="NAME", help=", ".join(IMAGENET_NETWORKS))
     add("--teacher", type=name_in(IMAGENET_NETWORKS), metavar="NAME", help="omit to train --student alone")
     add("--epochs", type=count, default=SETTINGS["epochs"], metavar="N", help="the schedule scales with it")
     add("--batch-size", type=count, default=SETTINGS["batch_size"], metavar="N", help="of all ranks together")
     add("--lr", type=positive, default=SETTINGS["lr"], help="at the start")
-    add("--image-size", type=number(int, 32, 4096), default=IMAGE_SIZE, metavar="PIXELS", help="after cropping")
-    add("--subset", type=count, metavar="N", help="train on N images, balanced over the classes")
-    add("--test-subset", type=count, metavar="N", help="test on N images, balanced over the classes")
-    add("--workers", type=number(int, 0, 1000), default=default_workers(), metavar="N", help="image readers per rank")
-    add("--sync-bn", action="store_true", help="BatchNorm sees the images of all ranks, not only its own (CUDA only)")
     add("--evaluate", metavar="FILE", help="only test this checkpoint of --student")
     distillation = parser.add_argument_group("distillation")
     add = distillation.add_argument
@@ -69,7 +63,7 @@ def parse_args(argv: list[str] | None = None, stored: dict | None = None) -> Nam
         add(option(f"w_{name}"), type=weight, metavar="W", help=f"weight of {name} (default: the method's and pair's)")
     add("--num-paths", type=count_or_zero, metavar="N", help="|S|, mixed paths sampled per step (default: 2)")
     add("--positions", type=int, nargs="+", metavar="K", help="where mixed paths switch networks (default: 2..N-1)")
-    parser.add_run_options()
+    add_shared_options(parser)
     args = parser.parse(argv, stored)
 
     args.out = args.out or default_out(run_name(args), args)
@@ -84,11 +78,19 @@ def parse_args(argv: list[str] | None = None, stored: dict | None = None) -> Nam
         weights = term_weights(("task",), 0, 0)
         args.method = args.teacher_bn = None
     set_defaults(args, **{f"w_{name}": value for name, value in weights.items()})
-    if args.batch_size < 2 * world_size():
-        parser.error(f"--batch-size {args.batch_size}: each of the {world_size()} ranks needs at least two images")
-    if args.sync_bn and not args.device.startswith("cuda"):
-        parser.error("--sync-bn works on CUDA only: omit it")
     return args
+
+
+def add_shared_options(parser: Parser) -> None:
+    """The options that ablations/baseline_imagenet.py has too."""
+    add = parser.add_argument
+    add("--data-dir", default="data/imagenet", metavar="DIR", help="holds train/ and val/ or test/")
+    add("--image-size", type=number(int, 32, 4096), default=IMAGE_SIZE, metavar="PIXELS", help="after cropping")
+    add("--subset", type=count, metavar="N", help="train on N images, balanced over the classes")
+    add("--test-subset", type=count, metavar="N", help="test on N images, balanced over the classes")
+    add("--workers", type=number(int, 0, 1000), default=default_workers(), metavar="N", help="image readers per rank")
+    add("--sync-bn", action="store_true", help="BatchNorm sees the images of all ranks, not only its own (CUDA only)")
+    parser.add_run_options()
 
 
 def run_name(args: Namespace) -> str:
@@ -110,28 +112,6 @@ def warmed_up(weights: dict[str, float], args: Namespace, epoch: int) -> dict[st
     warmup = SETTINGS["warmup_epochs"] * min(1, args.epochs / SETTINGS["epochs"])
     factor = min(1.0, (epoch + 1) / warmup)
     return {name: value * factor if TERMS[name].features else value for name, value in weights.items()}
-
-
-def build_networks(args: Namespace, num_classes: int):
-    """(student, teacher, bridges, candidate paths, weights by term). Teacher and bridges are None if not needed.
-
-    Raises:
-        ValueError: the networks do not match, or an option is out of range.
-    """
-    torch.manual_seed(args.seed)  # the same initial student for every method
-    student = build_imagenet(args.student, num_classes)
-    if not args.teacher:
-        return student, None, None, [], {"task": args.w_task}
-    teacher = build_imagenet(args.teacher, num_classes).requires_grad_(False)
-    weights = {name: getattr(args, f"w_{name}") for name in TERMS}
-    args.positions = sorted(set(args.positions or range(2, student.num_stages)))
-    given = [name for name in TERMS if f"w_{name}" in args.given]
-    weights, candidates, args.num_paths = plan_paths(weights, student.num_stages, args.positions, args.num_paths, given)
-    bridges = None
-    if args.num_paths or needs_all_bridges(weights):
-        into_student = [path.k for path in candidates if path.delta == 0]
-        bridges = build_bridges(teacher, student, args.image_size, into_student)
-    return student, teacher, bridges, candidates, weights
 
 
 def load_teacher(teacher: StagedNet, args: Namespace, num_classes: int) -> None:
@@ -156,78 +136,112 @@ def load_teacher(teacher: StagedNet, args: Namespace, num_classes: int) -> None:
 
 
 class Step(nn.Module):
-    """Computes the loss terms of a batch in one forward, as DistributedDataParallel requires."""
+    """FCFD's networks and loss. `train` needs the same members of another method's (ablations/baseline_imagenet.py).
 
-    def __init__(self, args: Namespace, terms: list[str], student: StagedNet, teacher: StagedNet | None, bridges):
+    Attributes:
+        student, teacher, bridges: last.pt holds all child modules; None if not needed.
+        name, notes: of the run, and lines to print before training.
+        some_unused: whether some parameters get no gradient in some steps.
+
+    Raises:
+        ValueError: the networks do not match, or an option is out of range.
+    """
+
+    def __init__(self, args: Namespace, data: FileData):
         super().__init__()
-        self.student, self.teacher, self.bridges = student, teacher, bridges
-        self.terms, self.temperature, self.amp = terms, args.temperature, AMP[args.amp]
+        self.args, self.amp, self.name, self.notes = args, AMP[args.amp], run_name(args), []
+        self.sgd_options = {"momentum": 0.9, "weight_decay": 1e-4, "nesterov": True}
+        torch.manual_seed(args.seed)  # the same initial student for every method
+        self.student, self.teacher, self.bridges = build_imagenet(args.student, len(data.classes)), None, None
+        self.weights, self.candidates, self.some_unused = {"task": args.w_task}, [], False
+        if args.teacher:
+            self.teacher = build_imagenet(args.teacher, len(data.classes)).requires_grad_(False)
+            self.plan(args)
+
+    def plan(self, args: Namespace) -> None:
+        """Choose the terms and the mixed paths to sample from, and build the bridges that they use."""
+        weights, n = {name: getattr(args, f"w_{name}") for name in TERMS}, self.student.num_stages
+        args.positions = sorted(set(args.positions or range(2, n)))
+        given = [name for name in TERMS if f"w_{name}" in args.given]
+        self.weights, self.candidates, args.num_paths = plan_paths(weights, n, args.positions, args.num_paths, given)
+        if args.num_paths or needs_all_bridges(self.weights):
+            into_student = [path.k for path in self.candidates if path.delta == 0]
+            self.bridges = build_bridges(self.teacher, self.student, args.image_size, into_student)
+            # Bridges of paths that are not sampled get no gradient, and without the task or KD the classifier may not.
+            every_bridge = needs_all_bridges(self.weights) and args.num_paths == len(self.candidates)
+            self.some_unused = not (every_bridge and {"task", "kd"} & self.weights.keys())
+        if f"{args.teacher}-{args.student}" not in SETTINGS["pairs"]:
+            self.notes.append(f"{args.teacher}-{args.student} is not a published pair; using the default settings")
+        paths = f"{args.num_paths} of {len(self.candidates)} paths"
+        self.notes.append(f"weights {self.weights}, temperature {args.temperature:g}, {paths}")
+
+    def epoch(self, shard: Shard) -> tuple[float, dict[str, float], list[list[MixedPath]]]:
+        """The learning rate and the weights of the terms, and for each step its mixed paths, the same on every rank."""
+        paths = sample_paths(self.candidates, self.args.num_paths or 0, len(shard), self.args.seed, shard.epoch)
+        return learning_rate(self.args, shard.epoch), warmed_up(self.weights, self.args, shard.epoch), paths
 
     def forward(self, images: Tensor, labels: Tensor, paths: list[MixedPath]) -> tuple[dict[str, Tensor], Tensor]:
         """The unweighted terms of Eq. 9, means over these images, and the number of correct predictions."""
         with torch.autocast(images.device.type, self.amp, enabled=self.amp is not None):
-            all_bridges = needs_all_bridges(self.terms)
+            all_bridges = needs_all_bridges(self.weights)
             flow = forward_paths(self.teacher, self.student, self.bridges, images, paths, all_bridges)
-        terms = fcfd_terms(flow, labels, self.temperature, self.terms)
+        terms = fcfd_terms(flow, labels, self.args.temperature, self.weights)
         return terms, (flow.student_logits.detach().argmax(1) == labels).sum()
 
 
-def train(args: Namespace, device: torch.device) -> None:
+def train(
+    args: Namespace, device: torch.device, make_step: Callable = Step, script: str = "imagenet", columns: tuple = EQ_9
+) -> None:
     """Train until the last epoch or the time limit."""
-    with Run(args, "imagenet", columns=EQ_9) as run:
+    if args.batch_size < 2 * world_size():
+        raise UserError(f"--batch-size {args.batch_size}: each of the {world_size()} ranks needs at least two images")
+    if args.sync_bn and device.type != "cuda":
+        raise UserError("--sync-bn works on CUDA only: omit it")
+    with Run(args, script, columns) as run:
         data = list_files(args.data_dir, args.subset, args.test_subset)
         run.check_data(data.fingerprint, len(data.train))
         with user_errors():
-            student, teacher, bridges, candidates, weights = build_networks(args, len(data.classes))
+            step = make_step(args, data)
+        student, teacher = step.student, step.teacher
         ranks = f"{world_size()} rank{'s' * (world_size() > 1)}"
-        print(f"{run_name(args)}: {data}; {describe_device(args)}; {ranks}; {args.out}")
-        if teacher:
-            if f"{args.teacher}-{args.student}" not in SETTINGS["pairs"]:
-                print(f"{args.teacher}-{args.student} is not a published pair; using the default settings")
-            print(f"weights {weights}, temperature {args.temperature:g}, {args.num_paths} of {len(candidates)} paths")
+        print(f"{step.name}: {data}; {describe_device(args)}; {ranks}; {args.out}", *step.notes, sep="\n")
         if teacher and not run.resumed and rank() == 0:  # distribute() copies it to the other ranks
             load_teacher(teacher, args, len(data.classes))
 
-        step = Step(args, list(weights), student, teacher, bridges)
         if args.sync_bn and world_size() > 1:
             step = nn.SyncBatchNorm.convert_sync_batchnorm(step)
         for net in filter(None, (student, teacher)):
-            track_paths(net, sorted({path.k for path in candidates}))
+            track_paths(net, sorted({path.k for path in step.candidates}))
         step.to(device, memory_format=torch.channels_last)
         parameters = [p for p in step.parameters() if p.requires_grad]
-        optimizer = sgd(parameters, args.lr, momentum=0.9, weight_decay=1e-4, nesterov=True)
+        optimizer = sgd(parameters, args.lr, **step.sgd_options)
         scaler = torch.amp.GradScaler(device.type, enabled=args.amp == "fp16")
         # What last.pt holds; it is restored here if the run is resumed.
-        run.track(student=student, teacher=teacher, bridges=bridges, optimizer=optimizer, scaler=scaler)
-        # Bridges of paths that are not sampled receive no gradient, and without the task or KD the classifier may not.
-        every_bridge = needs_all_bridges(weights) and args.num_paths == len(candidates)
-        all_used = not bridges or (every_bridge and ("task" in weights or "kd" in weights))
-        distributed = distribute(step, some_unused=not all_used)
+        run.track(**dict(step.named_children()), optimizer=optimizer, scaler=scaler)
+        distributed = distribute(step, some_unused=step.some_unused)
 
         shard = Shard(len(data.train), args.batch_size, args.seed, rank(), world_size())
         batches = train_loader(ImageFiles(data.train, args.image_size, args.seed), shard, args.workers, device)
         tests = eval_loader(ImageFiles(data.test, args.image_size), args.workers, device, rank(), world_size())
         if teacher:
-            run.state["teacher_accuracy"] = run.state["teacher_accuracy"] or evaluate_distributed(
-                teacher, tests, device
-            )
-            print(f"teacher: {run.state['teacher_accuracy']['top1']:.2f} % top-1 before distillation", flush=True)
+            tested = run.state["teacher_accuracy"] or evaluate_distributed(teacher, tests, device)
+            run.state["teacher_accuracy"] = tested
+            print(f"teacher: {tested['top1']:.2f} % top-1 before distillation", flush=True)
 
         silent = None if rank() == 0 else True  # None: show the bar only in a terminal
         for epoch in run.epochs():
             shard.epoch = epoch
-            lr = optimizer.param_groups[0]["lr"] = learning_rate(args, epoch)
-            warmed = warmed_up(weights, args, epoch)
+            lr, weights, inputs = step.epoch(shard)
+            optimizer.param_groups[0]["lr"] = lr
             for name, net in run.networks.items():
                 net.train(name != "teacher" or args.teacher_bn == "batch")
-            paths = sample_paths(candidates, args.num_paths or 0, len(shard), args.seed, epoch)  # same on every rank
             meter = Meter(device)
             progress = tqdm(batches, f"epoch {epoch + 1}", len(shard), leave=False, disable=silent)
-            for (images, labels), S, size in zip(progress, paths, shard.sizes, strict=True):
+            for (images, labels), S, size in zip(progress, inputs, shard.sizes, strict=True):
                 terms, correct = distributed(images, labels, S)
                 # Terms are means over this rank's images. DDP averages over ranks, one of which may have fewer images.
                 share = len(labels) / size
-                loss = share * sum(warmed[name] * term for name, term in terms.items())  # Eq. 9
+                loss = share * sum(weights[name] * term for name, term in terms.items())  # Eq. 9
 
                 optimizer.zero_grad(set_to_none=True)
                 scaler.scale(loss * world_size()).backward()

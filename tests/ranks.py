@@ -7,6 +7,7 @@ train-fixed OPT...  the same with every BatchNorm in evaluation mode, so results
 
 import copy
 import sys
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -14,8 +15,8 @@ import torch
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import imagenet
-from common.bridges import Bridges, build_bridges
-from common.models import build_imagenet
+from common.bridges import Bridges
+from common.data.image_files import FileData
 from common.multipath_bn import track_paths
 from common.paths import MixedPath, candidate_paths
 from common.run.distributed import rank, world_size
@@ -27,13 +28,11 @@ PATHS = [MixedPath(2, 1), MixedPath(3, 0)]  # two of six
 
 def build_step(seed):
     """A step in evaluation mode, with updated BatchNorm statistics."""
-    torch.manual_seed(seed)
-    student, teacher = build_imagenet("MobileNetV1", 3), build_imagenet("resnet18", 3).requires_grad_(False)
-    bridges = build_bridges(teacher, student, 64)
-    for net in (student, teacher):
+    options = ["--teacher", "resnet18", "--student", "MobileNetV1", "--image-size", 64, "--seed", seed]
+    args = imagenet.parse_args([*map(str, options), "--device", "cpu", "--amp", "off"])
+    step = imagenet.Step(args, FileData([], [], ["n1", "n2", "n3"], ""))
+    for net in (step.student, step.teacher):
         track_paths(net, [2, 3, 4])
-    args = imagenet.parse_args(["--teacher", "resnet18", "--student", "MobileNetV1", "--device", "cpu", "--amp", "off"])
-    step = imagenet.Step(args, list(WEIGHTS), student, teacher, bridges)
     norms = [module for module in step.modules() if isinstance(module, torch.nn.BatchNorm2d)]
     for norm in norms:
         norm.momentum = 1.0
@@ -87,10 +86,10 @@ def train_fixed(folder, *options):
 
 def train(folder, *options, prepare=lambda step: None):
     steps, evaluations = [], []
-    make_step, evaluate = imagenet.Step, imagenet.evaluate_distributed
+    evaluate = imagenet.evaluate_distributed
 
     def make_and_record(*args):
-        steps.append(make_step(*args))
+        steps.append(imagenet.Step(*args))
         return steps[-1]
 
     def prepare_and_distribute(step, **options):
@@ -102,7 +101,8 @@ def train(folder, *options, prepare=lambda step: None):
         evaluations.append((state, evaluate(net, *args)))
         return evaluations[-1][1]
 
-    imagenet.Step, imagenet.distribute = make_and_record, prepare_and_distribute
+    imagenet.train = partial(imagenet.train, make_step=make_and_record)
+    imagenet.distribute = prepare_and_distribute
     imagenet.evaluate_distributed = evaluate_and_record
     code = imagenet.main(list(options))
     torch.save({"step": steps[0].state_dict(), "evaluations": evaluations}, folder / f"trained{rank()}.pt")

@@ -101,7 +101,7 @@ def test_only_one_rank_prints_and_writes_and_evaluation_is_exact(trained, folder
 
 def test_two_ranks_match_one_process_with_fixed_batchnorm(tmp_path, monkeypatch, options):
     """Batches of 7, 7, and 6 images, so that one rank gets an extra image."""
-    for name in ("Step", "distribute", "evaluate_distributed"):
+    for name in ("train", "distribute", "evaluate_distributed"):
         monkeypatch.setattr(imagenet, name, getattr(imagenet, name))  # ranks.py replaces them
 
     def one_process(_, *argv):
