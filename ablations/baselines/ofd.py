@@ -1,11 +1,12 @@
 """OFD (Heo, Kim, Yun, Park, Kwak, Choi: A Comprehensive Overhaul of Feature Distillation, ICCV 2019).
 
-Compares features before the ReLU, through a margin ReLU for the teacher's and a 1x1 convolution for the student's.
+Compares features before the ReLU: the teacher's through a margin ReLU, the student's through a 1x1 convolution.
 """
+
+import math
 
 import torch
 from torch import Tensor, nn
-from torch.distributions import Normal
 
 from ablations.baselines.batch import Batch
 from common.models import StagedNet, Taps
@@ -14,28 +15,28 @@ from common.models.mobilenetv1 import STAGE_LAYERS, MobileNetV1
 
 
 class OFD(nn.Module):
-    """Partial L2 (Sec. 3.3) of every stage; stage i of n weighs 1 / 2^(n - i).
+    """Partial L2 of every stage; stage i of n weighs 1 / 2^(n - i).
 
     Summed over channels and positions and averaged over the batch, which the published weight of 1e-4 is for.
 
     Args:
         c_s: channels of the student's features before the ReLU.
-        norms: the teacher's BatchNorm layers before the ReLU at the end of each stage.
+        norms: the teacher's BatchNorm layers before the ReLU at the end of each stage; not part of this module's state.
+            The teacher may be loaded later.
     """
 
     def __init__(self, c_s: list[int], norms: list[nn.BatchNorm2d]):
         super().__init__()
         self.connectors = nn.ModuleList(connector(c, norm.num_features) for c, norm in zip(c_s, norms, strict=True))
-        for i, norm in enumerate(norms):
-            self.register_buffer(f"margin{i}", margin(norm))
+        self.norms = list(norms)  # in a list, so that they are not registered
 
     def forward(self, student: Taps, teacher: Taps, batch: Batch) -> Tensor:
-        n, loss = len(self.connectors), 0
-        for i, (net, feature, target) in enumerate(
-            zip(self.connectors, student.features, teacher.features, strict=True)
+        loss = 0
+        for net, norm, feature, target in zip(
+            self.connectors, self.norms, student.features, teacher.features, strict=True
         ):
-            target = torch.maximum(target.detach().float(), getattr(self, f"margin{i}")[:, None, None])
-            loss = loss + partial_l2(net(feature).float(), target) / 2 ** (n - 1 - i)
+            target = torch.maximum(target.detach().float(), margin(norm)[:, None, None])
+            loss = loss / 2 + partial_l2(net(feature).float(), target)
         return loss
 
 
@@ -46,22 +47,22 @@ def connector(c_s: int, c_t: int) -> nn.Sequential:
 
 
 def partial_l2(feature: Tensor, target: Tensor) -> Tensor:
-    """Squared difference, except where the target is not positive and the feature below it. [B, C, H, W] each."""
+    """Squared difference, except where the target is not positive and the feature not above it. [B, C, H, W] each."""
     counted = (feature > target) | (target > 0)
     return torch.where(counted, (feature - target) ** 2, 0).sum() / len(feature)
 
 
 @torch.no_grad()
 def margin(norm: nn.BatchNorm2d) -> Tensor:
-    """[C]: the expected negative response of each channel, E[x | x < 0] for x ~ N(beta, gamma^2) (Sec. 3.2).
+    """[C]: the expected negative response of each channel, E[x | x < 0] for x ~ N(beta, gamma^2).
 
     -3 |gamma| where responses are hardly ever negative.
     """
-    mean, std = norm.bias.double(), norm.weight.double().abs()
-    normal = Normal(0, 1)
-    negative = normal.cdf(-mean / std)
-    expected = mean - std * normal.log_prob(-mean / std).exp() / negative
-    return torch.where(negative > 0.001, expected, -3 * std).float()
+    mean, std = norm.bias, norm.weight.abs()
+    z = mean / std
+    negative = torch.special.ndtr(-z)
+    expected = mean - std * torch.exp(-(z**2) / 2) / math.sqrt(2 * math.pi) / negative
+    return torch.where(negative > 0.001, expected, -3 * std)
 
 
 def last_norms(net: StagedNet) -> list[nn.BatchNorm2d]:
