@@ -1,18 +1,19 @@
-"""AT (Zagoruyko, Komodakis: Paying More Attention to Attention, ICLR 2017)."""
+"""AT (Zagoruyko, Komodakis: Paying More Attention to Attention, ICLR 2017), activation-based."""
 
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ablations.baselines.batch import Batch
+from ablations.baselines.vid import same_size
 from common.losses import l2
 from common.models import Taps
 
 
 class AT(nn.Module):
-    """L2 between the attention maps of both networks (Eq. 2), summed over the stages; nothing to train.
+    """L2 between the attention maps of both networks (Sec. 3.1), summed over the stages; nothing to train.
 
-    The mean over batch and positions, which the published weight of 1000 is for. If the sizes of a stage differ, the
-    larger map is average-pooled.
+    The mean over batch and positions, which the published weight of 1000 is for. Stages of equal index are compared,
+    which have equal sizes in the published pairs; mdistiller compares MobileNetV1's with ResNet50's previous ones.
     """
 
     def forward(self, student: Taps, teacher: Taps, batch: Batch) -> Tensor:
@@ -20,10 +21,9 @@ class AT(nn.Module):
 
 
 def attention_loss(feature: Tensor, target: Tensor) -> Tensor:
-    """Features [B, C, H, W], C may differ; `target` is detached."""
-    size = min(feature.shape[2:], target.shape[2:])
-    a, b = (attention(F.adaptive_avg_pool2d(x.float(), size)) for x in (feature, target))
-    return l2(a, b)
+    """Features [B, C, H, W], C may differ; the larger one is average-pooled first. `target` is detached."""
+    feature, target = same_size(feature.float(), target.float())
+    return l2(attention(feature), attention(target))
 
 
 def attention(feature: Tensor) -> Tensor:

@@ -9,18 +9,21 @@ from common.models import Taps, pool
 
 
 class SRRL(nn.Module):
-    """Feature matching L_FM plus softmax regression L_SR (Sec. 3), each with weight 1.
+    """Feature matching L_FM plus softmax regression L_SR, each with weight 1.
+
+    L_FM compares the pooled features, L_SR the teacher's logits with those that its classifier computes from the
+    student's feature. Both are L2, the mean over all elements, as in the published ImageNet runs.
 
     Args:
         c_s, c_t: channels of `Taps.last`.
-        classifier: the teacher's linear layer, frozen. It is not part of this module's state.
+        classifier: the teacher's linear layer, frozen; not part of this module's state.
     """
 
     def __init__(self, c_s: int, c_t: int, classifier: nn.Module):
         super().__init__()
         conv = nn.Conv2d(c_s, c_t, 1, bias=False)
         nn.init.normal_(conv.weight, std=(2 / c_t) ** 0.5)
-        self.connector = nn.Sequential(conv, nn.BatchNorm2d(c_t), nn.ReLU(inplace=True))
+        self.connector = nn.Sequential(conv, nn.BatchNorm2d(c_t))  # then a ReLU, in `pool`
         self.classify = [classifier]  # in a list, so that it is not registered
 
     def forward(self, student: Taps, teacher: Taps, batch: Batch) -> Tensor:
