@@ -49,7 +49,7 @@ def parse_args(argv: list[str] | None = None, stored: dict | None = None) -> Nam
     args.out = args.out or default_out(run_name(args), args)
     if args.resume and stored is None:
         return args  # main() reads the stored options once the ranks can communicate
-    settings.resolve(args, "imagenet", parser)
+    settings.resolve(args, "imagenet", parser, stored)
     if args.method == "crd" and world_size() > 1:
         parser.error("--method crd runs in one process, since every batch updates its memory banks: omit torchrun")
     return args

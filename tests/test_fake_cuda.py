@@ -14,7 +14,8 @@ from torch.utils.data import DataLoader
 import cifar100
 import imagenet
 import online_kd
-from ablations import baseline_cifar100
+from ablations import baseline_cifar100, baseline_imagenet
+from ablations.baselines import settings
 from common.data import batches
 from common.models import build
 from common.run.run import Run
@@ -25,6 +26,7 @@ DEVICE = torch.device("cuda:0")
 IMAGES, BATCH = 20, 16  # two steps, the last one partial
 PAIR = ["--teacher", "resnet14", "--student", "resnet8"]
 CKPT = ["--teacher-ckpt", "not read"]
+IMAGENET_PAIR = ["--teacher", "resnet18", "--student", "MobileNetV1"]
 LOOPS = {
     "fcfd-off": (cifar100, *PAIR, *CKPT, "--amp", "off"),
     "fcfd-fp16": (cifar100, *PAIR, *CKPT, "--amp", "fp16"),
@@ -34,7 +36,7 @@ LOOPS = {
     "alone": (cifar100, "--student", "resnet8", "--amp", "fp16"),
     "online-fcfd": (online_kd, *PAIR, "--amp", "fp16"),
     "online-dml": (online_kd, *PAIR, "--amp", "fp16", "--method", "dml"),
-    "imagenet-fcfd": (imagenet, "--teacher", "resnet18", "--student", "MobileNetV1", *CKPT, "--amp", "fp16"),
+    "imagenet-fcfd": (imagenet, *IMAGENET_PAIR, *CKPT, "--amp", "fp16"),
     "imagenet-alone": (imagenet, "--student", "resnet18", "--amp", "off"),
     "baseline-alone": (baseline_cifar100, "--student", "resnet8", "--amp", "fp16", "--method", "alone"),
     **{
@@ -42,15 +44,19 @@ LOOPS = {
         for name in baseline_cifar100.METHODS
         if name != "alone"
     },
+    **{
+        f"imagenet-{name}": (baseline_imagenet, *IMAGENET_PAIR, *CKPT, "--amp", "fp16", "--method", name)
+        for name in settings.METHODS["imagenet"]
+    },
 }
-EACH_SCRIPT = ["fcfd-fp16", "online-dml", "imagenet-alone", "crd"]
+EACH_SCRIPT = ["fcfd-fp16", "online-dml", "imagenet-alone", "crd", "imagenet-crd"]
 # Errors of the fake device, and their messages.
 VALUE_NEEDED = (DataDependentOutputException, "_local_scalar_dense")
 SHAPE_NEEDED = (DynamicOutputShapeException, "nonzero")
 MISMATCH = (RuntimeError, "two (different )?devices")
 BLOCKING_COPY = (BlockingCopyError, "copies between")
 
-ON_CPU = ("load_data", "build_networks", "build_method", "sample_paths")
+ON_CPU = ("load_data", "build_networks", "build_method", "sample_paths", "indices", "Step.__init__")
 STUBS = {
     "open_device": torch.device,
     "load_network": lambda *_: None,
@@ -76,15 +82,18 @@ def train_epoch(tmp_path, folder, monkeypatch):
     def train(name):
         module, *options = LOOPS[name]
         data = ["--dataset", "synthetic", "--subset", IMAGES, "--test-subset", IMAGES]
-        if module is imagenet:
+        on_imagenet = module in (imagenet, baseline_imagenet)
+        if on_imagenet:
             data = ["--data-dir", folder, "--image-size", 32, "--workers", 0]
         options += [*data, "--batch-size", BATCH, "--device", DEVICE, "--out", tmp_path / "run"]
         args = module.parse_args([str(option) for option in options])
-        for stub in STUBS.keys() & vars(module).keys():
-            monkeypatch.setattr(module, stub, STUBS[stub])
-        on_cpu = [f"{module.__name__}.{function}" for function in ON_CPU if hasattr(module, function)]
+        for script in {module, imagenet}:
+            for stub in STUBS.keys() & vars(script).keys():
+                monkeypatch.setattr(script, stub, STUBS[stub])
+        functions = ((script, name) for script in {module, imagenet} for name in ON_CPU)
+        on_cpu = [f"{script.__name__}.{name}" for script, name in functions if hasattr(script, name.partition(".")[0])]
         with fake_cuda(*on_cpu), pytest.raises(EndOfEpoch) as end:
-            module.train(args, *[DEVICE] * (module is imagenet))
+            module.train(args, *[DEVICE] * on_imagenet)
         return end.value.args[0]
 
     def end_epoch(run, meter, *_):

@@ -12,8 +12,8 @@ from common.models import Taps
 class AT(nn.Module):
     """L2 between the attention maps of both networks (Sec. 3.1), summed over the stages; nothing to train.
 
-    The mean over batch and positions, which the published weight of 1000 is for. Stages of equal index are compared,
-    which have equal sizes in the published pairs; mdistiller compares MobileNetV1's with ResNet50's previous ones.
+    Averaged over batch and positions, as the published weight of 1000 assumes. In the published pairs, the maps of a
+    stage have equal sizes. (mdistiller compares MobileNetV1's stages with the teacher's previous ones.)
     """
 
     def forward(self, student: Taps, teacher: Taps, batch: Batch) -> Tensor:

@@ -17,7 +17,7 @@ from common.models.mobilenetv1 import STAGE_LAYERS, MobileNetV1
 class OFD(nn.Module):
     """Partial L2 of every stage; stage i of n weighs 1 / 2^(n - i).
 
-    Summed over channels and positions and averaged over the batch, which the published weight of 1e-4 is for.
+    Summed over channels and positions and averaged over the batch, as the published weight of 1e-4 assumes.
 
     Args:
         c_s: channels of the student's features before the ReLU.
@@ -56,7 +56,7 @@ def partial_l2(feature: Tensor, target: Tensor) -> Tensor:
 def margin(norm: nn.BatchNorm2d) -> Tensor:
     """[C]: the expected negative response of each channel, E[x | x < 0] for x ~ N(beta, gamma^2).
 
-    -3 |gamma| where responses are hardly ever negative.
+    -3 |gamma| where P(x < 0) <= 0.001.
     """
     mean, std = norm.bias, norm.weight.abs()
     z = mean / std
