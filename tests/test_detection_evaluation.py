@@ -156,5 +156,5 @@ def test_missing_pycocotools_is_reported(monkeypatch):
         return original(name, *args, **kwargs)
 
     monkeypatch.setattr(builtins, "__import__", missing)
-    with pytest.raises(UserError, match=r"^detection.py needs pycocotools \(.*\): pip install -r requirements-extra"):
+    with pytest.raises(UserError, match=r"^detection needs pycocotools \(.*\): pip install -r requirements-extra"):
         require_pycocotools()

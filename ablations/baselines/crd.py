@@ -20,7 +20,7 @@ class CRD(nn.Module):
     Args:
         c_s, c_t: length of the student's and the teacher's pooled vector.
         labels: [n], of all training images.
-        replacement: whether an image's negatives may repeat; they may if the images outside a class are fewer than m.
+        replacement: whether an image's negatives may repeat; they do if a class has fewer than m images outside it.
         negatives: m, per image.
         dim: of the embeddings.
         momentum: weight of the old row in a bank update.
@@ -60,47 +60,32 @@ class CRD(nn.Module):
         for z in ("z_s", "z_t"):
             self.register_buffer(z, torch.tensor(-1.0))
         self.register_buffer("labels", labels, persistent=False)
-        # Sorted by class, the images of one class are the `size` images from position `first` on.
+        self.register_buffer("counts", counts, persistent=False)
         self.register_buffer("by_class", labels.argsort(stable=True), persistent=False)
-        self.register_buffer("first", (counts.cumsum(0) - counts)[labels], persistent=False)
-        self.register_buffer("size", counts[labels], persistent=False)
 
     def forward(self, student: Taps, teacher: Taps, batch: Batch) -> Tensor:
-        negatives = self.draw(batch.index, batch.generator)
-        return self.loss(student.pooled, teacher.pooled, batch.index, negatives)
+        """Sum of the losses in both directions; also updates the batch's rows of both banks."""
+        rows = torch.cat([batch.index[:, None], self.draw(batch.index, batch.generator)], 1)
+        with torch.autocast(rows.device.type, enabled=False):
+            v_s = F.normalize(self.embed_s(student.pooled.float()))
+            v_t = F.normalize(self.embed_t(teacher.pooled.detach().float()))
+            loss = self.contrast(v_s, self.bank_t, self.z_t, rows) + self.contrast(v_t, self.bank_s, self.z_s, rows)
+            self.update_bank(self.bank_s, batch.index, v_s)
+            self.update_bank(self.bank_t, batch.index, v_t)
+        return loss
 
     def draw(self, index: Tensor, generator: torch.Generator) -> Tensor:
-        """[B] -> [B, m]: negatives for each image, sampled uniformly from the images of other classes.
-
-        Does not synchronize with the device; `generator` is on the same device.
-        """
+        """[B] -> [B, m]: negatives for each image, sampled uniformly from the images of other classes."""
+        label, shape = self.labels[index, None], (len(index), self.negatives)
         if not self.replacement:
             keys = torch.rand(len(index), len(self.labels), generator=generator, device=index.device)
-            same = self.labels[index, None] == self.labels
-            return keys.masked_fill(same, -1).topk(self.negatives, sorted=False).indices
-        first, size = self.first[index, None], self.size[index, None]
-        shape = (len(index), self.negatives)
+            return keys.masked_fill(label == self.labels, -1).topk(self.negatives, sorted=False).indices
+        # In by_class, the images of a class are the `size` images from position `first` on.
+        size, first = self.counts[label], (self.counts.cumsum(0) - self.counts)[label]
         # randint does not support a different bound for each image; float32 is too coarse for a large dataset.
         position = torch.randint(2**62, shape, generator=generator, device=index.device)
         position %= len(self.by_class) - size  # with a bias below 1e-9 for any dataset
         return self.by_class[position + size * (position >= first)]
-
-    def loss(self, pooled_s: Tensor, pooled_t: Tensor, index: Tensor, negatives: Tensor) -> Tensor:
-        """Sum of the losses in both directions; also updates the batch's rows of both banks.
-
-        Args:
-            pooled_s, pooled_t: [B, C]; the teacher's is detached.
-            index: [B], indices into the training set, all different.
-            negatives: [B, m], from `draw`.
-        """
-        with torch.autocast(index.device.type, enabled=False):
-            v_s = F.normalize(self.embed_s(pooled_s.float()))
-            v_t = F.normalize(self.embed_t(pooled_t.detach().float()))
-            rows = torch.cat([index[:, None], negatives], 1)
-            loss = self.contrast(v_s, self.bank_t, self.z_t, rows) + self.contrast(v_t, self.bank_s, self.z_s, rows)
-            self.update_bank(self.bank_s, index, v_s)
-            self.update_bank(self.bank_t, index, v_t)
-        return loss
 
     def contrast(self, v: Tensor, bank: Tensor, z: Tensor, rows: Tensor) -> Tensor:
         """The loss of embeddings v [B, dim] against `rows` [B, 1 + m] of a bank, the positive first.

@@ -20,7 +20,7 @@ def add_options(parser: Parser, dataset: str, networks: dict) -> None:
     add = parser.add_argument
     add("--student", type=name_in(networks), required=True, metavar="NAME", help=", ".join(networks))
     add("--teacher", type=name_in(networks), metavar="NAME", help="required by every method except alone")
-    add("--method", choices=METHODS[dataset], required=True)
+    add("--method", choices=METHODS[dataset], required=True, help="see docs/baselines.md")
     add = parser.add_argument_group("settings (default: the published ones of the method and the pair)").add_argument
     add("--epochs", type=count, metavar="N", help="the schedule scales with it")
     add("--batch-size", type=count, metavar="N", help="images per step")

@@ -21,7 +21,7 @@ def require_pycocotools() -> None:
     try:
         import pycocotools.cocoeval  # noqa: F401
     except Exception as error:  # a build for another NumPy raises other errors
-        raise UserError(f"detection.py needs pycocotools ({error}): pip install -r requirements-extra.txt") from error
+        raise UserError(f"detection needs pycocotools ({error}): pip install -r requirements-extra.txt") from error
 
 
 def evaluate(
