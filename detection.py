@@ -29,7 +29,7 @@ from common.detection.detectors import build_detector, decay_all_but_norms
 from common.detection.evaluation import evaluate, require_pycocotools
 from common.detection.fcfd import TERMS, detection_terms, forward_detectors, level_bridges
 from common.detection.images import BoxedImages, batches, load
-from common.detection.options import add_options
+from common.detection.options import SETTINGS, add_options
 from common.detection.records import add_row, all_reduce_mean, format_metrics, print_row, publish, report, save
 from common.detection.weights import inherit, load_backbone, load_coco_v1, load_detector, trained_size
 from common.randomness import derive_seed
@@ -38,12 +38,11 @@ from common.run.distributed import broadcast, rank, world_size
 from common.run.earlier_runs import default_out, find_network
 from common.run.errors import NetworkMismatchError, NonFiniteLossError, UserError, exit_code
 from common.run.optimizer import sgd
-from common.run.options import PUBLISHED, Parser, option, set_defaults
+from common.run.options import Parser, option, set_defaults
 from common.run.run import Run, stored_options
 from common.run.torchrun import distribute, process_group
 from common.run.types import positive, weight
 
-SETTINGS = PUBLISHED["detection"]
 METHODS = {"kd": ("task", "kd"), "app": ("task", "kd", "app"), "fcfd": tuple(TERMS)}  # the terms of each method
 INTERRUPTED = "saved iterations are kept; continue with --resume (without it if none were saved)"
 

@@ -12,7 +12,7 @@ the gradients, and only rank 0 prints and writes files.
 
 import sys
 from argparse import Namespace
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from pathlib import Path
 
 import torch
@@ -136,16 +136,18 @@ def load_teacher(teacher: StagedNet, args: Namespace, num_classes: int) -> None:
 
 
 class Step(nn.Module):
-    """FCFD's networks and loss. `train` needs the same members of another method's (ablations/baseline_imagenet.py).
+    """The networks and the loss; ablations/baseline_imagenet.py has another Step. last.pt holds all child modules.
 
     Attributes:
-        student, teacher, bridges: last.pt holds all child modules; None if not needed.
         name, notes: of the run, and lines to print before training.
-        some_unused: whether some parameters get no gradient in some steps.
+        candidates: the mixed paths, for BatchNorm statistics.
+        some_unused: whether parameters may get no gradient in a step.
 
     Raises:
         ValueError: the networks do not match, or an option is out of range.
     """
+
+    columns = EQ_9  # the terms in the log
 
     def __init__(self, args: Namespace, data: FileData):
         super().__init__()
@@ -189,15 +191,13 @@ class Step(nn.Module):
         return terms, (flow.student_logits.detach().argmax(1) == labels).sum()
 
 
-def train(
-    args: Namespace, device: torch.device, make_step: Callable = Step, script: str = "imagenet", columns: tuple = EQ_9
-) -> None:
-    """Train until the last epoch or the time limit."""
+def train(args: Namespace, device: torch.device, make_step: type[nn.Module] = Step, script: str = "imagenet") -> None:
+    """Train until the last epoch or the time limit. Only `script` can resume the run."""
     if args.batch_size < 2 * world_size():
         raise UserError(f"--batch-size {args.batch_size}: each of the {world_size()} ranks needs at least two images")
     if args.sync_bn and device.type != "cuda":
         raise UserError("--sync-bn works on CUDA only: omit it")
-    with Run(args, script, columns) as run:
+    with Run(args, script, make_step.columns) as run:
         data = list_files(args.data_dir, args.subset, args.test_subset)
         run.check_data(data.fingerprint, len(data.train))
         with user_errors():
@@ -231,14 +231,14 @@ def train(
         silent = None if rank() == 0 else True  # None: show the bar only in a terminal
         for epoch in run.epochs():
             shard.epoch = epoch
-            lr, weights, inputs = step.epoch(shard)
+            lr, weights, extras = step.epoch(shard)
             optimizer.param_groups[0]["lr"] = lr
             for name, net in run.networks.items():
                 net.train(name != "teacher" or args.teacher_bn == "batch")
             meter = Meter(device)
             progress = tqdm(batches, f"epoch {epoch + 1}", len(shard), leave=False, disable=silent)
-            for (images, labels), S, size in zip(progress, inputs, shard.sizes, strict=True):
-                terms, correct = distributed(images, labels, S)
+            for (images, labels), extra, size in zip(progress, extras, shard.sizes, strict=True):
+                terms, correct = distributed(images, labels, extra)  # for FCFD, the sampled paths S
                 # Terms are means over this rank's images. DDP averages over ranks, one of which may have fewer images.
                 share = len(labels) / size
                 loss = share * sum(weights[name] * term for name, term in terms.items())  # Eq. 9

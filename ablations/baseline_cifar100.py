@@ -1,4 +1,4 @@
-"""The methods that FCFD is compared with on CIFAR-100 (Tab. 1, 4), each by its own published settings.
+"""The methods that FCFD is compared with on CIFAR-100 (Tab. 1, 4), each with its published settings.
 
     python ablations/baseline_cifar100.py --method reviewkd --teacher resnet32x4 --student resnet8x4
     python ablations/baseline_cifar100.py --method alone --student resnet8x4
@@ -6,11 +6,10 @@
     python ablations/baseline_cifar100.py --smoke              every method on two small networks, in a minute
 
 Each method is one file in ablations/baselines/, and settings.yaml there holds the settings. The loss is --w-task *
-cross entropy + --weight * the method's loss. `cifar100.py --method kd` and `app` are not these baselines: they are FCFD
-without its other terms, with FCFD's settings (Tab. 5).
+cross entropy + --weight * the method's loss. See docs/baselines.md.
 
-The teacher is found, or trained first by cifar100.py. `cifar100.py --student NAME --evaluate FILE` also tests these
-students, except SimKD's.
+Without --teacher-ckpt, the teacher of an earlier run is used, or cifar100.py trains one first. Students other than
+SimKD's are tested by cifar100.py --student NAME --evaluate FILE.
 """
 
 import math
@@ -51,10 +50,11 @@ SMOKE += ["--batch-size", "20"]
 def parse_args(argv: list[str] | None = None, stored: dict | None = None) -> Namespace:
     """Parse the options; defaults are those `stored` by the run being resumed, then the published settings."""
     parser = Parser(__doc__)
-    settings.add_options(parser, "cifar100", NETWORKS)
-    add = parser.add_argument
+    distillation = settings.add_options(parser, "cifar100", NETWORKS)
+    add = distillation.add_argument
     add("--teacher-ckpt", metavar="FILE", help="default: an earlier run's next to --out, else it is trained first")
     add("--teacher-epochs", type=count, metavar="N", help="of a teacher that is trained first (default: --epochs)")
+    add = parser.add_argument
     add("--evaluate", metavar="FILE", help="only test this student of --method simkd")
     add("--smoke", action="store_true", help="train two small networks with every method")
     parser.add_data_options()
@@ -69,9 +69,9 @@ def parse_args(argv: list[str] | None = None, stored: dict | None = None) -> Nam
             return parse_args(argv, stored_options(args, "baseline_cifar100"))
         args.resume = False
 
-    settings.resolve(args, "cifar100", parser, stored)
+    settings.resolve(args, "cifar100", parser, distillation, stored)
     if args.evaluate and args.method != "simkd":
-        parser.error("--evaluate is for SimKD's students: test others by cifar100.py --student NAME --evaluate FILE")
+        parser.error("--evaluate is only for simkd: test others by cifar100.py --student NAME --evaluate FILE")
     if args.teacher:
         set_defaults(args, teacher_epochs=args.epochs)
     if {"teacher_ckpt", "teacher_epochs"} <= args.given:
@@ -109,11 +109,9 @@ def loss_terms(
     batch: Batch,
     args: Namespace,
 ) -> tuple[dict[str, Tensor], Tensor]:
-    """The unweighted loss terms of a step, and the student's logits. The terms are "task" and "distill"; SimKD has no
-    task, and without a method there is nothing to distill.
+    """The unweighted loss terms of a step, and the student's logits.
 
-    Args:
-        images: [B, 3, H, W].
+    "task" is omitted if --w-task is 0, and "distill" without a method. images: [B, 3, H, W].
     """
     own = student.taps(images, args.student_pre_relu)
     terms = {"task": F.cross_entropy(own.logits.float(), batch.labels)} if args.w_task else {}

@@ -24,7 +24,7 @@ from torchvision.models.detection import FasterRCNN
 import detection
 from ablations.baselines.fgfi import FGFI, imitation_masks
 from ablations.baselines.reviewkd import ReviewKD
-from ablations.baselines.settings import SETTINGS
+from ablations.baselines.settings import SETTINGS, of_pair
 from common.detection.detectors import CHANNELS, LEVELS
 from common.detection.evaluation import require_pycocotools
 from common.detection.options import add_options
@@ -44,14 +44,14 @@ def parse_args(argv: list[str] | None = None, stored: dict | None = None) -> Nam
     """Parse the options; defaults are those `stored` by the run being resumed, then the published settings."""
     parser = Parser(__doc__)
     add = add_options(parser).add_argument
-    add("--method", choices=METHODS, required=True, help="required")
+    add("--method", choices=METHODS, required=True, help="see docs/detection.md")
     add("--weight", type=weight, metavar="W", help="of the method's loss (default: the pair's)")
     args = parser.parse(argv, stored)
     if not args.teacher:
         parser.error("--teacher is required")
     if detection.resolve(parser, args, stored):
-        weights = METHODS[args.method]["weight"]
-        set_defaults(args, weight=weights.get(f"{args.teacher}-{args.student}", weights["other"]))
+        pair = f"{args.teacher}-{args.student}"
+        set_defaults(args, weight=of_pair(METHODS[args.method]["weight"], pair, args.student))
     return args
 
 
@@ -111,7 +111,7 @@ def main(argv: list[str] | None = None) -> int:
                 args = parse_args(argv, stored_options(args, SCRIPT, "iteration") | {"device": args.device})
             pair = f"{args.teacher}-{args.student}"
             if pair not in METHODS[args.method]["weight"]:
-                print(f"{args.method} for {pair}: setting not published; using weight {args.weight:g}")
+                print(f"setting not published: {args.method}'s weight for {pair}; using {args.weight:g}")
             detection.train(args, device, Step, SCRIPT)
 
     return exit_code(script, detection.INTERRUPTED, rank(), smaller="smaller images (--min-size)")

@@ -1,12 +1,11 @@
-"""The methods that FCFD is compared with on ImageNet (Tab. 2), each by its own published settings.
+"""The methods that FCFD is compared with on ImageNet (Tab. 2), each with its published settings.
 
     python ablations/baseline_imagenet.py --data-dir DIR --method at --teacher resnet34 --student resnet18
     torchrun --nproc_per_node=8 ablations/baseline_imagenet.py ...      on eight GPUs; not with crd
 
 Each method is one file in ablations/baselines/, and settings.yaml there holds the settings. The loss is --w-task *
 cross entropy + --weight * the method's loss. The training loop, the data and the teacher are those of imagenet.py, and
-`imagenet.py --student NAME --evaluate FILE` tests the students. `imagenet.py --method kd` and `app` are not these
-baselines: they are FCFD without its other terms, with FCFD's settings.
+`imagenet.py --student NAME --evaluate FILE` tests the students. See docs/baselines.md.
 """
 
 import sys
@@ -40,8 +39,8 @@ SCRIPT = "baseline_imagenet"
 def parse_args(argv: list[str] | None = None, stored: dict | None = None) -> Namespace:
     """Parse the options; defaults are those `stored` by the run being resumed, then the published settings."""
     parser = Parser(__doc__)
-    settings.add_options(parser, "imagenet", IMAGENET_NETWORKS)
-    parser.add_argument("--teacher-ckpt", metavar="FILE", help="default: torchvision's IMAGENET1K_V1")
+    distillation = settings.add_options(parser, "imagenet", IMAGENET_NETWORKS)
+    distillation.add_argument("--teacher-ckpt", metavar="FILE", help="default: torchvision's IMAGENET1K_V1")
     imagenet.add_shared_options(parser)
     args = parser.parse(argv, stored)
 
@@ -49,7 +48,7 @@ def parse_args(argv: list[str] | None = None, stored: dict | None = None) -> Nam
     args.out = args.out or default_out(run_name(args), args)
     if args.resume and stored is None:
         return args  # main() reads the stored options once the ranks can communicate
-    settings.resolve(args, "imagenet", parser, stored)
+    settings.resolve(args, "imagenet", parser, distillation, stored)
     if args.method == "crd" and world_size() > 1:
         parser.error("--method crd runs in one process, since every batch updates its memory banks: omit torchrun")
     return args
@@ -66,6 +65,8 @@ class Step(nn.Module):
     Raises:
         ValueError: the networks or the labels do not fit the method.
     """
+
+    columns = ("task", "distill")
 
     def __init__(self, args: Namespace, data: FileData):
         super().__init__()
@@ -107,7 +108,7 @@ def indices(shard: Shard) -> list[Tensor]:
 
 def train(args: Namespace, device: torch.device) -> None:
     """Train until the last epoch or the time limit."""
-    imagenet.train(args, device, Step, SCRIPT, columns=("task", "distill"))
+    imagenet.train(args, device, Step, SCRIPT)
 
 
 def main(argv: list[str] | None = None) -> int:

@@ -11,7 +11,7 @@ All other options are those of cifar100.py and go to the runs they apply to. A t
 seed, for all its students. Rerunning a command keeps finished runs and resumes interrupted ones. To add runs, append
 seeds to --seeds. Each run has a folder in --runs; table.md and cells.csv in --out contain the runs of the last command.
 
-baseline-* are the published methods by their own settings, trained by ablations/baseline_cifar100.py; online-* are
+baseline-* are the published methods with their own settings, trained by ablations/baseline_cifar100.py; online-* are
 trained by online_kd.py, the others by cifar100.py with FCFD's settings.
 """
 
@@ -47,6 +47,7 @@ TITLES = {
     "kd": "L_task + L_kd of FCFD",
     "app": "L_task + L_kd + L_app of FCFD",
     "fcfd": "FCFD",
+    "kd-dkd": "L_task + L_kd of FCFD with DKD",
     "fcfd-dkd": "FCFD with DKD",
     "fcfd-simkd": "FCFD with SimKD",
     "fcfd-dkd-simkd": "FCFD with DKD and SimKD",
@@ -74,10 +75,10 @@ Top-1 test accuracy in percent: mean ± sample standard deviation over n seeds. 
 the students. The best epoch is chosen on the test set, so its accuracy is optimistic.
 """
 NOTE_PUBLISHED = """
-A published accuracy is shown only beside runs with the published settings. The published runs used float32, and
-RepDistiller's teachers, which were trained without Nesterov momentum; ReviewKD's authors trained their own. FCFD, DKD
-and SimKD report the best epoch; the student alone, KD, FitNet, VID and CRD the last; for ReviewKD it is not known. *:
-the teacher here was trained with Nesterov momentum.
+Published accuracies are shown only for runs with the published settings. The published runs used float32 and
+RepDistiller's teachers (ReviewKD: its own). Their accuracy is that of the best epoch for FCFD, DKD and SimKD, of the
+last one for the student alone, KD, FitNet, VID and CRD, and unknown for ReviewKD. *: RepDistiller's teachers were
+trained without Nesterov momentum, the one here with it.
 """
 UNPUBLISHED = "setting not published"
 
@@ -107,7 +108,7 @@ def title(method: str) -> str:
 
 
 def published_figures(cells: Cells) -> dict[str, dict[str, str]]:
-    """The published accuracies of runs with published settings, by pair and method; UNPUBLISHED if some are ours."""
+    """The published accuracies of runs with published settings, by pair and method, or UNPUBLISHED."""
     figures: dict[str, dict[str, str]] = {}
     for (pair, method, _), cell in cells.items():
         if pair not in PUBLISHED["pairs"] or not has_default_settings(cell):

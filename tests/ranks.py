@@ -88,9 +88,10 @@ def train(folder, *options, prepare=lambda step: None):
     steps, evaluations = [], []
     evaluate = imagenet.evaluate_distributed
 
-    def make_and_record(*args):
-        steps.append(imagenet.Step(*args))
-        return steps[-1]
+    class RecordedStep(imagenet.Step):
+        def __init__(self, *args):
+            super().__init__(*args)
+            steps.append(self)
 
     def prepare_and_distribute(step, **options):
         prepare(step)
@@ -101,7 +102,7 @@ def train(folder, *options, prepare=lambda step: None):
         evaluations.append((state, evaluate(net, *args)))
         return evaluations[-1][1]
 
-    imagenet.train = partial(imagenet.train, make_step=make_and_record)
+    imagenet.train = partial(imagenet.train, make_step=RecordedStep)
     imagenet.distribute = prepare_and_distribute
     imagenet.evaluate_distributed = evaluate_and_record
     code = imagenet.main(list(options))

@@ -276,7 +276,7 @@ def test_run_resumes_bitwise(tmp_path, capsys, options, method):
     argv = [*options, "--method", method, "--iterations", 2]
     printed = run(capsys, *argv, "--out", tmp_path / "uninterrupted")
     weight = 0.01 if method == "fgfi" else 1
-    assert printed.startswith(f"{method} for resnet18-mobilenet_v2: setting not published; using weight {weight}\n")
+    assert printed.startswith(f"setting not published: {method}'s weight for resnet18-mobilenet_v2; using {weight}\n")
     out = tmp_path / "resumed"
     assert "stopped after 1 of 2" in run(capsys, *argv, "--out", out, "--max-minutes", 1e-9)
     run(capsys, *PAIR, "--method", method, "--resume", "--out", out, "--device", "cpu")

@@ -62,6 +62,15 @@ def test_training_loop_runs_verbatim(tmp_path, monkeypatch):
     build("resnet8", 10).load_state_dict(torch.load("student.pth")["model"])
 
 
+def test_training_loop_of_a_baseline_runs_verbatim():
+    [loop] = re.findall(r"```python\n(.*?)```", (ROOT / "docs" / "baselines.md").read_text(), re.S)
+    loader = [(torch.randn(4, 3, 32, 32), torch.randint(10, (4,)), torch.arange(4)) for _ in range(2)]
+    student = build("resnet8", 10)
+    before = [p.clone() for p in student.parameters()]
+    exec(loop, {"teacher": build("resnet14", 10), "student": student, "loader": loader, "epochs": 1})
+    assert not any(torch.equal(p, old) for p, old in zip(student.parameters(), before, strict=True))
+
+
 def test_example_term_can_be_added(project_copy, teacher):
     """The term is trained, logged, and warmed up; the other scripts have its option too."""
     with open(project_copy / "common" / "fcfd.py", "a") as file:

@@ -4,7 +4,6 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ablations.baselines.batch import Batch
-from ablations.baselines.vid import same_size
 from common.losses import l2
 from common.models import Taps
 
@@ -12,8 +11,8 @@ from common.models import Taps
 class AT(nn.Module):
     """L2 between the attention maps of both networks (Sec. 3.1), summed over the stages; nothing to train.
 
-    Averaged over batch and positions, as the published weight of 1000 assumes. In the published pairs, the maps of a
-    stage have equal sizes. (mdistiller compares MobileNetV1's stages with the teacher's previous ones.)
+    Averaged over batch and positions, as the published weight of 1000 assumes. The maps of both networks have equal
+    sizes.
     """
 
     def forward(self, student: Taps, teacher: Taps, batch: Batch) -> Tensor:
@@ -21,9 +20,8 @@ class AT(nn.Module):
 
 
 def attention_loss(feature: Tensor, target: Tensor) -> Tensor:
-    """Features [B, C, H, W], C may differ; the larger one is average-pooled first. `target` is detached."""
-    feature, target = same_size(feature.float(), target.float())
-    return l2(attention(feature), attention(target))
+    """Features [B, C, H, W]; C may differ. `target` is detached."""
+    return l2(attention(feature.float()), attention(target.float()))
 
 
 def attention(feature: Tensor) -> Tensor:

@@ -1,4 +1,4 @@
-"""What a loss may use besides the Taps of both networks."""
+"""What a loss may need besides the Taps of both networks."""
 
 from typing import NamedTuple
 

@@ -12,12 +12,12 @@ from ablations.baselines.fitnet import FitNet
 from ablations.baselines.kd import DKD, KD
 from ablations.baselines.ofd import OFD, last_norms
 from ablations.baselines.reviewkd import ReviewKD
-from ablations.baselines.simkd import SimKD, SimKDStudent
+from ablations.baselines.simkd import SimKD, StudentWithTeacherClassifier
 from ablations.baselines.srrl import SRRL
 from ablations.baselines.vid import VID
 from common.models import StagedNet, Taps
 
-ALL_STAGES = ("vid", "at", "ofd", "reviewkd")  # methods that compare each stage with the teacher's
+ALL_STAGES = ("vid", "reviewkd")  # compare each stage with the teacher's
 
 
 def build_student(student: StagedNet, teacher: StagedNet | None, method: str, image_size: int) -> nn.Module:
@@ -33,17 +33,18 @@ def build_student(student: StagedNet, teacher: StagedNet | None, method: str, im
         )
     if method != "simkd":
         return student
-    return SimKDStudent(student, teacher, shapes(student, image_size).features[-1], shapes(teacher, image_size).last)
+    shape_s, shape_t = shapes(student, image_size).features[-1].shape[1:], shapes(teacher, image_size).last.shape[1:]
+    return StudentWithTeacherClassifier(student, teacher, shape_s, shape_t)
 
 
 def build_method(args: Namespace, student: nn.Module, teacher: StagedNet, image_size: int, labels: Tensor) -> nn.Module:
     """The module that computes the loss: method(student's Taps, teacher's Taps, Batch) -> scalar.
 
-    Its parameters are trained with the student's. They start from PyTorch's global generator.
+    Its parameters are trained with the student's. Their initial values come from PyTorch's global generator.
 
     Args:
         args: the resolved settings (settings.py).
-        student: from `build_student`.
+        student: the network to train (see `build_student`).
         labels: [n], of all training images.
 
     Raises:
@@ -70,6 +71,6 @@ def build_method(args: Namespace, student: nn.Module, teacher: StagedNet, image_
 
 @torch.no_grad()
 def shapes(net: nn.Module, image_size: int, pre_relu: bool = False) -> Taps:
-    """The `Taps` of one image, on the meta device."""
+    """The `Taps` of one image as meta tensors, for their shapes."""
     net = copy.deepcopy(net).to("meta").eval()
     return net.taps(torch.empty(1, 3, image_size, image_size, device="meta"), pre_relu)

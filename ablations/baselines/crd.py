@@ -12,7 +12,7 @@ class CRD(nn.Module):
     """Contrasts the embeddings of both networks, using memory banks.
 
     Given a student embedding, the teacher's stored embedding of the same image must be distinguished from those of
-    other images, and vice versa (Sec. 3.1). Computes in float32, even under autocast.
+    images of other classes, and vice versa (Sec. 3.1). Computes in float32, even under autocast.
 
     Like the published code, each step gathers copies of the rows that it needs from both banks. These 2 B (1 + m) dim
     floats (1 GiB at the published sizes) are kept for the backward pass.
@@ -20,10 +20,10 @@ class CRD(nn.Module):
     Args:
         c_s, c_t: length of the student's and the teacher's pooled vector.
         labels: [n], of all training images.
-        replacement: whether an image's negatives may repeat; they do if a class has fewer than m images outside it.
-        negatives: m, per image.
-        dim: of the embeddings.
-        momentum: weight of the old row in a bank update.
+        replacement: sample negatives with replacement. Always so if a class has fewer than m images outside it.
+        negatives: m, the number per image.
+        dim: size of the embeddings.
+        momentum: weight of the old row when a bank is updated.
 
     Attributes:
         bank_s, bank_t: [n, dim], one row per image: random at first, of unit length once the image was in a batch.

@@ -13,8 +13,8 @@ class FGFI(nn.Module):
     """The imitation loss between two detectors' levels.
 
     Args:
-        levels: their number.
-        channels: of each level in both detectors.
+        levels: number of FPN levels.
+        channels: number of channels of each level.
     """
 
     def __init__(self, levels: int, channels: int):
@@ -52,8 +52,8 @@ def imitation_masks(
     largest IoU. The largest is over the anchors of all levels, so a box is imitated at the levels that fit its size.
 
     Args:
-        anchors: for each image [A, 4], as torchvision orders them: by level, row, column, and shape. Those that reach
-            beyond the image are used too.
+        anchors: for each image [A, 4], as torchvision orders them: by level, row, column, and shape. Those that extend
+            beyond the image count.
         boxes: for each image [n, 4]; n may be 0.
         sizes: height and width of each level.
     """

@@ -11,14 +11,14 @@ from ablations.baselines.batch import Batch
 from common.losses import l2
 from common.models import Taps
 
-HINT = 1  # index of f^2 in Taps.features
+HINT = 1  # index in Taps.features: f^3, the output of stage 3
 
 
 class FitNet(nn.Module):
-    """L2 between the student's f^2 after a regressor and the teacher's f^2 (Eq. 3, but the mean over all elements).
+    """L2 between the student's f^3 after a regressor and the teacher's (Eq. 3, but without 1/2 and averaged).
 
     Args:
-        shape_s, shape_t: (C, H, W) of f^2.
+        shape_s, shape_t: (C, H, W) of f^3.
 
     Raises:
         ValueError: the student's feature is smaller than the teacher's, but not half its size.

@@ -23,7 +23,7 @@ class KD(nn.Module):
 
 
 class DKD(nn.Module):
-    """tckd * TCKD + nckd * NCKD (Eq. 7). With weights 1 and 1 - p_t[label] this is KD (Eq. 6)."""
+    """T^2 (tckd TCKD + nckd NCKD) (Eq. 7). With weights 1 and 1 - p_t[label] this is KD (Eq. 6)."""
 
     def __init__(self, temperature: float, tckd: float, nckd: float):
         super().__init__()

@@ -12,6 +12,7 @@ from ablations.baselines.batch import Batch
 from common.models import StagedNet, Taps
 from common.models.imagenet_resnet import ImageNetResNet
 from common.models.mobilenetv1 import STAGE_LAYERS, MobileNetV1
+from common.models.staged import init_fan_out
 
 
 class OFD(nn.Module):
@@ -41,13 +42,14 @@ class OFD(nn.Module):
 
 
 def connector(c_s: int, c_t: int) -> nn.Sequential:
-    conv = nn.Conv2d(c_s, c_t, 1, bias=False)
-    nn.init.normal_(conv.weight, std=(2 / c_t) ** 0.5)
-    return nn.Sequential(conv, nn.BatchNorm2d(c_t))
+    """A 1x1 convolution and a BatchNorm."""
+    net = nn.Sequential(nn.Conv2d(c_s, c_t, 1, bias=False), nn.BatchNorm2d(c_t))
+    init_fan_out(net)
+    return net
 
 
 def partial_l2(feature: Tensor, target: Tensor) -> Tensor:
-    """Squared difference, except where the target is not positive and the feature not above it. [B, C, H, W] each."""
+    """Squared difference, 0 where feature <= target <= 0, summed and averaged over the batch. [B, C, H, W] each."""
     counted = (feature > target) | (target > 0)
     return torch.where(counted, (feature - target) ** 2, 0).sum() / len(feature)
 

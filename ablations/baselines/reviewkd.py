@@ -71,7 +71,7 @@ class ReviewKD(nn.Module):
 
     @staticmethod
     def levels(taps: Taps) -> list[Tensor]:
-        """[f^1, ..., f^(N-1), the pooled vector as [B, C, 1, 1]]."""
+        """[f^2, ..., f^N, the pooled vector as [B, C, 1, 1]]."""
         return [*taps.features, taps.pooled[:, :, None, None]]
 
 
@@ -83,8 +83,8 @@ def resize(x: Tensor, size: tuple[int, int]) -> Tensor:
 def hcl(feature: Tensor, target: Tensor) -> Tensor:
     """Hierarchical context loss (Sec. 3.3) of maps [B, C, H, W]; `target` is detached.
 
-    Weighted mean of the L2 at full size and after average pooling to l x l, for each l of 4, 2, 1 below H; the weights
-    are 1, 1/2, 1/4, 1/8 in the order of the remaining terms.
+    Weighted mean of the L2 at full size and after average pooling to 4x4, 2x2 and 1x1, omitting sizes not below H. The
+    weights are 1, 1/2, 1/4, 1/8, in the order of the remaining terms.
     """
     feature, target = feature.float(), target.float()
     losses = [l2(feature, target)]

@@ -1,5 +1,6 @@
 """The options of the methods, and their published settings (settings.yaml)."""
 
+import argparse
 from argparse import Namespace
 from pathlib import Path
 from typing import Any
@@ -12,27 +13,30 @@ from common.run.types import count, count_or_zero, name_in, positive, weight
 
 SETTINGS: dict[str, dict[str, Any]] = yaml.safe_load((Path(__file__).parent / "settings.yaml").read_text())
 METHODS = {dataset: [name for name in methods if name != "recipe"] for dataset, methods in SETTINGS.items()}
-OF_DISTILLATION = ("weight", "temperature", "tckd", "nckd", "warmup", "teacher_bn", "teacher_ckpt", "teacher_epochs")
 
 
-def add_options(parser: Parser, dataset: str, networks: dict) -> None:
-    """The networks, the method and its settings; the defaults of the latter are set by `resolve`."""
+def add_options(parser: Parser, dataset: str, networks: dict) -> argparse._ArgumentGroup:
+    """Add the networks, the method and its settings; `resolve` sets the defaults. Returns the group of distillation."""
     add = parser.add_argument
     add("--student", type=name_in(networks), required=True, metavar="NAME", help=", ".join(networks))
-    add("--teacher", type=name_in(networks), metavar="NAME", help="required by every method except alone")
+    unless = ", except for alone" if "alone" in METHODS[dataset] else ""
+    add("--teacher", type=name_in(networks), metavar="NAME", help=f"required{unless}")
     add("--method", choices=METHODS[dataset], required=True, help="see docs/baselines.md")
-    add = parser.add_argument_group("settings (default: the published ones of the method and the pair)").add_argument
+    add = parser.add_argument_group("settings (default: those published for the method and the pair)").add_argument
     add("--epochs", type=count, metavar="N", help="the schedule scales with it")
     add("--batch-size", type=count, metavar="N", help="images per step")
-    add("--lr", type=positive)
+    add("--lr", type=positive, help="at the start")
     add("--optimizer", choices=("sgd", "nesterov"), help="SGD with momentum 0.9, without or with Nesterov")
     add("--w-task", type=weight, metavar="W", help="weight of the cross entropy")
+    distillation = parser.add_argument_group("distillation")
+    add = distillation.add_argument
     add("--weight", type=weight, metavar="W", help="of the method's loss")
-    add("--warmup", type=count_or_zero, metavar="N", help="epochs in which --weight rises; shorter in short runs")
-    add("--temperature", type=positive, metavar="T", help="of kd and dkd")
-    add("--tckd", type=weight, metavar="W", help="of dkd: weight of the part on the target class")
-    add("--nckd", type=weight, metavar="W", help="of dkd: weight of the part on the other classes")
+    add("--warmup", type=count_or_zero, metavar="N", help="epochs over which --weight rises; fewer in short runs")
+    add("--temperature", type=positive, metavar="T", help="of KD and DKD")
+    add("--tckd", type=weight, metavar="W", help="of DKD: weight of the part on the target class")
+    add("--nckd", type=weight, metavar="W", help="of DKD: weight of the part on the other classes")
     add("--teacher-bn", choices=("batch", "running"), help="BatchNorm statistics of the teacher")
+    return distillation
 
 
 def published(dataset: str, method: str, teacher: str | None, student: str) -> dict[str, Any]:
@@ -41,17 +45,21 @@ def published(dataset: str, method: str, teacher: str | None, student: str) -> d
     found = SETTINGS[dataset]["recipe"] | SETTINGS[dataset][method]
     known = found.pop("published", None)
     found = {name: of_pair(value, pair, student) for name, value in found.items()}
-    return found | {"published": not teacher or pair in (known or PUBLISHED[dataset]["pairs"])}
+    return found | {"published": not teacher or pair in (PUBLISHED[dataset]["pairs"] if known is None else known)}
 
 
 def of_pair(value: Any, pair: str, student: str) -> Any:
+    """A value of settings.yaml: the pair's, the student's, or that of all others."""
     return value.get(pair, value.get(student, value["other"])) if isinstance(value, dict) else value
 
 
-def resolve(args: Namespace, dataset: str, parser: Parser, stored: dict[str, Any] | None) -> None:
+def resolve(
+    args: Namespace, dataset: str, parser: Parser, distillation: argparse._ArgumentGroup, stored: dict[str, Any] | None
+) -> None:
     """Set the options that were not given, and all other settings, as attributes of `args`.
 
     Args:
+        distillation: from `add_options`.
         stored: the settings of the run being resumed.
 
     Raises:
@@ -61,8 +69,7 @@ def resolve(args: Namespace, dataset: str, parser: Parser, stored: dict[str, Any
     if args.method == "alone":
         if args.teacher:
             parser.error("--method alone has no teacher: omit --teacher")
-        if unused := [name for name in OF_DISTILLATION if name in args.given]:
-            parser.error(f"{option(unused[0])} is about distillation, but --method is alone")
+        parser.refuse(args, distillation, "has no effect with --method alone: omit it")
     elif not args.teacher:
         parser.error(f"--method {args.method} also needs --teacher")
     found = published(dataset, args.method, args.teacher, args.student)
@@ -78,7 +85,7 @@ def resolve(args: Namespace, dataset: str, parser: Parser, stored: dict[str, Any
         if getattr(args, name, None) is None:
             setattr(args, name, value)
     if args.method == "simkd" and args.w_task:
-        parser.error("--w-task: SimKD is trained without cross entropy; omit it")
+        parser.error("--w-task does not apply to simkd, which has no cross entropy: omit it")
     if not (args.w_task or args.weight):
         parser.error(f"{'--w-task' if args.method == 'alone' else '--weight'} 0: no loss remains to train on")
 
@@ -97,8 +104,8 @@ def notice(args: Namespace, dataset: str) -> str | None:
     if args.published:
         return None
     if pair in PUBLISHED[dataset]["pairs"]:
-        return f"setting not published: {args.method} for {pair}; using that of other pairs unless it is given"
-    return f"{pair} is not a published pair; using the default settings unless they are given"
+        return f"setting not published: some of {args.method}'s for {pair}; using those of other pairs"
+    return f"{pair} is not a published pair; using the default settings"
 
 
 def ramp(args: Namespace, dataset: str, epoch: int) -> float:

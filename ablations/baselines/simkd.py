@@ -1,11 +1,11 @@
 """SimKD (Chen, Mei, Zhang, Wang, Feng, Chen: Knowledge Distillation with the Reused Teacher Classifier, CVPR 2022).
 
 A projector maps the student's last feature to the teacher's, and the teacher's classifier reads it. In FCFD with SimKD
-(common/simkd.py) the projector reads F^N instead and starts from another initialization. F^N differs from the feature
-here in MobileNetV2 and ShuffleV2 (after their last 1x1 convolution), WRN (after its last BatchNorm), and VGG and
-ShuffleV1 (before the ReLU).
+(common/simkd.py) the projector reads F^N instead, which in most networks but ResNets is another tensor, and has another
+initialization.
 """
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
@@ -15,20 +15,19 @@ from common.models import StagedNet, Taps, pool
 from common.simkd import projector
 
 
-class SimKDStudent(nn.Module):
-    """The student, its projector (Sec. 3.2) and the teacher's classifier, which both networks share.
+class StudentWithTeacherClassifier(nn.Module):
+    """The student, its projector (Sec. 3.2) and the teacher's classifier; inference needs all three.
 
-    Layers of the student after its last feature are unused. At inference the projector and the classifier are part of
-    the network.
+    The student's layers after its last feature are unused.
 
     Args:
-        feature_s, last_t: the student's last feature and the teacher's `Taps.last`, for their shapes.
+        shape_s, shape_t: (C, H, W) of the student's last feature and of the teacher's `Taps.last`.
     """
 
-    def __init__(self, student: StagedNet, teacher: StagedNet, feature_s: Tensor, last_t: Tensor):
+    def __init__(self, student: StagedNet, teacher: StagedNet, shape_s: torch.Size, shape_t: torch.Size):
         super().__init__()
         self.student, self.classifier = student, teacher.classifier_layer
-        self.projector = projector(feature_s.shape[1:], last_t.shape[1:])
+        self.projector = projector(shape_s, shape_t)
         for layer in self.projector:
             if isinstance(layer, nn.Conv2d):
                 layer.reset_parameters()  # PyTorch's default

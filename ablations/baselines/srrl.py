@@ -4,6 +4,7 @@ ICLR 2021)."""
 from torch import Tensor, nn
 
 from ablations.baselines.batch import Batch
+from ablations.baselines.ofd import connector
 from common.losses import l2
 from common.models import Taps, pool
 
@@ -21,9 +22,7 @@ class SRRL(nn.Module):
 
     def __init__(self, c_s: int, c_t: int, classifier: nn.Module):
         super().__init__()
-        conv = nn.Conv2d(c_s, c_t, 1, bias=False)
-        nn.init.normal_(conv.weight, std=(2 / c_t) ** 0.5)
-        self.connector = nn.Sequential(conv, nn.BatchNorm2d(c_t))  # then a ReLU, in `pool`
+        self.connector = connector(c_s, c_t)  # then a ReLU, in `pool`
         self.classify = [classifier]  # in a list, so that it is not registered
 
     def forward(self, student: Taps, teacher: Taps, batch: Batch) -> Tensor:

@@ -63,7 +63,7 @@ class MobileNetV2(StagedNet):
         return self.tap(k, x, pre_relu=True)[1]
 
     def tap(self, k: int, x: Tensor, pre_relu: bool) -> tuple[Tensor, Tensor]:
-        """f is the linear output of the last block, before conv2."""
+        """f^k is the last block's linear output, before conv2, whatever `pre_relu` is."""
         if k == 2:
             x = F.relu(x)
         for group in STAGE_GROUPS[k]:

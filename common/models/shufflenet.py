@@ -142,7 +142,7 @@ class ShuffleV2(StagedNet):
         return self._last(x) if k == 4 else x
 
     def tap(self, k: int, x: Tensor, pre_relu: bool) -> tuple[Tensor, Tensor]:
-        """f is the output of the last block, before the final convolution."""
+        """f^k is the output of the last block, before the final convolution."""
         *blocks, last = getattr(self, f"layer{k - 1}")
         feature, x = tap_last(last(nn.Sequential(*blocks)(x), pre_relu=True), pre_relu)
         return feature, self._last(x) if k == 4 else x

@@ -9,10 +9,10 @@ from torch import Tensor, nn
 
 
 class Taps(NamedTuple):
-    """What other distillation methods compare, from one forward pass (`StagedNet.taps`).
+    """What the methods in ablations/baselines compare, from one forward pass (`StagedNet.taps`).
 
     Attributes:
-        features: [f^1, ..., f^(N-1)], of stages 2..N without the stem.
+        features: [f^2, ..., f^N], one per stage without the stem; see `StagedNet.tap`.
         last: F^N after ReLU, which the classifier pools, [B, C_N, H, W].
         pooled: the input of the classifier's linear layer, [B, C_N].
         logits: [B, num_classes].
@@ -61,13 +61,13 @@ class StagedNet(nn.Module, ABC):
         return out
 
     def tap(self, k: int, x: Tensor, pre_relu: bool) -> tuple[Tensor, Tensor]:
-        """(f, F^k) of stage k: f is the feature that other methods compare, before or after the stage's last ReLU.
+        """Run stage k: (f^k, F^k). Other methods compare f^k, before the stage's last ReLU if `pre_relu`.
 
-        f differs from F^k where the networks that these methods were published with return another tensor, such as
-        the input of a final convolution.
+        Where their published code reads another tensor than F^k, such as the input of a final convolution, f^k is that
+        tensor.
 
         Raises:
-            ValueError: the network does not provide it before the ReLU.
+            ValueError: the network does not provide its features before the ReLU.
         """
         x = self.stage(k, x)
         if self.post_relu and pre_relu:
@@ -75,7 +75,7 @@ class StagedNet(nn.Module, ABC):
         return (x if self.post_relu or pre_relu else F.relu(x)), x
 
     def taps(self, x: Tensor, pre_relu: bool = False) -> Taps:
-        """Images [B, 3, H, W] -> features, before the ReLU if `pre_relu`, and outputs. FCFD does not use this."""
+        """Images [B, 3, H, W] -> features and outputs. Not used by FCFD."""
         features, x = [], self.stage(1, x)
         for k in range(2, self.num_stages + 1):
             feature, x = self.tap(k, x, pre_relu)

@@ -58,7 +58,7 @@ class WideResNet(StagedNet):
         return self.bn1(x) if k == 4 else x
 
     def tap(self, k: int, x: Tensor, pre_relu: bool) -> tuple[Tensor, Tensor]:
-        """f is the sum of the last block as it is, or, before the ReLU, after the BatchNorm that follows it."""
+        """f^k is the output of the last block; with `pre_relu`, after the BatchNorm that follows it."""
         x = getattr(self, f"block{k - 1}")(x)
         bn = self.bn1 if k == 4 else getattr(self, f"block{k}").layer[0].bn1
         return (normalize(x, bn) if pre_relu else x), self.bn1(x) if k == 4 else x
