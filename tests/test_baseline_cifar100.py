@@ -105,7 +105,7 @@ def test_settings_are_the_published_ones(method):
         assert args.out == f"runs/cifar100-{networks}-240ep-seed1-fp16"
 
 
-def test_notice_of_settings_that_are_not_published():
+def test_notice_of_settings_that_are_not_published(monkeypatch):
     def notice(pair, method):
         return settings.notice(parse(pair, method), "cifar100")
 
@@ -113,6 +113,8 @@ def test_notice_of_settings_that_are_not_published():
     assert notice("vgg13-vgg8", "reviewkd").startswith("setting not published: some of reviewkd's for vgg13-vgg8")
     assert "resnet32-resnet20 is not a published pair" in notice("resnet32-resnet20", "kd")
     assert notice("resnet32-resnet20", "alone") is None
+    monkeypatch.setitem(settings.SETTINGS["cifar100"]["vid"], "published", [])  # of no pair
+    assert notice("resnet32x4-resnet8x4", "vid").startswith("setting not published")
 
 
 def test_warmup_and_learning_rate():
