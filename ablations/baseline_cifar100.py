@@ -3,7 +3,7 @@
     python ablations/baseline_cifar100.py --method reviewkd --teacher resnet32x4 --student resnet8x4
     python ablations/baseline_cifar100.py --method alone --student resnet8x4
     python ablations/baseline_cifar100.py --method simkd --teacher resnet32x4 --student resnet8x4 --evaluate FILE
-    python ablations/baseline_cifar100.py --smoke              every method on two small networks, in a minute
+    python ablations/baseline_cifar100.py --smoke              every method on two small networks, in seconds
 
 Each method is one file in ablations/baselines/, and settings.yaml there holds the settings. The loss is --w-task *
 cross entropy + --weight * the method's loss. See docs/baselines.md.
