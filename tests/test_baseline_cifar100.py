@@ -250,6 +250,11 @@ def test_smoke_runs_every_method(tmp_path, capsys):
     assert "epoch   1/1" not in again
     message = running.call(capsys, *NETWORKS, "--resume", "--out", tmp_path / "crd", code=2, module=cifar100)
     assert "ablations/baseline_cifar100.py" in message
+    state = torch.load(tmp_path / "crd" / "last.pt", weights_only=True)
+    state["config"]["script"] = "baselines"  # of an earlier version
+    torch.save(state, tmp_path / "crd" / "last.pt")
+    message = call(capsys, *NETWORKS, "--method", "crd", "--resume", "--out", tmp_path / "crd", code=2)
+    assert "a run of an earlier version of ablations/baseline_cifar100.py" in message
     message = running.call(
         capsys,
         "--student",

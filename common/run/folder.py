@@ -101,7 +101,8 @@ def read_state(out: Path, script: str, unit: str) -> dict[str, Any]:
     state = load(last)
     config = state.get("config") if isinstance(state, dict) else None
     if isinstance(config, dict) and (other := config.get("script", "cifar100")) != script:
-        name = f"ablations/{other}.py" if other.startswith("baseline_") else f"{other}.py"
+        name = f"ablations/{other}.py" if str(other).startswith("baseline") else f"{other}.py"
+        name = {"baselines": "an earlier version of ablations/baseline_cifar100.py"}.get(other, name)
         raise UserError(f"{out} holds a run of {name}: resume it with that script, or choose another --out")
     kinds = {"config": dict, unit: int, "log": list, "best": dict, "student": dict, "made_with": dict}
     if not isinstance(state, dict) or not all(isinstance(state.get(key), kind) for key, kind in kinds.items()):
