@@ -1,7 +1,7 @@
 """Exit branches (Tab. 6; Sec. 3.4, A.2): do the student's features work in a network that it was not trained with?
 
-    python ablations/exit_branches.py                                        resnet32x4-resnet8x4, 240 epochs
-    python ablations/exit_branches.py --seeds 1 2 3 --jobs 3
+    python ablations/exit_branches.py                                        three pairs, 240 epochs
+    python ablations/exit_branches.py --pairs resnet32x4-resnet8x4 --seeds 1 2 3 --jobs 3
     python ablations/exit_branches.py --pairs resnet20-resnet8 --branch-depth 20 --branch-widths 16 16 32 64
 
 Exit branches are the later parts of a ResNet50x4, each with its own classifier, trained to classify the frozen
@@ -42,6 +42,7 @@ from ablations.branches import (
     write_json,
 )
 from ablations.cells import Cell, markdown, mean_and_deviation
+from ablations.components import PAIRS
 from ablations.rows import Cells, Row, grid
 from common.data.batches import Data
 from common.data.sources import load_data
@@ -53,7 +54,6 @@ from common.run.folder import locked, made_with
 from common.run.options import Parser
 from common.run.types import count
 
-PAIRS = ["resnet32x4-resnet8x4"]
 ROWS = [Row({"method": "app"}), Row({"method": "fcfd"})]
 SHAPE = {"branch_depth": 50, "branch_widths": [32, 64, 128, 256]}  # ResNet50x4
 SMOKE_SHAPE = {"branch_depth": 8, "branch_widths": [8, 16, 32, 64]}
@@ -74,7 +74,9 @@ def branch_depth(text: str) -> int:
     return depth
 
 
-def parse_args(argv: list[str] | None, description: str, table: str) -> tuple[Namespace, dict[str, Any], Namespace]:
+def parse_args(
+    argv: list[str] | None, description: str, table: str, pairs: list[str]
+) -> tuple[Namespace, dict[str, Any], Namespace]:
     """The options from `tables.parse_args`, and the settings of the branches."""
 
     def more_options(parser: Parser) -> None:
@@ -83,7 +85,7 @@ def parse_args(argv: list[str] | None, description: str, table: str) -> tuple[Na
         add("--branch-widths", type=count, nargs=4, metavar="C", help="its widths (default: 32 64 128 256)")
         add("--branch-epochs", type=count, metavar="N", help="default: --epochs")
 
-    args, given = tables.parse_args(argv, description, table, PAIRS, more_options)
+    args, given = tables.parse_args(argv, description, table, pairs, more_options)
     if given.get("w_app") == 0:
         raise UserError("--w-app 0: without L_app, app has no bridges for the student's features")
     shape = (SMOKE_SHAPE if args.smoke else SHAPE) | {"branch_epochs": given["epochs"]}
@@ -238,7 +240,7 @@ def main(argv: list[str] | None = None) -> int:
     """Complete the runs and branches, and write the table. Returns the exit code (see `exit_code`)."""
 
     def script() -> None:
-        args, given, c = parse_args(argv, __doc__, "exit_branches")
+        args, given, c = parse_args(argv, __doc__, "exit_branches", PAIRS)
         cells, rows, found = grid(args, given, ROWS), [], []
         for folder, own in by_teacher(args, cells):  # before anything is trained
             more = not all(cell.result() for cell in cells.values())

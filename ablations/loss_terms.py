@@ -1,6 +1,6 @@
 """Tab. 10 (App. G): ways to match functions, on top of L_task + L_kd + L_app.
 
-    python ablations/loss_terms.py
+    python ablations/loss_terms.py                                                    three pairs, 240 epochs
     python ablations/loss_terms.py --pairs resnet32x4-resnet8x4 --seeds 1 2 3 --jobs 3
 
 A mixed path has features and an output. L_func compares both with the teacher's (Eq. 6; its L2 and KL parts are
@@ -16,9 +16,9 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from ablations import tables
+from ablations.components import PAIRS
 from ablations.rows import PAIRS_L2, Row
 
-PAIRS = ["resnet32x4-resnet8x4"]
 HEADER = ["L_func-KL", "L_func-L2", "L_func'", "L_func'-L2"]
 TERMS = ("func_kl", "func_l2", "func_prime", "func_prime_l2")  # as in HEADER
 

@@ -1,6 +1,6 @@
 """Tab. 14 (H.4): L_func-partial, which compares only at the next stage, instead of L_func.
 
-    python ablations/partial.py
+    python ablations/partial.py                                                       three pairs, 240 epochs
     python ablations/partial.py --pairs resnet32x4-resnet8x4 --seeds 1 2 3 --jobs 3
 
 L_func feeds the student's feature through all later stages of the teacher, up to its output. L_func-partial stops after
@@ -19,9 +19,9 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from ablations import tables
+from ablations.components import PAIRS
 from ablations.rows import PAIRS_L2, Row
 
-PAIRS = ["resnet32x4-resnet8x4"]
 HEADER = ["on top of L_task + L_kd + L_app"]
 PARTIAL = {"w_func_partial": PAIRS_L2}
 NO_FUNC = {"w_func_l2": 0, "w_func_kl": 0}

@@ -1,6 +1,6 @@
 """Tab. 13 (H.3): functional matching at a single stage, or at all stages by sampling.
 
-    python ablations/positions.py
+    python ablations/positions.py                                                     three pairs, 240 epochs
     python ablations/positions.py --pairs resnet32x4-resnet8x4 --seeds 1 2 3 --jobs 3
 
 All rows have L_app at every stage and sample |S| = 2 paths per step; at a single stage, these are its two directions.
@@ -20,9 +20,9 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from ablations import tables
+from ablations.components import PAIRS
 from ablations.rows import Row
 
-PAIRS = ["resnet32x4-resnet8x4"]
 HEADER = ["functional matching at"]
 ROWS = [
     (("none (L_app alone)",), Row({"method": "app"})),

@@ -1,6 +1,6 @@
 """t-SNE of student and teacher features inside the exit branches (Fig. 4, App. B).
 
-    python ablations/tsne.py                                        after exit_branches.py: nothing is trained again
+    python ablations/tsne.py                 resnet32x4-ShuffleV2; after exit_branches.py, nothing is trained again
     python ablations/tsne.py --pairs resnet20-resnet8 --branch-depth 20 --branch-widths 16 16 32 64
 
 Plots the input of each exit branch's classifier (ablations/branches.py) for the test images of the first ten classes:
@@ -31,6 +31,7 @@ from common.data.batches import ImageSet, eval_batches
 from common.run.checkpoint import write_atomically
 from common.run.errors import UserError, exit_code
 
+PAIRS = ["resnet32x4-ShuffleV2"]
 CLASSES = 10
 # Colorblind-safe (Paul Tol's "muted", and black).
 COLORS = ["#332288", "#88CCEE", "#44AA99", "#117733", "#999933", "#DDCC77", "#CC6677", "#882255", "#AA4499", "#000000"]
@@ -153,7 +154,7 @@ def main(argv: list[str] | None = None) -> int:
     """Complete the runs and branches, then plot and measure. Returns the exit code (see `exit_code`)."""
 
     def script() -> None:
-        args, given, c = parse_args(argv, __doc__, "tsne")
+        args, given, c = parse_args(argv, __doc__, "tsne", PAIRS)
         load_pyplot()
         tsne = load_tsne()
         cells, rows, note, written = grid(args, given, ROWS), [], "", []

@@ -13,8 +13,11 @@ import torch.nn.functional as F
 from running import flatten_tensors
 from torch import nn
 
-from ablations import branches, exit_branches
-from ablations.rows import grid
+import cifar100
+from ablations import branches, exit_branches, tables
+from ablations.cells import to_argv
+from ablations.rows import Row, grid
+from common.bridges import build_bridges
 from common.data.batches import eval_batches, normalize, train_batches
 from common.data.sources import load_data
 from common.models import build
@@ -50,7 +53,7 @@ def trained(net, data, tmp_path_factory):
 
 
 def smoke_cell(runs, method="fcfd"):
-    args, given, _ = exit_branches.parse_args([*SMOKE, "--out", str(runs)], "", "exit_branches")
+    args, given, _ = exit_branches.parse_args([*SMOKE, "--out", str(runs)], "", "exit_branches", [])
     return grid(args, given, exit_branches.ROWS)["resnet14-resnet8", method, 1]
 
 
@@ -232,6 +235,42 @@ def test_student_features_are_bridged_pure_path_features(branch_runs):
         torch.testing.assert_close(actual, naive_features(cell.folder, images), rtol=1e-4, atol=1e-5)
     with pytest.raises(UserError, match="another resnet14"):
         branches.student_features(cell, data, build("resnet14", 20), torch.device("cpu"))
+
+
+@pytest.fixture
+def shuffle_runs(branch_runs, tmp_path, monkeypatch):
+    """The options of two pairs of one teacher, whose runs are finished, and the runs by pair."""
+    monkeypatch.setattr(exit_branches, "ROWS", [Row({"method": "fcfd"})])
+    pairs = ["resnet14-ShuffleV1", "resnet14-ShuffleV2"]
+    options = ["--pairs", *pairs, *tables.SMOKE, "--devices", "cpu", "--amp", "off", "--out", str(tmp_path)]
+    options += ["--branch-depth", "8", "--branch-widths", "4", "6", "8", "10"]
+    options += ["--teacher-ckpt", f"resnet14={branch_runs / 'resnet14-alone-seed1' / 'student.pth'}"]
+    args, given, _ = exit_branches.parse_args(options, "", "exit_branches", [])
+    runs = {pair: cell for (pair, _, _), cell in grid(args, given, exit_branches.ROWS).items()}
+    for cell in runs.values():
+        assert cifar100.main(to_argv(cell.given | {"device": "cpu", "out": cell.folder})) == 0
+    return options, runs
+
+
+def test_students_of_other_architectures_share_the_branches_of_their_teacher(branch_runs, shuffle_runs, capsys):
+    options, runs = shuffle_runs
+    capsys.readouterr()
+    assert exit_branches.main(options) == 0
+    output = capsys.readouterr().out
+    assert "2 runs, 2 already finished" in output
+    assert output.count("branches, epoch") == 1
+    data, teacher = load_data("synthetic", "data", 40, 40), loaded_teacher(branch_runs)
+    images, _ = next(eval_batches(data.test))
+    for pair, cell in runs.items():
+        assert f"| {pair} | fcfd | 1 |" in output
+        student = build(cell.given["student"], 20).eval()
+        student.load_state_dict(torch.load(cell.network)["model"])
+        bridges = build_bridges(teacher, student, 32).eval()
+        bridges.load_state_dict(torch.load(cell.folder / "last.pt")["bridges"])
+        f2 = student.stage(2, student.stage(1, images))
+        naive = {"2": bridges.s2t["2"](f2).detach(), "3": bridges.s2t["3"](student.stage(3, f2)).detach()}
+        features = branches.student_features(cell, data, teacher, torch.device("cpu"))
+        torch.testing.assert_close(features(images), naive)
 
 
 def top1(branch, features, labels):
