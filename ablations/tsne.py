@@ -5,9 +5,10 @@
 
 Plots the input of each exit branch's classifier (ablations/branches.py) for the test images of the first ten classes:
 from the teacher's own features, and from the bridged features of students trained by app (KD with L_app) and fcfd,
-with the branch's BatchNorm statistics recalibrated. The figure shows the students of the first seed. The points of a
-row, the teacher's and all its students', are embedded jointly, so the teacher's have the same coordinates in each
-panel. t-SNE does not preserve distances, so the table is computed in the branch's feature space, over all seeds.
+with the branch's BatchNorm statistics recalibrated. The figure shows the students of the first seed: their points are
+light blue, the teacher's light red, and overlaps dark brown. The points of a row, the teacher's and all its students',
+are embedded jointly, so the teacher's have the same coordinates in each panel. t-SNE does not preserve distances, so
+the table is computed in the branch's feature space, over all seeds.
 
 Options are those of exit_branches.py, whose runs and branches are reused; missing ones are trained.
 """
@@ -33,8 +34,7 @@ from common.run.errors import UserError, exit_code
 
 PAIRS = ["resnet32x4-ShuffleV2"]
 CLASSES = 10
-# Colorblind-safe (Paul Tol's "muted", and black).
-COLORS = ["#332288", "#88CCEE", "#44AA99", "#117733", "#999933", "#DDCC77", "#CC6677", "#882255", "#AA4499", "#000000"]
+COLORS = {"teacher": "#FF9F9F", "student": "#9FCFFF", "both": "#5C2E0B"}
 DIGITS = {"distance": 3, "relative": 3, "same_image": 1, "same_class": 1}  # decimals in the table
 HEADER = ["pair", "after", "method", "n", "distance", "relative", "nearest: same image (%)", "same class (%)"]
 NOTE = """
@@ -106,37 +106,39 @@ def embed(clouds: list[Tensor], tsne: Any) -> list[Tensor]:
     return list(torch.from_numpy(plane).split([len(cloud) for cloud in clouds]))
 
 
-def draw(
-    teacher: dict[str, Tensor], students: dict[str, dict[str, Tensor]], labels: Tensor, classes: list[str], tsne: Any
-) -> Any:
+def draw(teacher: dict[str, Tensor], students: dict[str, dict[str, Tensor]], labels: Tensor, tsne: Any) -> Any:
     """A matplotlib figure with one row of panels per branch and one column per method.
 
     Args:
         teacher: from `points_of`.
         students: from `points_of`, by method.
         labels: [n], of the images.
-        classes: names by label.
     """
     pyplot = load_pyplot()
-    size = (4.0 * len(students), 4.0 * len(teacher) + 1.0)
-    figure, panels = pyplot.subplots(len(teacher), len(students), figsize=size, squeeze=False, layout="constrained")
-    colors = [COLORS[label] for label in labels]
+    from matplotlib.patches import Patch, PathPatch
+    from matplotlib.path import Path as Outline
+
+    shape = (len(teacher), len(students))
+    options = {"squeeze": False, "sharex": "row", "sharey": "row", "layout": "constrained"}
+    figure, panels = pyplot.subplots(*shape, figsize=(4.0 * shape[1], 4.0 * shape[0] + 0.5), **options)
     for row, k in zip(panels, teacher, strict=True):
-        own, *others = embed([teacher[k], *(points[k] for points in students.values())], tsne)
+        clouds = embed([teacher[k], *(points[k] for points in students.values())], tsne)
+        low, high = torch.cat(clouds).aminmax(dim=0)
+        radius = (high - low).max().item() / 160
+        own, *others = (  # discs in data units, so that the teacher's can clip a student's
+            Outline.make_compound_path(*(Outline.circle(point, radius) for point in cloud.tolist())) for cloud in clouds
+        )
         for panel, (method, points), plane in zip(row, students.items(), others, strict=True):
-            panel.scatter(*own.T, s=9, c=colors, linewidths=0)
-            panel.scatter(*plane.T, s=14, c=colors, marker="x", linewidths=0.7)
+            for outline, name in ((own, "teacher"), (plane, "student"), (plane, "both")):
+                discs = panel.add_patch(PathPatch(outline, color=COLORS[name], linewidth=0))
+            discs.set_clip_path(own, panel.transData)
             found = measure(points[k], teacher[k], labels)
             summary = f"relative distance {found['relative']:.2f}, same image {found['same_image']:.0f} %"
             panel.set_title(f"{method}, after $F^{k}$\n{summary}", fontsize=10)
-            panel.set(xticks=[], yticks=[])
-    blank = panels[0][0]
-    marks = [
-        blank.scatter([], [], s=30, c="#555555", marker=m, label=w) for m, w in (("o", "teacher"), ("x", "student"))
-    ]
-    shown = sorted(set(labels.tolist()))
-    marks += [blank.scatter([], [], s=30, c=COLORS[label], label=classes[label]) for label in shown]
-    figure.legend(handles=marks, loc="outside lower center", frameon=False, ncols=4, fontsize=10)
+            panel.set(xticks=[], yticks=[], aspect="equal")
+            panel.autoscale_view()
+    marks = [Patch(color=color, label=name) for name, color in COLORS.items()]
+    figure.legend(handles=marks, loc="outside lower center", frameon=False, ncols=3, fontsize=10)
     return figure
 
 
@@ -177,7 +179,7 @@ def main(argv: list[str] | None = None) -> int:
                 seeds = {row.name: [seed for method, seed in own if method == row.name] for row in ROWS}
                 first = {name: own[name, finished[0]] for name, finished in seeds.items() if finished}
                 written.append(args.out / ("tsne.png" if len(args.pairs) == 1 else f"tsne-{pair}.png"))
-                save_figure(draw(teacher, first, labels, trained.data.classes, tsne), written[-1])
+                save_figure(draw(teacher, first, labels, tsne), written[-1])
         if rows:
             text = table(rows) + note
             write_json(args.out / "numbers.json", {"rows": rows})

@@ -84,23 +84,37 @@ class Plane:
         return points[:, :2]
 
 
-def test_each_panel_shows_teacher_and_student_in_the_colors_of_the_classes():
+def test_students_are_blue_teachers_red_and_overlaps_brown():
     pytest.importorskip("matplotlib")
-    teacher = {k: torch.rand(12, 4, dtype=torch.float64) for k in "23"}
-    students = {name: {k: points + i for k, points in teacher.items()} for i, name in enumerate(("app", "fcfd"))}
-    labels = torch.arange(12) % 10
-    figure = tsne.draw(teacher, students, labels, [f"class {i}" for i in range(10)], Plane)
-    for row, k in enumerate("23"):
-        for i, name in enumerate(students):
-            panel = figure.axes[2 * row + i]
-            dots, crosses = [each for each in panel.collections if len(each.get_offsets())]
-            np.testing.assert_allclose(dots.get_offsets(), teacher[k][:, :2])
-            np.testing.assert_allclose(crosses.get_offsets(), teacher[k][:, :2] + i)
-            assert panel.get_title().startswith(f"{name}, after $F^{k}$\nrelative distance ")
-            assert len({tuple(color) for color in dots.get_facecolors()}) == 10
-            assert (dots.get_facecolors() == crosses.get_edgecolors()).all()
-    texts = [text.get_text() for text in figure.legends[0].get_texts()]
-    assert texts == ["teacher", "student", *(f"class {i}" for i in range(10))]
+    r = 100 / 160  # of a disc: the points below span 100 units
+    own = [(0, 0), (100, 100), (20, 80), (60, 20), (60 + r, 20)]  # the last two overlap
+    app = [(80, 10), (40, 40), (40 + r, 40), (20, 80), (100 + r, 100)]  # the last two overlap teacher's points
+    fcfd = [(10, 50), (90, 50), (50, 90), (70, 70), (30, 10)]
+    teacher, *students = (dict.fromkeys("23", torch.tensor(each, dtype=torch.float64)) for each in (own, app, fcfd))
+    students = dict(zip(("app", "fcfd"), students, strict=True))
+    figure = tsne.draw(teacher, students, torch.arange(5) % 2, Plane)
+    figure.set_dpi(300)
+    figure.canvas.draw()
+    pixels = np.asarray(figure.canvas.buffer_rgba())[::-1, :, :3]
+
+    def color(panel, x, y):
+        column, row = panel.transData.transform((x, y)).astype(int)
+        return "#" + bytes(pixels[row, column].tolist()).hex().upper()
+
+    only_own, between = [(0, 0), (100 - r / 2, 100), (60, 20), (60 + r / 2, 20)], (50, 50)
+    only_app, both = [(80, 10), (40, 40), (40 + r / 2, 40), (100 + 1.5 * r, 100)], [(20, 80), (100 + r / 2, 100)]
+    expected = {
+        "app": {"student": only_app, "teacher": only_own, "both": both},
+        "fcfd": {"student": fcfd, "teacher": [*own, (100 + r / 2, 100)], "both": []},
+    }
+    for panel, (name, points) in zip(figure.axes, [*expected.items()] * 2, strict=True):
+        for kind, places in points.items():
+            assert [color(panel, *place) for place in places] == [tsne.COLORS[kind]] * len(places), (name, kind)
+        assert color(panel, *between) == "#FFFFFF"
+    titles = [panel.get_title() for panel in figure.axes]
+    starts = [f"{name}, after $F^{k}$\nrelative distance " for k in "23" for name in students]
+    assert all(title.startswith(start) for title, start in zip(titles, starts, strict=True))
+    assert [text.get_text() for text in figure.legends[0].get_texts()] == ["teacher", "student", "both"]
 
 
 def test_table():
@@ -132,7 +146,7 @@ def test_smoke_uses_existing_runs_and_branches(branch_runs, tmp_path, capsys):
     with Image.open(tmp_path / "tsne.png") as image:
         pixels = np.asarray(image.convert("RGB"))
     assert pixels.shape[1] == 1200
-    for color in tsne.COLORS:
+    for color in tsne.COLORS.values():
         wanted = [int(color[i : i + 2], 16) for i in (1, 3, 5)]
         assert (abs(pixels.astype(int) - wanted).max(2) <= 2).any(), color
     assert (tmp_path / "table.md").read_text() in output
