@@ -66,6 +66,13 @@ def ring(radius: float, count: int = 360) -> list[dict[str, Any]]:
     return [{key: values[i].tolist() for key, values in columns.items()} for i in range(count)]
 
 
+def rounded(value: Any) -> Any:
+    """The numbers in nested lists and dicts, to six digits: the same on every machine."""
+    if isinstance(value, dict):
+        return {key: rounded(each) for key, each in value.items()}
+    return [rounded(each) for each in value] if isinstance(value, list) else float(f"{value:.6g}")
+
+
 def extremes(rows: list[dict[str, Any]]) -> tuple[dict[str, Any], dict[str, Any]]:
     """The rows with the smallest and the largest KL."""
     return min(rows, key=lambda row: row["kl"]), max(rows, key=lambda row: row["kl"])
@@ -159,7 +166,7 @@ def main(argv: list[str] | None = None) -> int:
         args = parse_args(argv)
         load_pyplot()
         rows = ring(args.radius)
-        text, numbers = table(rows), {"radius": args.radius, "target": TARGET.tolist(), "ring": rows}
+        text, numbers = table(rows), rounded({"radius": args.radius, "target": TARGET.tolist(), "ring": rows})
         args.out.mkdir(parents=True, exist_ok=True)
         write_atomically(args.out / "table.md", lambda file: file.write(text.encode()))
         write_atomically(args.out / "numbers.json", lambda file: file.write(json.dumps(numbers).encode()))

@@ -3,11 +3,14 @@
 import json
 import math
 import sys
+from pathlib import Path
 
 import pytest
 from PIL import Image
 
 from ablations import toy
+
+RECORD = Path(__file__).parents[1] / "results" / "toy" / "radius-1"
 
 
 def reference_output(f1, f2):
@@ -65,6 +68,13 @@ def test_writes_table_numbers_and_figure(tmp_path, capsys):
     with Image.open(tmp_path / "toy.png") as picture:
         assert picture.width >= 800
         assert len(picture.convert("RGB").getcolors(10**6)) > 100
+
+
+def test_committed_record_is_reproduced(tmp_path):
+    pytest.importorskip("matplotlib")
+    assert toy.main(["--out", str(tmp_path)]) == 0
+    for name in ("table.md", "numbers.json"):
+        assert (tmp_path / name).read_text() == (RECORD / name).read_text(), name
 
 
 @pytest.mark.parametrize(
