@@ -2,6 +2,7 @@
 
 import csv
 import json
+import random
 from argparse import Namespace
 
 import pytest
@@ -9,7 +10,18 @@ import torch
 
 import cifar100
 import online_kd
-from ablations import baseline_cifar100, compare, complexity, components, loss_terms, partial, positions, tables
+from ablations import (
+    baseline_cifar100,
+    compare,
+    complexity,
+    components,
+    exit_branches,
+    loss_terms,
+    num_paths,
+    partial,
+    positions,
+    tables,
+)
 from ablations.rows import ALONE, PAIRS_L2, Row, grid, options_of
 from common.run.device import default_amp, default_device
 from common.run.errors import UserError
@@ -212,17 +224,22 @@ def test_online_runs_show_their_teacher():
 
 @pytest.fixture(scope="module")
 def smoke(tmp_path_factory):
-    """Every script with --smoke and a shared runs folder, so that nothing is trained twice."""
-    folder = tmp_path_factory.mktemp("tables")
-    for script in SCRIPTS:
-        out = folder / script.__name__
-        assert script.main(["--smoke", "--out", str(out), "--runs", str(folder / "runs")]) == 0
-    return folder
+    """The folder results/ of a working directory in which scripts ran with only --smoke, in random order.
+
+    They share runs, so that nothing is trained twice. Not among them: anisotropy.py, and scripts that train nothing.
+    """
+    folder, scripts = tmp_path_factory.mktemp("tables"), (*SCRIPTS, compare, exit_branches, num_paths)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(folder)
+        order = random.sample(scripts, len(scripts))
+        for script in order:
+            assert script.main(["--smoke"]) == 0, order
+    return folder / "results"
 
 
 @pytest.mark.parametrize("script", SCRIPTS)
-def test_smoke(smoke, capsys, script):
-    out, shown = smoke / script.__name__, [script.ROWS[0], *script.ROWS[-4:]]
+def test_smoke(smoke, capsys, monkeypatch, script):
+    out, shown = smoke / script.__name__.split(".")[1] / "smoke", [script.ROWS[0], *script.ROWS[-4:]]
     with (out / "cells.csv").open() as file:
         cells = {cell["method"]: cell for cell in csv.DictReader(file)}
     assert list(cells) == [row.name for _, row in shown]
@@ -236,11 +253,13 @@ def test_smoke(smoke, capsys, script):
             assert (step["pair"], step["name"], step["options"]) == ("resnet14-resnet8", row.name, options)
         costs = [[f"{1000 * step['seconds']:.1f}", f"{step['megabytes']:.0f}"] for step in steps]
     for (start, row), line, cost in zip(shown, lines, costs, strict=True):
-        result = json.loads((smoke / "runs" / f"resnet14-resnet8-{row.name}-seed1" / "result.json").read_text())
+        run = smoke / "runs" / "smoke" / f"resnet14-resnet8-{row.name}-seed1"
+        result = json.loads((run / "result.json").read_text())
         assert line == "| " + " | ".join([*start, f"{result['last']['top1']:.2f}", *cost]) + " |"
         assert float(cells[row.name]["best"]) == result["best"]["top1"]
     before = (out / "table.md").read_text()
-    assert script.main(["--smoke", "--out", str(out), "--runs", str(smoke / "runs")]) == 0
+    monkeypatch.chdir(smoke.parent)
+    assert script.main(["--smoke"]) == 0
     text = capsys.readouterr().out
     assert "6 runs, 6 already finished" in text
     assert "measuring" not in text
