@@ -313,7 +313,6 @@ def parse_args(argv: list[str] | None) -> Namespace:
     for name, excluded in (("run", (*TRAINING, *DATA, "network", "ckpt")), ("ckpt", TRAINING)):
         if name in args.given and (conflicts := [key for key in excluded if key in args.given and key != "data_dir"]):
             parser.error(f"{option(conflicts[0])} does not apply with --{name}: omit one of them")
-    args.lengths = sorted(set(args.lengths))
     args.readings = ("mean", "image") if args.directions_per == "dataset" else ("image",)
     args.data = {key: getattr(args, key) for key in DATA if getattr(args, key) is not None}
     return args

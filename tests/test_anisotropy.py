@@ -110,10 +110,10 @@ def test_results_do_not_depend_on_the_batch_size():
 
 def test_mildest_and_worst_are_chosen_for_each_image_and_for_all():
     kl = torch.tensor([[0.1, 10.0, 1.0, 0.4], [5.0, 0.5, 0.05, 0.4]], dtype=torch.float64)
-    hits = torch.tensor([[1, 0, 1, 1], [0, 1, 0, 0]], dtype=torch.float64)
+    hits = torch.tensor([[1, 1, 0, 1], [0, 1, 0, 0]], dtype=torch.float64)
     found = anisotropy.summarize(kl, hits, 0.75, "dataset")
-    assert found["image"] == {"smallest": 0.075, "largest": 7.5, "clean": 75, "mildest": 50, "worst": 0}
-    assert found["mean"] == {"smallest": 0.4, "largest": 5.25, "clean": 75, "mildest": 50, "worst": 50}
+    assert found["image"] == {"smallest": 0.075, "largest": 7.5, "clean": 75, "mildest": 50, "worst": 50}
+    assert found["mean"] == {"smallest": 0.4, "largest": 5.25, "clean": 75, "mildest": 50, "worst": 100}
     assert anisotropy.summarize(kl, hits, 0.75, "image") == {"image": found["image"]}
 
 
