@@ -196,7 +196,7 @@ def measure_network(name: str, file: Path, data: Data, c: Namespace) -> dict[int
         key = f"F^{k}, {n} images, directions per {c.directions_per}, {c.length_unit} length {length:g}"
         if key not in measured:
             measured[key] = summarize(*measure(net, k, sets[n], length, c), c.directions_per)
-            write_atomically(path, lambda file: file.write(json.dumps(stored, indent=0).encode()))
+            write_atomically(path, lambda file: file.write(json.dumps(stored).encode()))
             one = measured[key].get("mean", measured[key]["image"])
             print(f"{name}, {key}: KL from {one['smallest']:.3g} to {one['largest']:.3g} nats", flush=True)
         return measured[key]
