@@ -127,8 +127,10 @@ def measure(net: StagedNet, k: int, images: ImageSet, length: float, c: Namespac
         return net.classify(x)
 
     norms = torch.cat([earlier(batch).flatten(1).norm(dim=1) for batch, _ in eval_batches(images)]).tolist()
-    units = iter(norms if c.length_unit == "relative" else [fmean(norms)] * len(norms))
-    parts, kl, hits, clean_hits = None, [], [], 0
+    units = norms if c.length_unit == "relative" else [fmean(norms)] * len(norms)
+    # Tensors kept for each image would fragment the memory between those of its perturbed features.
+    kl = torch.empty(len(images), c.directions, dtype=torch.float64)
+    hits, parts, i, clean_hits = torch.empty_like(kl), None, 0, 0
     with tqdm(total=len(images), leave=False, disable=None) as progress:
         for batch, labels in eval_batches(images):
             features = earlier(batch)
@@ -137,14 +139,15 @@ def measure(net: StagedNet, k: int, images: ImageSet, length: float, c: Namespac
             clean_hits += (cleans.argmax(1) == labels).sum().item()
             for feature, clean, label in zip(features, cleans, labels, strict=True):
                 if parts is None or c.directions_per == "image":
-                    directions = unit_directions(c.directions, feature.shape, seed=len(kl))
+                    directions = unit_directions(c.directions, feature.shape, seed=i)
                     parts = directions.to(feature.device).split(c.batch_size)
-                step = length * next(units)
+                step = length * units[i]
                 logits = torch.cat([later(torch.add(feature, part, alpha=step)) for part in parts]).cpu()
-                kl.append(kl_nats(clean, logits.double()).clamp(min=FLOOR))
-                hits.append(logits.argmax(1) == label)
+                kl[i] = kl_nats(clean, logits.double()).clamp(min=FLOOR)
+                hits[i] = logits.argmax(1) == label
+                i += 1
                 progress.update()
-    return torch.stack(kl), torch.stack(hits).double(), clean_hits / len(images)
+    return kl, hits, clean_hits / len(images)
 
 
 def summarize(kl: Tensor, hits: Tensor, clean: float, directions_per: str) -> Numbers:
