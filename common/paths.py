@@ -43,6 +43,6 @@ def sample_paths(
     """
     if not 0 <= num_paths <= len(candidates):
         raise ValueError(f"cannot sample {num_paths} paths per step from {len(candidates)} candidates")
-    order = torch.rand(steps, len(candidates), generator=generator(seed, epoch, "paths")).argsort(dim=1)
-    sampled = order[:, :num_paths].sort(dim=1).values
+    random = torch.rand(steps, len(candidates), generator=generator(seed, epoch, "paths"), device="cpu")
+    sampled = random.argsort(dim=1)[:, :num_paths].sort(dim=1).values
     return [[candidates[i] for i in row] for row in sampled.tolist()]

@@ -3,6 +3,7 @@
 from collections import Counter
 
 import pytest
+import torch
 
 from common.paths import MixedPath, candidate_paths, sample_paths
 from common.randomness import generator
@@ -58,3 +59,10 @@ def test_generators_differ_by_seed_epoch_and_purpose():
     seeds = {generator(*at).initial_seed() for at in [(0, 0, "a"), (1, 0, "a"), (0, 1, "a"), (0, 0, "b")]}
     assert len(seeds) == 4
     assert generator(0, 1, "a").initial_seed() in seeds
+
+
+def test_samples_do_not_depend_on_the_default_device():
+    candidates = candidate_paths(4)
+    with torch.device("meta"):
+        samples = sample_paths(candidates, 2, 20, seed=0, epoch=0)
+    assert samples == sample_paths(candidates, 2, 20, seed=0, epoch=0)
