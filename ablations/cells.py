@@ -12,9 +12,9 @@ from types import ModuleType
 from typing import Any
 
 import cifar100
-from common.data.sources import load_data
+from ablations.benchmarks import BENCHMARKS, Benchmark
 from common.run.earlier_runs import read_config, read_result
-from common.run.errors import UserError, user_errors
+from common.run.errors import UserError
 from common.run.options import MAY_CHANGE, option, settings_of
 
 
@@ -35,6 +35,10 @@ class Cell:
     script: ModuleType = cifar100
 
     @property
+    def benchmark(self) -> Benchmark:
+        return BENCHMARKS[self.script]
+
+    @property
     def network(self) -> Path:
         """File of the trained network, in the shared checkpoint format."""
         return self.folder / "student.pth"
@@ -46,9 +50,12 @@ class Cell:
 
     def result(self) -> dict | None:
         """The run's result.json, or None if it is unfinished or its settings are unknown."""
-        result = read_result(self.folder)
-        finished = result and result["epoch"] == result["epochs"] and read_config(self.folder) is not None
+        result, unit = self._read_result(), self.benchmark.unit
+        finished = result and result[unit] == result[f"{unit}s"] and read_config(self.folder) is not None
         return result if finished else None
+
+    def _read_result(self) -> dict | None:
+        return read_result(self.folder, self.benchmark.unit, next(iter(self.benchmark.metrics)))
 
     def settings(self) -> dict[str, Any]:
         """All settings, resolved as the script resolves them, for the device of the existing run if there is one.
@@ -58,14 +65,13 @@ class Cell:
                 with other settings, or its settings cannot be read.
         """
         stored = read_config(self.folder)
-        if stored is None and read_result(self.folder) and not (self.folder / "last.pt").exists():
+        if stored is None and self._read_result() and not (self.folder / "last.pt").exists():
             raise UserError(f"{self.folder / 'config.yaml'} is missing or damaged: restore it, or remove the folder")
         stored = stored or {}
         device = stored.get("device")
         kept = {"device": device} if isinstance(device, str) and "device" not in self.given else {}
-        with user_errors():
-            args = self.script.parse_args(to_argv(kept | self.given | {"out": self.folder}))
-            self.script.build_networks(args, num_classes=10)
+        args = self.script.parse_args(to_argv(kept | self.given | {"out": self.folder}))
+        self.benchmark.check(self.script, args)
         settings, teacher = settings_of(args), stored.get("teacher_ckpt")
         if self.after:
             del settings["teacher_ckpt"]  # a path, which may be relative to another directory
@@ -127,7 +133,7 @@ def with_dependencies(cells: Iterable[Cell]) -> list[Cell]:
     fingerprints = {}
     if moved or not all(cell.result() for cell in cells):
         # Load it once before any run, so that concurrent runs find it downloaded.
-        data = load_data(*(settings[0][key] for key in ("dataset", "data_dir", "subset", "test_subset")))
+        data = cells[0].benchmark.load(settings[0])
         fingerprints[data_dir] = data.fingerprint
         if (batch_size := max(each["batch_size"] for each in settings)) > len(data.train):
             raise UserError(f"--batch-size {batch_size}: there are only {len(data.train)} training images")
@@ -180,8 +186,9 @@ def run_cells(cells: list[Cell], jobs: int = 1, devices: Iterable[str] = (), net
                     result = cell.result() if process.returncode == 0 else None
                     if result is None:
                         (failed if process.returncode else stopped).append(cell)
-                    text = f"{result['last']['top1']:.2f} % after the last epoch" if result else _last_message(cell)
-                    print(f"{cell.folder}: {text}", flush=True)
+                    (metric, *_), unit = cell.benchmark.metrics, cell.benchmark.unit
+                    text = f"{metric} {result['last'][metric]:.2f} % after the last {unit}" if result else None
+                    print(f"{cell.folder}: {text or _last_message(cell)}", flush=True)
     finally:
         for process, _ in running.values():
             process.terminate()

@@ -1,47 +1,76 @@
-"""Compare methods: Tab. 1, 4 and 9, and any other grid of pairs, methods and seeds.
+"""Compare methods: Tab. 1, 2, 3, 4, 7 and 9, and any other grid of pairs, methods and seeds on CIFAR-100.
 
     python ablations/compare.py                               ten pairs, 240 epochs: FCFD, and with fewer terms
-    python ablations/compare.py --table 1                     Tab. 1: FCFD and the published methods
-    python ablations/compare.py --table 4                     Tab. 4: DKD and SimKD, with and without FCFD
-    python ablations/compare.py --table 9                     Tab. 9: online distillation
+    python ablations/compare.py --table 1                     CIFAR-100: FCFD and the published methods
+    python ablations/compare.py --table 2 --data-dir DIR      ImageNet
+    python ablations/compare.py --table 3 --data-dir COCO     detection
+    python ablations/compare.py --table 4                     DKD and SimKD, with and without FCFD
+    python ablations/compare.py --table 7 --data-dir COCO     detection: the inheriting strategy
+    python ablations/compare.py --table 9                     online distillation
     python ablations/compare.py --pairs resnet32x4-resnet8x4 --methods kd fcfd --seeds 1 2 3 --jobs 4
     python ablations/compare.py --pairs resnet20-resnet8 --epochs 30 --dataset folder --data-dir DIR
 
-All other options are those of cifar100.py and go to the runs they apply to. A teacher is trained once, with the first
-seed, for all its students. Rerunning a command keeps finished runs and resumes interrupted ones. To add runs, append
-seeds to --seeds. Each run has a folder in --runs; table.md and cells.csv in --out contain the runs of the last command.
+All other options are those of cifar100.py (Tab. 2: imagenet.py; Tab. 3 and 7: detection.py) and go to the runs they
+apply to. A teacher is given, downloaded, or trained once, with the first seed, for all its students. Rerunning a
+command keeps finished runs and resumes interrupted ones. To add runs, append seeds to --seeds. Each run has a folder in
+--runs; table.md and cells.csv in --out contain the runs of the last command.
 
-baseline-* are the published methods with their own settings, trained by ablations/baseline_cifar100.py; online-* are
-trained by online_kd.py, the others by cifar100.py with FCFD's settings.
+baseline-* are the published methods with their own settings (docs/baselines.md), online-* those of online_kd.py. The
+others have FCFD's settings.
 """
 
 import sys
+from argparse import Namespace
 from pathlib import Path
 from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-import yaml
-
+import detection
+import imagenet
 import online_kd
-from ablations import baseline_cifar100, tables
+from ablations import baseline_cifar100, baseline_detection, baseline_imagenet, tables
+from ablations.benchmarks import CIFAR, DETECTION, IMAGENET, Benchmark
 from ablations.cells import Cell, markdown, mean_and_deviation
 from ablations.rows import ALONE, Cells, Row, check_given, grid
+from ablations.tables import PUBLISHED
 from common.run.errors import UserError, exit_code
 from common.run.options import Parser
 
-PUBLISHED = yaml.safe_load((Path(__file__).parent / "published.yaml").read_text())
-ROWS = [
+FCFD = {"method": "fcfd"}
+ROWS = [  # on CIFAR-100
     ALONE,
     *(Row({"method": method}) for method in ("kd", "app", "fcfd")),
     Row({"method": "kd", "kd_loss": "dkd"}),
-    Row({"method": "fcfd", "kd_loss": "dkd"}),
-    Row({"method": "fcfd", "simkd": True}),
-    Row({"method": "fcfd", "kd_loss": "dkd", "simkd": True}),
+    Row(FCFD | {"kd_loss": "dkd"}),
+    Row(FCFD | {"simkd": True}),
+    Row(FCFD | {"kd_loss": "dkd", "simkd": True}),
     *(Row({"method": method}, baseline_cifar100) for method in baseline_cifar100.METHODS),
     *(Row({"method": method}, online_kd) for method in online_kd.METHODS),
 ]
 METHODS = {row.name: row for row in ROWS}
+TAB_1 = ("baseline-alone", *(f"baseline-{name}" for name in ("kd", "fitnet", "vid", "crd", "dkd", "reviewkd")), "fcfd")
+TAB_4 = ("fcfd", "baseline-dkd", "fcfd-dkd", "baseline-simkd", "fcfd-simkd", "fcfd-dkd-simkd")
+TABLES = {
+    "1": [METHODS[name] for name in TAB_1],
+    "2": [
+        Row({}, imagenet),
+        *(
+            Row({"method": method}, baseline_imagenet)
+            for method in ("kd", "at", "ofd", "srrl", "crd", "dkd", "reviewkd")
+        ),
+        Row(FCFD, imagenet),
+    ],
+    "3": [
+        Row({}, detection),
+        Row({"method": "kd"}, detection),
+        *(Row({"method": method}, baseline_detection) for method in ("fgfi", "reviewkd")),
+        Row(FCFD, detection),
+    ],
+    "4": [METHODS[name] for name in TAB_4],
+    "7": [Row({}, detection), Row(FCFD, detection), Row(FCFD | {"inherit": True}, detection)],
+    "9": [METHODS[f"online-{name}"] for name in ("kd", "dml", "fcfd")],
+}
 TITLES = {
     "alone": "alone, FCFD's settings",
     "kd": "L_task + L_kd of FCFD",
@@ -51,56 +80,75 @@ TITLES = {
     "fcfd-dkd": "FCFD with DKD",
     "fcfd-simkd": "FCFD with SimKD",
     "fcfd-dkd-simkd": "FCFD with DKD and SimKD",
+    "fcfd-inherit": "FCFD, inheriting",
     "baseline-alone": "alone",
     "baseline-kd": "KD",
     "baseline-dkd": "DKD",
     "baseline-fitnet": "FitNet",
+    "baseline-at": "AT",
     "baseline-vid": "VID",
+    "baseline-ofd": "OFD",
+    "baseline-srrl": "SRRL",
     "baseline-crd": "CRD",
     "baseline-reviewkd": "ReviewKD",
     "baseline-simkd": "SimKD",
+    "baseline-fgfi": "FGFI",
 }
-BASELINES = ["baseline-alone", *(f"baseline-{name}" for name in ("kd", "fitnet", "vid", "crd", "dkd", "reviewkd"))]
-TABLES = {
-    "1": [*BASELINES, "fcfd"],
-    "4": ["baseline-dkd", "fcfd-dkd", "baseline-simkd", "fcfd-simkd", "fcfd-dkd-simkd"],
-    "9": ["online-kd", "online-dml", "online-fcfd"],
+PAIRS = {  # of the tables that are not of CIFAR-100
+    "2": list(PUBLISHED["imagenet"]["pairs"]),
+    "3": ["resnet101-resnet18", "resnet101-resnet50", "resnet50-mobilenet_v2"],
+    "7": ["resnet101-resnet50"],  # whose FPNs have the same shape
 }
-COLUMNS = {name: name.removeprefix("baseline-") for name in [*BASELINES, "baseline-simkd"]}
-COLUMNS |= {"baseline-reviewkd": "review", "fcfd": "fcfd"}
 # Settings that may differ from those of a published run.
-NOT_DEFINING = ("seed", "device", "amp", "out", "data_dir", "max_minutes", "teacher_ckpt")
+NOT_DEFINING = ("seed", "device", "amp", "out", "data_dir", "max_minutes", "teacher_ckpt", "workers")
+IMAGENET_IMAGES = 1_281_167
 NOTE = """
-Top-1 test accuracy in percent: mean ± sample standard deviation over n seeds. The teacher is the network that taught
-the students. The best epoch is chosen on the test set, so its accuracy is optimistic.
+Accuracy on the test set in percent: mean ± sample standard deviation over n seeds. The teacher is the network that
+taught the students. The best {unit} is the one with the highest {metric} on the test set, so it is optimistic.
 """
 NOTE_PUBLISHED = """
-Published accuracies are shown only for runs with the published settings. The published runs used float32 and
-RepDistiller's teachers (ReviewKD: its own). Their accuracy is that of the best epoch for FCFD, DKD and SimKD, of the
-last one for the student alone, KD, FitNet, VID and CRD, and unknown for ReviewKD. *: RepDistiller's teachers were
-trained without Nesterov momentum, the one here with it.
+Published accuracies are shown only for runs with the published settings. (best) and (last) say which epoch they are of,
+and so which column they compare with; for (?) it is not known. """
+NOTE_RUNS = {
+    "cifar100": """The published runs used float32 and RepDistiller's
+teachers (ReviewKD: its own). *: RepDistiller's teachers were trained without Nesterov momentum, the one here with it.
+""",
+    "imagenet": """The baselines' published runs used float32.
+*: not trained with the settings of the run here.
+""",
+}
+NOTE_DETECTION = """
+No accuracy with known settings is published for these detectors. The paper states that FCFD gains 4.03 AP over the
+students alone, on average over the pairs of Tab. 3.
 """
 UNPUBLISHED = "setting not published"
 
 
-def table(rows: list[dict[str, Any]], published: dict[str, dict[str, str]]) -> str:
+def table(rows: list[dict[str, Any]], published: dict[str, dict[str, str]], benchmark: Benchmark = CIFAR) -> str:
     """The Markdown table of `rows` from `tables.numbers`; `published` is from `published_figures`."""
-    lines = []
+    metrics, column, lines = benchmark.metrics, benchmark.column, []
+
+    def accuracies(runs: list[dict[str, Any]], prefix: str = "") -> list[str]:
+        keys = [column(f"{prefix}{which}", metric) for metric in metrics for which in ("last", "best")]
+        return [mean_and_deviation([run[key] for run in runs]) for key in keys]
+
     for pair in dict.fromkeys(row["pair"] for row in rows):
         of_pair = [row for row in rows if row["pair"] == pair]
         figures = published.get(pair, {})
-        teachers = [row["teacher"] for row in of_pair if row["teacher"] != ""]
+        teachers = [row for row in of_pair if row["teacher"] != ""]
         if teachers:
-            lines.append([pair, "teacher", 1, f"{teachers[0]:.2f}", "", figures.get("teacher", "")])
+            tested = [text for metric in metrics for text in (f"{teachers[0][column('teacher', metric)]:.2f}", "")]
+            lines.append([pair, "teacher", 1, *tested, figures.get("teacher", "")])
         for method in dict.fromkeys(row["method"] for row in of_pair):
             runs = [row for row in of_pair if row["method"] == method]
-            last, best = (mean_and_deviation([run[key] for run in runs]) for key in ("last", "best"))
-            lines.append([pair, title(method), len(runs), last, best, figures.get(method, "")])
+            lines.append([pair, title(method), len(runs), *accuracies(runs), figures.get(method, "")])
             if runs[0]["teacher_last"] != "":  # trained in the same run
-                last, best = (mean_and_deviation([run[f"teacher_{key}"] for run in runs]) for key in ("last", "best"))
-                lines.append([pair, f"{method}: its teacher", len(runs), last, best, ""])
-    text = markdown(["pair", "method", "n", "last epoch", "best", "published"], lines) + NOTE
-    return text + (NOTE_PUBLISHED if published else "")
+                lines.append([pair, f"{method}: its teacher", len(runs), *accuracies(runs, "teacher_"), ""])
+    columns = [f"{metric}, {which}" for metric in metrics.values() for which in ("last", "best")]
+    text = markdown(["pair", "method", "n", *columns, "published"], lines)
+    text += NOTE.format(unit=benchmark.unit, metric=next(iter(metrics.values())))
+    text += NOTE_DETECTION if benchmark is DETECTION else ""
+    return text + (NOTE_PUBLISHED + NOTE_RUNS[benchmark.name] if published else "")
 
 
 def title(method: str) -> str:
@@ -111,48 +159,81 @@ def published_figures(cells: Cells) -> dict[str, dict[str, str]]:
     """The published accuracies of runs with published settings, by pair and method, or UNPUBLISHED."""
     figures: dict[str, dict[str, str]] = {}
     for (pair, method, _), cell in cells.items():
-        if pair not in PUBLISHED["pairs"] or not has_default_settings(cell):
+        known = PUBLISHED.get(cell.benchmark.name)
+        if not known or pair not in known["pairs"] or not has_default_settings(cell):
             continue
-        row = dict(zip(PUBLISHED["columns"], PUBLISHED["pairs"][pair], strict=True))
-        row["simkd"] = PUBLISHED["simkd"].get(pair)
+        if cell.benchmark is IMAGENET and len(IMAGENET.load(cell.given).train) != IMAGENET_IMAGES:
+            return {}
         if not cell.settings().get("published", True):
             figures.setdefault(pair, {})[method] = UNPUBLISHED
-        elif method in COLUMNS and row[COLUMNS[method]]:
-            figures.setdefault(pair, {})[method] = f"{row[COLUMNS[method]]:.2f}"
-            if cell.after:
-                figures[pair]["teacher"] = f"{row['teacher']:.2f} *"
+        elif text := published_figure(cell.benchmark, pair, method):
+            figures.setdefault(pair, {})[method] = text
+            if teacher := published_figure(cell.benchmark, pair, "teacher"):
+                figures[pair]["teacher"] = teacher + " *" * bool(cell.after)
     return figures
 
 
+def published_figure(benchmark: Benchmark, pair: str, method: str) -> str | None:
+    """The published accuracy of a method or the teacher, and its epoch: "76.62 (best)"."""
+    known, name = PUBLISHED[benchmark.name], method.removeprefix("baseline-")
+    if benchmark is CIFAR and not method.startswith(("baseline-", "fcfd", "teacher")):
+        return None  # alone, kd, and app have FCFD's settings, and were not published
+    figures = dict(zip(known["columns"], known["pairs"][pair], strict=True))
+    figures |= {key: of_pair[pair] for key, of_pair in known["more"].items() if pair in of_pair}
+    if not (figure := figures.get(name)):
+        return None
+    values = figure if isinstance(figure, list) else [figure]
+    texts = [value if isinstance(value, str) else f"{value:.2f}" for value in values]
+    other_settings = benchmark is IMAGENET and name == "alone"
+    return f"{' / '.join(texts)} ({known['epoch'][name]})" + " *" * other_settings
+
+
 def has_default_settings(cell: Cell) -> bool:
-    """Whether all settings of a run and its teacher's run are the default ones, except for NOT_DEFINING."""
-    plain = {key: cell.given[key] for key in ("teacher", "student", "method") if key in cell.given}
+    """Whether a run and its teacher's have the default settings of their rows, except for NOT_DEFINING."""
+    of_row = ("teacher", "student", "method", "kd_loss", "simkd")
+    plain = {key: cell.given[key] for key in of_row if key in cell.given}
     none = cell.folder / "none"  # without a run
     ours, theirs = (Cell(none, given, script=cell.script).settings() for given in (cell.given, plain))
     same = all(ours[key] == theirs[key] for key in ours if key not in NOT_DEFINING)
     return same and (cell.after is None or has_default_settings(cell.after))
 
 
+def chosen_rows(args: Namespace) -> list[Row]:
+    """The rows of --table or --methods; with both, those of the table that --methods names.
+
+    Raises:
+        UserError: --methods names another row.
+    """
+    rows = {row.name: row for row in TABLES[args.table]} if args.table else METHODS
+    for name in args.methods or []:
+        if name not in rows:
+            where = f"--table {args.table}" if args.table else "a comparison on CIFAR-100"
+            raise UserError(f"--methods {name}: the rows of {where} are {', '.join(rows)}")
+    return [rows[name] for name in args.methods or (rows if args.table else ("alone", "kd", "app", "fcfd"))]
+
+
 def main(argv: list[str] | None = None) -> int:
     """Complete the runs and write the table. Returns the exit code (see `exit_code`)."""
+    cifar_pairs = list(PUBLISHED["cifar100"]["pairs"])
 
     def more_options(parser: Parser) -> None:
-        parser.add_argument("--methods", nargs="+", choices=METHODS, help="default: alone kd app fcfd")
-        parser.add_argument("--table", choices=TABLES, help="the methods of this table of the paper")
+        parser.add_argument("--table", choices=TABLES, help="the methods and the data of this table of the paper")
+        parser.add_argument("--methods", nargs="+", metavar="NAME", help=f"of the --table, or of {', '.join(METHODS)}")
+
+    def choose(args: Namespace) -> tuple[Benchmark, list[str]]:
+        return chosen_rows(args)[0].benchmark, PAIRS.get(args.table, cifar_pairs)
 
     def script() -> None:
-        args, given = tables.parse_args(argv, __doc__, "compare", PUBLISHED["pairs"], more_options)
-        if args.table and args.methods:
-            raise UserError("--table and --methods both select methods: give one of them")
-        methods = args.methods or TABLES.get(args.table, ["alone", "kd", "app", "fcfd"])
+        args, given = tables.parse_args(argv, __doc__, "compare", cifar_pairs, more_options, choose)
+        rows = chosen_rows(args)
+        benchmark = rows[0].benchmark
         if args.table:
             args.out /= f"table{args.table}"
-        check_given(given, ROWS)
-        rows = [METHODS[method] for method in methods]
+        check_given(given, ROWS if benchmark is CIFAR else rows)
         cells = grid(args, given, rows)
 
         def finish(found: list[dict[str, Any]]) -> None:
-            text = table(found, published_figures(cells))
+            text = table(found, published_figures(cells), benchmark)
             if args.table:  # first as in the paper
                 text = tables.layout(["method"], [((title(row.name),), row) for row in rows], args, found) + "\n" + text
             tables.write(args.out, text, found)

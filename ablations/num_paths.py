@@ -21,7 +21,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import torch
 
 from ablations import complexity, tables
-from ablations.cells import markdown, mean_and_deviation
+from ablations.cells import markdown
 from ablations.rows import Row, grid
 from common.models import build
 from common.paths import candidate_paths
@@ -59,13 +59,12 @@ def table(found: list[dict[str, Any]], costs: tables.Costs, pairs: list[str], si
     for pair in pairs:
         for n in sizes:
             name = row_of(n).name
-            values = [run["last"] for run in found if (run["pair"], run["method"]) == (pair, name)]
+            runs = [run for run in found if (run["pair"], run["method"]) == (pair, name)]
             ms, memory = costs.cells(pair, name)
             images = f"{batch_size / costs.steps[pair, name].seconds:.0f}"
             flops = batch_size * complexity.formula(pair, {"method": "fcfd", "num_paths": n})
-            accuracy = mean_and_deviation(values) if values else ""
-            lines.append([pair, n, len(values), accuracy, ms, images, memory, f"{flops / 1e9:.2f}"])
-    note = "Top-1 test accuracy in percent after the last epoch: mean ± sample standard deviation over n seeds."
+            lines.append([pair, n, len(runs), tables.last_and_best(runs), ms, images, memory, f"{flops / 1e9:.2f}"])
+    note = "Top-1 on the test set in percent, last / best epoch: mean ± sample standard deviation over n seeds."
     return markdown(header, lines) + f"\n{note}\n{complexity.conditions(costs.settings)}{complexity.FLOPS}\n"
 
 

@@ -14,14 +14,13 @@ from typing import Any
 
 import cifar100
 import online_kd
-from ablations import baseline_cifar100
+from ablations.benchmarks import BENCHMARKS, Benchmark
 from ablations.cells import Cell, to_argv
 from common.fcfd import TERMS
-from common.run.errors import UserError, user_errors
+from common.run.errors import UserError
 from common.run.options import option
 
 PAIRS_L2 = "l2"  # as a weight in a row's settings: the weight that L_func's L2 part has for the pair
-PREFIXES = {online_kd: "online", baseline_cifar100: "baseline"}  # of the names of rows
 Cells = dict[tuple[str, str, int], Cell]  # by pair, name of the row, seed
 
 
@@ -38,15 +37,19 @@ class Row:
     script: ModuleType = cifar100
 
     @property
+    def benchmark(self) -> Benchmark:
+        return BENCHMARKS[self.script]
+
+    @property
     def name(self) -> str:
         """The row in the names of folders: fcfd, fcfd-w_app=0, kd-dkd, online-dml, baseline-kd."""
-        words = [PREFIXES[self.script]] if self.script in PREFIXES else []
+        words = [prefix for prefix, script in self.benchmark.others.items() if script is self.script]
         words.append(self.settings.get("method", "alone"))
         for key, value in sorted(self.settings.items()):
             if value == PAIRS_L2:
                 words.append(key.removeprefix("w_"))
             elif key != "method":
-                words.append({"kd_loss": value, "simkd": key}.get(key) or assignment(key, value))
+                words.append({"kd_loss": value, "simkd": key, "inherit": key}.get(key) or assignment(key, value))
         return "-".join(words)
 
     @property
@@ -69,26 +72,21 @@ def grid(args: Namespace, given: dict[str, Any], rows: list[Row]) -> Cells:
         args, given: from `tables.parse_args`.
 
     Raises:
-        UserError: --pairs or --teacher-ckpt is invalid; an option in `given` is set by the rows, or does not affect any
-            of them.
+        UserError: an option is invalid or does not affect any row; the data, which decides whether a teacher must be
+            trained, is missing.
     """
     check_given(given, rows)
-    files = dict(word.partition("=")[::2] for word in args.teacher_ckpt or [])
-    for name, file in files.items():
-        if not (name and file):
-            raise UserError(f"--teacher-ckpt {name}{file}: write NAME=FILE, as in resnet32x4=ckpt_epoch_240.pth")
-        if not any(pair.startswith(f"{name}-") for pair in args.pairs):
-            raise UserError(f"--teacher-ckpt {name}={file}: {name} is the teacher of none of the --pairs")
-        if not Path(file).is_file():
-            raise UserError(f"--teacher-ckpt {name}={file}: no such file")
-
-    teacher_epochs = args.teacher_epochs or given["epochs"]
+    benchmark, files = rows[0].benchmark, teacher_files(args)
+    teachers = [pair.partition("-")[0] for pair in args.pairs]
+    downloaded = [] if files.keys() >= set(teachers) else benchmark.downloads(given)
+    length = f"{benchmark.unit}s"
+    teacher_length = args.teacher_epochs or given[length]
 
     @cache  # a network that is the teacher of several pairs, or a teacher and a student, is trained once
-    def alone(network: str, seed: int, epochs: int, script: ModuleType) -> Cell:
-        row = ALONE if script is cifar100 else Row({"method": "alone"}, script)
-        duration = f"-{epochs}ep" if epochs != given["epochs"] else ""
-        options = options_of(row, given, None, network) | {"seed": seed, "epochs": epochs}
+    def alone(network: str, seed: int, total: int, script: ModuleType) -> Cell:
+        row = Row({} if script is benchmark.script else {"method": "alone"}, script)
+        duration = f"-{total}{benchmark.unit[:2]}" if total != given[length] else ""
+        options = options_of(row, given, None, network) | {"seed": seed, length: total}
         return Cell(args.runs / f"{network}-{row.name}{duration}-seed{seed}", options, script=script)
 
     def cell(pair: str, row: Row, seed: int) -> Cell:
@@ -96,11 +94,13 @@ def grid(args: Namespace, given: dict[str, Any], rows: list[Row]) -> Cells:
         if not (teacher and student):
             raise UserError(f"--pairs {pair}: join teacher and student by a hyphen, as in resnet32x4-resnet8x4")
         if not row.has_teacher:
-            return alone(student, seed, given["epochs"], row.script)
+            return alone(student, seed, given[length], row.script)
         options, after = options_of(row, given, teacher, student) | {"seed": seed}, None
         if row.script is not online_kd:  # which trains the teacher as well
-            after = None if teacher in files else alone(teacher, args.seeds[0], teacher_epochs, cifar100)
-            options["teacher_ckpt"] = str(after.network) if after else files[teacher]
+            if teacher not in files and teacher not in downloaded:
+                after = alone(teacher, args.seeds[0], teacher_length, benchmark.script)
+            if file := after.network if after else files.get(teacher):
+                options["teacher_ckpt"] = str(file)
         return Cell(args.runs / f"{pair}-{row.name}-seed{seed}", options, after, row.script)
 
     cells = {(pair, row.name, seed): cell(pair, row, seed) for pair, row, seed in product(args.pairs, rows, args.seeds)}
@@ -108,6 +108,30 @@ def grid(args: Namespace, given: dict[str, Any], rows: list[Row]) -> Cells:
     if unused := [key for key in given if key not in used]:
         raise UserError(f"{option(unused[0])} does not affect any row: omit it")
     return cells
+
+
+def teacher_files(args: Namespace) -> dict[str, Path]:
+    """The checkpoints of --teacher-ckpt and --teachers, by network.
+
+    Raises:
+        UserError: one is not given as NAME=FILE, is missing, or is of a network that is no teacher.
+    """
+    named = dict(word.partition("=")[::2] for word in args.teacher_ckpt or [])
+    for name, file in named.items():
+        if not (name and file):
+            raise UserError(f"--teacher-ckpt {name}{file}: write NAME=FILE, as in resnet32x4=ckpt_epoch_240.pth")
+        if not any(pair.startswith(f"{name}-") for pair in args.pairs):
+            raise UserError(f"--teacher-ckpt {name}={file}: {name} is the teacher of none of the --pairs")
+        if not Path(file).is_file():
+            raise UserError(f"--teacher-ckpt {name}={file}: no such file")
+    files = {}
+    for name in dict.fromkeys(pair.partition("-")[0] for pair in args.pairs) if args.teachers else []:
+        files[name] = Path(args.teachers) / f"{name}_vanilla" / "ckpt_epoch_240.pth"
+        if name not in named and not files[name].is_file():
+            raise UserError(
+                f"--teachers {args.teachers}: there is no {files[name]}; add it, or --teacher-ckpt {name}=FILE"
+            )
+    return files | {name: Path(file) for name, file in named.items()}
 
 
 def check_given(given: dict[str, Any], rows: list[Row]) -> None:
@@ -125,8 +149,9 @@ def check_given(given: dict[str, Any], rows: list[Row]) -> None:
 
 def options_of(row: Row, given: dict[str, Any], teacher: str | None, student: str) -> dict[str, Any]:
     """The options of a run by name: its networks, the row's settings, and those in `given` that affect it."""
-    published = cifar100.SETTINGS["pairs"].get(f"{teacher}-{student}", cifar100.SETTINGS["other"])
-    l2 = given.get("w_func_l2", published["w_l2"])
+    published = row.benchmark.script.SETTINGS
+    published = published.get("pairs", {}).get(f"{teacher}-{student}", published.get("other", {}))
+    l2 = given.get("w_func_l2", published.get("w_l2"))
     options = {"teacher": teacher, "student": student} if teacher else {"student": student}
     options |= {key: given.get(key, l2) if value == PAIRS_L2 else value for key, value in row.settings.items()}
     weights = vars(row.script.parse_args(to_argv(options)))
@@ -137,7 +162,6 @@ def options_of(row: Row, given: dict[str, Any], teacher: str | None, student: st
             with contextlib.suppress(UserError):  # the script does not accept the option for this row
                 args = row.script.parse_args(to_argv(options | {key: value}))
                 if key.startswith("w_"):  # nor a weight of a term that reads none of the row's paths
-                    with user_errors():
-                        row.script.build_networks(args, num_classes=2)
+                    row.benchmark.check(row.script, args)
                 options[key] = value
     return options

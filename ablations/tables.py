@@ -13,30 +13,46 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import yaml
 
 import cifar100
 from ablations import complexity
+from ablations.benchmarks import CIFAR, Benchmark
 from ablations.cells import markdown, mean_and_deviation, run_cells, to_argv, with_dependencies
 from ablations.rows import Cells, Row, assignment, grid
 from common.models import build
 from common.run.checkpoint import write_atomically
-from common.run.device import check_device, open_device
+from common.run.device import check_device, default_device, open_device
 from common.run.errors import UserError, exit_code
 from common.run.folder import locked
 from common.run.options import Parser, option
 from common.run.types import count, count_or_zero, number
 
-SMOKE = ["--dataset", "synthetic", "--subset", "40", "--test-subset", "40", "--batch-size", "20", "--epochs", "1"]
+PUBLISHED = yaml.safe_load((Path(__file__).parent / "published.yaml").read_text())
 OF_ONE_RUN = ("--teacher", "--student", "--method", "--seed", "--device", "--resume", "--evaluate")
-UNNAMED = ("dataset", "data_dir", "subset", "epochs", "test_subset", "max_minutes", "amp")  # see `data_name`
+UNNAMED = (
+    "dataset",
+    "data_dir",
+    "subset",
+    "epochs",
+    "iterations",
+    "test_subset",
+    "max_minutes",
+    "amp",
+    "workers",
+    "save_every",
+    "eval_every",
+    "visualize",
+)  # see `data_name`
 NOT_OF_STEP = (*UNNAMED, "teacher", "student", "teacher_ckpt", "seed", "lr", "batch_size")  # see `measure_steps`
 SAME_TEACHER = 0.2  # percentage points: one teacher's accuracy may differ by rounding between devices
 AFTER_INTERRUPT = "finished work is kept; rerun the command to continue"
 NOTE = """
-Top-1 test accuracy in percent after the last epoch: mean ± sample standard deviation over n seeds; n = {n}{unless}.
+{metrics} on the test set in percent, last / best {unit}: mean ± sample standard deviation over n seeds;
+n = {n}{unless}. The best {unit} is chosen on the test set.
 """
-NOTE_PATHS = """Paths are sampled from those that the row's terms read: if a row omits a direction or a stage, the
-others are sampled more often.
+NOTE_PATHS = """The paper's figures are those of the best epoch. Paths are sampled from those that the row's terms
+read: if a row omits a direction or a stage, the others are sampled more often.
 """
 
 
@@ -46,10 +62,11 @@ def parse_args(
     table: str,
     pairs: list[str],
     more_options: Callable[[Parser], None] = lambda parser: None,
+    choose: Callable[[Namespace], tuple[Benchmark, list[str]]] | None = None,
 ) -> tuple[Namespace, dict[str, Any]]:
-    """The options of a table's script, and by name those of cifar100.py that were given.
+    """The options of a table's script, and by name those of the benchmark's script (cifar100.py) that were given.
 
-    The latter always include "dataset", "data_dir", "epochs" and "amp". The default precision is that of the first of
+    The latter always include the data, the length of a run, and "amp". The default precision is that of the first of
     --devices, for all runs.
 
     Args:
@@ -57,14 +74,21 @@ def parse_args(
         table: name of the folder of its results.
         pairs: the default of --pairs.
         more_options: adds the script's own options to the parser.
+        choose: the benchmark and the default of --pairs, if they depend on the options.
     """
     parser = Parser(description)
     parser.epilog = "All other options are those of cifar100.py: --dataset, --data-dir, --subset, --epochs, --lr, ..."
     add = parser.add_argument
     add("--pairs", nargs="+", metavar="TEACHER-STUDENT", help=f"default: {' '.join(pairs)}")
     add("--seeds", type=count_or_zero, nargs="+", metavar="SEED", default=[1], help="teachers have the first one")
-    add("--teacher-ckpt", nargs="+", metavar="NAME=FILE", help="trained teachers (default: train them)")
-    add("--teacher-epochs", type=count, metavar="N", help="default: --epochs")
+    add("--teachers", metavar="DIR", help="trained teachers, DIR/NAME_vanilla/ckpt_epoch_240.pth (default: train them)")
+    add(
+        "--teacher-ckpt",
+        nargs="+",
+        metavar="NAME=FILE",
+        help="one trained teacher each; override --teachers",
+    )
+    add("--teacher-epochs", type=count, metavar="N", help="how long teachers are trained (default: as their students)")
     add("--jobs", type=number(int, 1, 1000), metavar="N", default=1, help="runs at a time on each device")
     add("--devices", nargs="+", metavar="DEVICE", help="default: the one that cifar100.py chooses")
     add("--out", metavar="DIR", help=f"default: results/{table}/<dataset>-<epochs>ep-<precision>")
@@ -72,37 +96,46 @@ def parse_args(
     add("--smoke", action="store_true", help="end-to-end check with two small networks, in seconds")
     more_options(parser)
     args, words = parser.parse_known_args(argv)
-    for name in ("out", "runs"):
+    for name in ("out", "runs", "teachers"):
         if getattr(args, name) == "":
             parser.error(f"--{name} is empty")
+    benchmark, pairs = choose(args) if choose else (CIFAR, pairs)
+    if args.teachers and benchmark is not CIFAR:
+        parser.error("--teachers holds networks for CIFAR-100: use --teacher-ckpt")
     args.pairs, args.devices = list(dict.fromkeys(args.pairs or pairs)), args.devices or []
     for device in args.devices:
         check_device(device)
+    smoke = "smoke" if benchmark is CIFAR else f"smoke-{benchmark.name}"
+    smoke_data = Path(args.runs or args.out or f"results/runs/{smoke}") / "data"
     if args.smoke:
-        args.pairs, args.jobs, words = ["resnet14-resnet8"], max(2, args.jobs), [*SMOKE, *words]
+        args.pairs, args.jobs = [benchmark.smoke_pair], max(2, args.jobs)
+        words = [*benchmark.smoke, *([] if benchmark is CIFAR else [f"--data-dir={smoke_data}"]), *words]
 
     names = {word.split("=")[0] for word in words}
     for name in OF_ONE_RUN:
         if name in names:
             parser.error(f"{name} is for a single run: use --pairs, --seeds or --devices")
-    any_run = ["--teacher=resnet14", "--student=resnet8", "--kd-loss=dkd"]  # accepts every option
     device = [f"--device={args.devices[0]}"] if args.devices else []
-    options = vars(cifar100.parse_args([*any_run, *device, *words]))
-    names |= {"--dataset", "--data-dir", "--epochs", "--amp"}
+    options = vars(benchmark.script.parse_args([*benchmark.any_run, *device, *words]))
+    names |= {"--dataset", "--data-dir", f"--{benchmark.unit}s", "--amp"}
     given = {key: value for key, value in options.items() if option(key) in names}
 
-    data = "smoke" if args.smoke else data_name(given)
+    data = smoke if args.smoke else data_name(given)
     args.runs = Path(args.runs or args.out or f"results/runs/{data}")
     args.out = Path(args.out or f"results/{table}/{data}")
+    if args.smoke and given["data_dir"] == str(smoke_data) and not smoke_data.exists():
+        benchmark.write_smoke_data(smoke_data)
     return args, given
 
 
 def data_name(given: dict[str, Any]) -> str:
-    """The name of a folder for runs with these options of cifar100.py: "tiny-subset50-30ep-bf16-lr=0.1"."""
-    name = Path(given["data_dir"]).resolve().name if given["dataset"] == "folder" else given["dataset"]
+    """The name of a folder for runs with these options of their script: "tiny-subset50-30ep-bf16-lr=0.1"."""
+    dataset = given.get("dataset", "folder")
+    name = Path(given["data_dir"]).resolve().name if dataset == "folder" else dataset
     subset = [f"subset{given['subset']}"] if "subset" in given else []
+    length = f"{given['iterations']}it" if "iterations" in given else f"{given['epochs']}ep"
     others = [assignment(key, value) for key, value in given.items() if key not in UNNAMED]
-    return "-".join([name, *subset, f"{given['epochs']}ep", given["amp"], *others])
+    return "-".join([name, *subset, length, given["amp"], *others])
 
 
 @dataclass
@@ -162,11 +195,12 @@ def run(args: Namespace, cells: Cells, finish: Callable[[list[dict]], None]) -> 
     """Complete the runs. Then, even if some failed, call `finish` with the `numbers` of the finished ones.
 
     Raises:
-        UserError: as `with_dependencies`, `numbers` and `run_cells`.
+        UserError: as `with_dependencies`, `numbers`, `test_teachers` and `run_cells`.
         OSError: a folder cannot be created or written to.
     """
     runs = with_dependencies(cells.values())
     numbers(cells)  # raises before anything is trained
+    test_teachers(args, cells)
     for folder in (args.runs, args.out):
         folder.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryFile(dir=folder):
@@ -179,11 +213,31 @@ def run(args: Namespace, cells: Cells, finish: Callable[[list[dict]], None]) -> 
                 finish(found)
 
 
+def test_teachers(args: Namespace, cells: Cells) -> None:
+    """Load the teachers of unfinished runs that are given or downloaded, and print the accuracies of those tested.
+
+    Raises:
+        UserError: as `Benchmark.test_teacher`.
+    """
+    teachers, device = {}, (args.devices or [default_device()])[0]
+    for cell in cells.values():
+        settings = cell.settings()
+        if settings.get("teacher") and "teacher_ckpt" in settings and not cell.after and not cell.result():
+            teachers[settings["teacher"], settings["teacher_ckpt"]] = (cell.benchmark, settings)
+    published = {pair.partition("-")[0]: figures[0] for pair, figures in PUBLISHED["cifar100"]["pairs"].items()}
+    for (network, file), (benchmark, settings) in teachers.items():
+        accuracy = benchmark.test_teacher(network, file, settings, device)
+        if accuracy is not None:
+            known = f" (published on CIFAR-100: {published[network]:.2f})" if network in published else ""
+            print(f"teacher {network}: {accuracy:.2f} % top-1{known}, {file}", flush=True)
+
+
 def numbers(cells: Cells) -> list[dict[str, Any]]:
     """The rows of cells.csv, one per finished run.
 
-    "teacher" is the accuracy of a teacher that was trained before; "teacher_last" and "teacher_best" are those of a
-    teacher that was trained in the same run.
+    "last" and "best" are the first of the benchmark's metrics, "last_top5" and "best_top5" another one. "teacher" is
+    the accuracy of a teacher that was trained before; "teacher_last" and "teacher_best" are those of a teacher that was
+    trained in the same run.
 
     Raises:
         UserError: the accuracies of the teachers of a pair differ, so they are not the same network.
@@ -192,19 +246,28 @@ def numbers(cells: Cells) -> list[dict[str, Any]]:
     for (pair, name, seed), cell in cells.items():
         if not (result := cell.result()):
             continue
+        (metric, *more), unit, column = cell.benchmark.metrics, cell.benchmark.unit, cell.benchmark.column
         accuracies = ("last", "best", "teacher", "teacher_last", "teacher_best")
-        top1 = {key: result[key]["top1"] if result.get(key) else "" for key in accuracies}
+        accuracies = {key: result.get(key) or {} for key in accuracies}
+        first = {key: accuracy.get(metric, "") for key, accuracy in accuracies.items()}
+        others = {column(key, name): accuracy.get(name, "") for name in more for key, accuracy in accuracies.items()}
         if result["teacher"]:
-            first, other = teachers.setdefault(pair, (cell.folder, top1["teacher"]))
-            if abs(other - top1["teacher"]) > SAME_TEACHER:
+            folder, other = teachers.setdefault(pair, (cell.folder, first["teacher"]))
+            if abs(other - first["teacher"]) > SAME_TEACHER:
                 raise UserError(
-                    f"the students in {first} and {cell.folder} had different teachers, of {other:.2f} and "
-                    f"{top1['teacher']:.2f} %: remove one of the runs, or choose another --runs"
+                    f"the students in {folder} and {cell.folder} had different teachers, of {other:.2f} and "
+                    f"{first['teacher']:.2f} %: remove one of the runs, or choose another --runs"
                 )
-        row = {"pair": pair, "method": name, "seed": seed, "epochs": result["epochs"]}
-        row |= {"last": top1.pop("last"), "best": top1.pop("best"), "best_epoch": result["best"]["epoch"], **top1}
+        row = {"pair": pair, "method": name, "seed": seed, f"{unit}s": result[f"{unit}s"]}
+        row |= {"last": first.pop("last"), "best": first.pop("best"), f"best_{unit}": result["best"][unit]}
+        row |= first | others
         rows.append(row | {key: result.get(key, "") for key in ("seconds", "commit", "torch", "device")})
     return rows
+
+
+def last_and_best(found: list[dict[str, Any]], columns: tuple[str, str] = ("last", "best")) -> str:
+    """Two columns of `numbers` as in a table: "76.31 ± 0.20 / 76.62 ± 0.21"."""
+    return " / ".join(mean_and_deviation([run[column] for run in found]) for column in columns) if found else ""
 
 
 def layout(
@@ -214,7 +277,7 @@ def layout(
     found: list[dict[str, Any]],
     costs: Costs | None = None,
 ) -> str:
-    """The Markdown table with a line for each row and a column for each pair, as in the paper, and a note.
+    """The Markdown table with a line for each row and a column for each pair and metric, as in the paper, and a note.
 
     Args:
         header: of the first columns.
@@ -222,21 +285,28 @@ def layout(
         found: from `numbers`.
         costs: adds two columns for each pair.
     """
-    n, lines, titles = len(set(args.seeds)), [], []
+    benchmark = rows[0][1].benchmark
+    n, lines, titles, (metric, *more) = len(set(args.seeds)), [], [], benchmark.metrics
     for texts, row in rows:
         line = list(texts)
         for pair in args.pairs:
-            values = [run["last"] for run in found if (run["pair"], run["method"]) == (pair, row.name)]
-            few = "" if len(values) == n else f" (n = {len(values)})"
-            line.append(mean_and_deviation(values) + few if values else "")
+            runs = [run for run in found if (run["pair"], run["method"]) == (pair, row.name)]
+            few = "" if len(runs) in (0, n) else f" (n = {len(runs)})"
+            for name in benchmark.metrics:
+                columns = (benchmark.column("last", name), benchmark.column("best", name))
+                line.append(last_and_best(runs, columns) + few)
             line += costs.cells(pair, row.name) if costs else []
         lines.append(line)
     for pair in args.pairs:
         teacher = [run["teacher"] for run in found if run["pair"] == pair and run["teacher"] != ""]
-        titles.append(f"{pair} (teacher {min(teacher):.2f})" if teacher else pair)
+        title = f"{pair} (teacher {min(teacher):.2f})" if teacher else pair
+        titles += [f"{title}, {benchmark.metrics[metric]}" if more else title]
+        titles += [f"{pair}, {benchmark.metrics[name]}" for name in more]
         titles += ["ms", "peak memory (MiB)"] if costs else []
     unless = "" if len(found) == n * len(rows) * len(args.pairs) else ", as far as runs are finished"
-    note = NOTE.format(n=n, unless=unless) + (complexity.conditions(costs.settings) if costs else "")
+    metrics = ", ".join(benchmark.metrics.values())
+    note = NOTE.format(metrics=metrics[0].upper() + metrics[1:], unit=benchmark.unit, n=n, unless=unless)
+    note += complexity.conditions(costs.settings) if costs else ""
     return markdown([*header, *titles], lines) + note
 
 

@@ -13,7 +13,7 @@ from running import SMALL, call
 
 import cifar100
 from ablations import anisotropy
-from ablations.tables import SMOKE
+from ablations.benchmarks import CIFAR
 from common.data.batches import ImageSet, normalize
 from common.models import build
 
@@ -176,7 +176,7 @@ def test_smoke(tmp_path, capsys, monkeypatch):
     monkeypatch.setenv("OMP_NUM_THREADS", "1")
     # --smoke of a table's script leaves runs like this one.
     earlier = ["--student", "resnet8", "--device", "cpu", "--out", "results/runs/smoke/resnet8-alone-seed1"]
-    assert cifar100.main([*SMOKE, *earlier]) == 0
+    assert cifar100.main([*CIFAR.smoke, *earlier]) == 0
     argv = ["--smoke", "--seeds", 1, 2, "--positions", 3, 4, "--device", "cpu"]
     printed, out = call(capsys, *argv, module=anisotropy), tmp_path / "results" / "anisotropy" / "smoke"
     assert (out / "table.md").read_text() in printed

@@ -6,11 +6,15 @@ import os
 import time
 
 import pytest
+import torch
+from running import write_images
 
 import cifar100
 from ablations import cells, compare, rows, tables
 from ablations.cells import Cell, mean_and_deviation, run_cells, with_dependencies
+from common.data.batches import eval_batches
 from common.data.sources import load_data
+from common.models import build
 from common.run.errors import UserError
 from common.run.folder import locked
 
@@ -200,15 +204,52 @@ def row(method, seed, last, best, teacher=75.0):
 
 def test_table():
     rows = [row("alone", 1, 60.0, 61.0, ""), row("kd", 1, 70.0, 71.0), row("kd", 2, 72.0, 72.0)]
-    text = compare.table(rows, {"a-b": {"kd": "73.33"}})
+    text = compare.table(rows, {"a-b": {"kd": "73.33 (last)"}})
     assert "| a-b | teacher | 1 | 75.00 |  |  |\n" in text
     assert "| a-b | alone, FCFD's settings | 1 | 60.00 | 61.00 |  |\n" in text
-    assert "| a-b | L_task + L_kd of FCFD | 2 | 71.00 ± 1.41 | 71.50 ± 0.71 | 73.33 |\n" in text
+    assert "| a-b | L_task + L_kd of FCFD | 2 | 71.00 ± 1.41 | 71.50 ± 0.71 | 73.33 (last) |\n" in text
+    assert "| n | top-1, last | top-1, best | published |\n" in text
 
 
 def grid(*options, methods=("alone", "kd", "app", "fcfd")):
-    args, given = tables.parse_args([str(word) for word in options], "", "compare", compare.PUBLISHED["pairs"])
+    args, given = tables.parse_args(
+        [str(word) for word in options], "", "compare", list(compare.PUBLISHED["cifar100"]["pairs"])
+    )
     return rows.grid(args, given, [compare.METHODS[method] for method in methods])
+
+
+def test_teachers_of_a_folder(tmp_path):
+    named = tmp_path / "mine.pth"
+    for file in (named, *(tmp_path / f"{name}_vanilla" / "ckpt_epoch_240.pth" for name in ("resnet32", "resnet56"))):
+        file.parent.mkdir(exist_ok=True)
+        file.touch()
+    pairs = ["--pairs", "resnet32-resnet8", "resnet56-resnet8"]
+    options = [*pairs, "--teachers", tmp_path, "--teacher-ckpt", f"resnet56={named}", "--out", tmp_path / "out"]
+    runs = grid(*options, methods=["kd"])
+    assert [cell.after for cell in runs.values()] == [None, None]
+    folder = tmp_path / "resnet32_vanilla"
+    assert [cell.given["teacher_ckpt"] for cell in runs.values()] == [f"{folder}/ckpt_epoch_240.pth", str(named)]
+
+
+def test_given_teachers_are_tested_before_use(tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(tables, "run_cells", lambda *args: print("run_cells"))
+    torch.manual_seed(0)
+    net, data = build("resnet56", 20).eval(), load_data("synthetic", "data", None, 40)
+    file = tmp_path / "resnet56_vanilla" / "ckpt_epoch_240.pth"
+    file.parent.mkdir()
+    torch.save({"model": net.state_dict()}, file)
+    with torch.no_grad():
+        correct = [net(images).argmax(1) == labels for images, labels in eval_batches(data.test, 1)]
+    options = ["--pairs", "resnet56-resnet20", "--dataset", "synthetic", "--test-subset", "40", "--methods", "kd"]
+    options += ["--devices", "cpu", "--teachers", str(tmp_path), "--out", str(tmp_path / "out")]
+    assert compare.main(options) == 0
+    top1 = 100 * torch.cat(correct).float().mean()
+    line = f"teacher resnet56: {top1:.2f} % top-1 (published on CIFAR-100: 72.34), {file}\nrun_cells\n"
+    assert line in capsys.readouterr().out
+    file.write_bytes(file.read_bytes()[:1000])
+    assert compare.main([*options[:-1], str(tmp_path / "other")]) == 2
+    assert capsys.readouterr().out == ""
+    assert not (tmp_path / "other").exists()
 
 
 def published(tmp_path, *options):
@@ -217,8 +258,9 @@ def published(tmp_path, *options):
 
 def test_published_figures_are_shown_only_for_published_settings(tmp_path):
     figures = published(tmp_path)
-    assert figures["vgg13-vgg8"] == {"teacher": "74.64 *", "fcfd": "75.22"}  # not beside alone, kd and app: FCFD's
-    assert figures["resnet56-resnet20"]["fcfd"] == "71.96"
+    # Not beside alone, kd and app, which have FCFD's settings.
+    assert figures["vgg13-vgg8"] == {"teacher": "74.64 (last) *", "fcfd": "75.22 (best)"}
+    assert figures["resnet56-resnet20"]["fcfd"] == "71.96 (best)"
     assert published(tmp_path, "--num-paths", "2", "--devices", "cpu", "--amp", "off", "--seeds", "5") == figures
     for options in (["--epochs", "30"], ["--dataset", "synthetic"], ["--subset", "500"], ["--lr", "0.1"]):
         assert published(tmp_path, *options) == {}, options
@@ -226,24 +268,52 @@ def test_published_figures_are_shown_only_for_published_settings(tmp_path):
     (tmp_path / "teacher.pth").touch()
     assert "teacher" in figures["vgg13-vgg8"]
     given = published(tmp_path, "--teacher-ckpt", f"vgg13={tmp_path / 'teacher.pth'}")
-    assert given["vgg13-vgg8"] == {"fcfd": "75.22"}
+    assert given["vgg13-vgg8"] == {"teacher": "74.64 (last)", "fcfd": "75.22 (best)"}
 
 
 def test_published_figures_of_the_baselines(tmp_path):
-    methods = [*compare.TABLES["1"], "baseline-simkd", "online-kd"]
+    methods = [row.name for row in compare.TABLES["1"]] + ["baseline-simkd", "online-kd"]
     pairs = ["vgg13-vgg8", "resnet56-resnet20"]
     cells = grid("--out", tmp_path, "--pairs", *pairs, "--amp", "off", methods=methods)
     figures = compare.published_figures(cells)
-    known = {"teacher": "72.34 *", "baseline-alone": "69.06", "baseline-kd": "70.66", "baseline-fitnet": "69.21"}
-    known |= {"baseline-vid": "70.38", "baseline-crd": "71.16", "baseline-dkd": "71.97", "baseline-reviewkd": "71.89"}
-    assert figures["resnet56-resnet20"] == known | {"fcfd": "71.96", "baseline-simkd": "setting not published"}
+    known = {"teacher": "72.34 (last) *", "baseline-alone": "69.06 (last)", "baseline-kd": "70.66 (last)"}
+    known |= {"baseline-fitnet": "69.21 (last)", "baseline-vid": "70.38 (last)", "baseline-crd": "71.16 (last)"}
+    known |= {"baseline-dkd": "71.97 (best)", "baseline-reviewkd": "71.89 (?)", "fcfd": "71.96 (best)"}
+    assert figures["resnet56-resnet20"] == known | {"baseline-simkd": "setting not published"}
     assert figures["vgg13-vgg8"]["baseline-reviewkd"] == "setting not published"
-    cells = grid("--out", tmp_path, "--pairs", "resnet32x4-resnet8x4", methods=["baseline-simkd"])
-    assert compare.published_figures(cells)["resnet32x4-resnet8x4"]["baseline-simkd"] == "78.08"
+    cells = grid("--out", tmp_path, "--pairs", "resnet32x4-resnet8x4", methods=["baseline-simkd", "fcfd-simkd"])
+    figures = compare.published_figures(cells)["resnet32x4-resnet8x4"]
+    assert (figures["baseline-simkd"], figures["fcfd-simkd"]) == ("78.08 (best)", "FCFD + 2.2 (best)")
     cells = grid(
         "--out", tmp_path, "--pairs", "vgg13-vgg8", "--temperature", "3", methods=["baseline-kd", "baseline-vid"]
     )
-    assert compare.published_figures(cells)["vgg13-vgg8"] == {"teacher": "74.64 *", "baseline-vid": "71.23"}
+    assert compare.published_figures(cells)["vgg13-vgg8"] == {
+        "teacher": "74.64 (last) *",
+        "baseline-vid": "71.23 (last)",
+    }
+
+
+def test_published_figures_on_imagenet_need_all_of_its_images(tmp_path, monkeypatch):
+    write_images(tmp_path, {"train": 2, "val": 1})
+    options = ["--table", "2", "--data-dir", str(tmp_path), "--amp", "off"]
+
+    def figures(*more):
+        found = []
+        monkeypatch.setattr(tables, "run", lambda args, cells, finish: found.append(compare.published_figures(cells)))
+        assert compare.main([*options, *more]) == 0
+        return found[0]
+
+    assert figures() == {}
+    monkeypatch.setattr(compare, "IMAGENET_IMAGES", 6)
+    known = {"alone": "69.75 (?) *", "baseline-kd": "71.03 (best)", "baseline-at": "70.70 / 90.00 (?)"}
+    known |= {"baseline-dkd": "71.70 (best)", "baseline-reviewkd": "71.61 (?)", "fcfd": "72.25 (best)"}
+    assert figures()["resnet34-resnet18"] == known | {"baseline-ofd": "setting not published"}
+    assert figures()["resnet50-MobileNetV1"]["baseline-ofd"] == "71.25 / 90.34 (best)"
+    assert "fcfd" not in figures("--epochs", "50").get("resnet34-resnet18", {})
+    assert figures("--methods", "fcfd") == {
+        "resnet34-resnet18": {"fcfd": "72.25 (best)"},
+        "resnet50-MobileNetV1": {"fcfd": "73.26 (best)"},
+    }
 
 
 def test_grid(tmp_path):
@@ -286,9 +356,19 @@ def test_grid(tmp_path):
         (["--teacher-ckpt", "resnet32x4"], "NAME=FILE"),
         (["--bogus"], "--bogus"),
         (["--epochs", "0"], "--epochs: 0 must"),
+        (["--table", "2"], "data/imagenet/val is not an image folder"),
+        (["--table", "3"], "there is no data/coco/annotations"),
+        (["--table", "7"], "there is no data/coco/annotations"),
+        (["--table", "3", "--epochs", "3"], "--epochs"),
+        (["--table", "7", "--inherit"], "--inherit is set by the rows"),
+        (["--table", "7", "--pairs", "resnet101-resnet18"], "networks with matching FPNs"),
+        (["--table", "2", "--teachers", "there"], "--teachers holds networks for CIFAR-100"),
+        (["--teachers", "there"], "there/wrn_40_2_vanilla/ckpt_epoch_240.pth"),
+        (["--methods", "baseline-at"], "on CIFAR-100 are alone, kd, app"),
     ],
 )
-def test_invalid_input_exits_with_one_line_error(tmp_path, capsys, options, expected):
+def test_invalid_input_exits_with_one_line_error(tmp_path, monkeypatch, capsys, options, expected):
+    monkeypatch.chdir(tmp_path)
     assert compare.main([*options, "--out", str(tmp_path / "out")]) == 2
     message = capsys.readouterr().err
     assert message.startswith("error: ")

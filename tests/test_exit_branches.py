@@ -14,7 +14,8 @@ from running import flatten_tensors
 from torch import nn
 
 import cifar100
-from ablations import branches, exit_branches, tables
+from ablations import branches, exit_branches
+from ablations.benchmarks import CIFAR
 from ablations.cells import to_argv
 from ablations.rows import Row, grid
 from common.bridges import build_bridges
@@ -242,7 +243,7 @@ def shuffle_runs(branch_runs, tmp_path, monkeypatch):
     """The options of two pairs of one teacher, whose runs are finished, and the runs by pair."""
     monkeypatch.setattr(exit_branches, "ROWS", [Row({"method": "fcfd"})])
     pairs = ["resnet14-ShuffleV1", "resnet14-ShuffleV2"]
-    options = ["--pairs", *pairs, *tables.SMOKE, "--devices", "cpu", "--amp", "off", "--out", str(tmp_path)]
+    options = ["--pairs", *pairs, *CIFAR.smoke, "--devices", "cpu", "--amp", "off", "--out", str(tmp_path)]
     options += ["--branch-depth", "8", "--branch-widths", "4", "6", "8", "10"]
     options += ["--teacher-ckpt", f"resnet14={branch_runs / 'resnet14-alone-seed1' / 'student.pth'}"]
     args, given, _ = exit_branches.parse_args(options, "", "exit_branches", [])

@@ -26,7 +26,8 @@ def test_smoke(tmp_path, capsys):
         options = {"method": "fcfd" if n else "app"} | ({"num_paths": 1} if n == 1 else {})
         assert (step["pair"], step["name"], step["options"]) == ("resnet14-resnet8", name, options)
         flops = 20 * complexity.formula("resnet14-resnet8", {"method": "fcfd", "num_paths": n})
-        line = f"| resnet14-resnet8 | {n} | 1 | {float(run['last']):.2f} | {1000 * step['seconds']:.1f} | "
+        top1 = f"{float(run['last']):.2f} / {float(run['best']):.2f}"
+        line = f"| resnet14-resnet8 | {n} | 1 | {top1} | {1000 * step['seconds']:.1f} | "
         line += f"{20 / step['seconds']:.0f} | {step['megabytes']:.0f} | {flops / 1e9:.2f} |\n"
         assert line in (tmp_path / "table.md").read_text()
     memory = [row["megabytes"] for row in cost["rows"]]
@@ -139,11 +140,11 @@ def test_costs_are_kept_across_commits(measure, monkeypatch):
 def test_table_shows_the_finished_runs(measure):
     costs, _ = measure(A, batch_size=11)
     run = {"pair": A, "seed": 1, "teacher": 70.0}
-    runs = [run | {"method": "fcfd-num_paths=1", "last": last} for last in (60.0, 62.0)]
-    text = num_paths.table([*runs, run | {"method": "fcfd", "last": 90.0}], costs, [A], [0, 1])
+    runs = [run | {"method": "fcfd-num_paths=1", "last": last, "best": 63.0} for last in (60.0, 62.0)]
+    text = num_paths.table([*runs, run | {"method": "fcfd", "last": 90.0, "best": 90.0}], costs, [A], [0, 1])
     flops = [11 * complexity.formula(A, {"method": "fcfd", "num_paths": n}) / 1e9 for n in (0, 1)]
     assert f"\n| {A} | 0 | 0 |  | 1000.0 | 11 | 100 | {flops[0]:.2f} |\n" in text
-    assert f"\n| {A} | 1 | 2 | 61.00 ± 1.41 | 1100.0 | 10 | 100 | {flops[1]:.2f} |\n" in text
+    assert f"\n| {A} | 1 | 2 | 61.00 ± 1.41 / 63.00 ± 0.00 | 1100.0 | 10 | 100 | {flops[1]:.2f} |\n" in text
     assert "90.00" not in text
     assert "the median of 2" in text
     assert "Batch 11, amp off; cpu, torch" in text
