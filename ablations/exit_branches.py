@@ -62,7 +62,8 @@ NOTE = """
 Top-1 test accuracy in percent of the exit branch after F^k on these features: mean ± sample standard deviation over n
 seeds. In all rows but the first, BatchNorm statistics are recalibrated on these features of the training images,
 without augmentation. A branch is the later part of a ResNet of depth {depth} and widths {widths}, trained for {epochs}
-epochs on the teacher's features. The accuracies of the teacher and the students themselves are in cells.csv (plain).
+epochs on the teacher's features. Students and branches are those of the last epoch. The accuracies of the teacher and
+the students themselves are in cells.csv (plain).
 """
 
 

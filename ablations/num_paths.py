@@ -64,7 +64,8 @@ def table(found: list[dict[str, Any]], costs: tables.Costs, pairs: list[str], si
             images = f"{batch_size / costs.steps[pair, name].seconds:.0f}"
             flops = batch_size * complexity.formula(pair, {"method": "fcfd", "num_paths": n})
             lines.append([pair, n, len(runs), tables.last_and_best(runs), ms, images, memory, f"{flops / 1e9:.2f}"])
-    note = "Top-1 on the test set in percent, last / best epoch: mean ± sample standard deviation over n seeds."
+    note = "Top-1 on the test set in percent, last / best epoch: mean ± sample standard deviation over n seeds.\n"
+    note += "The paper's accuracies are those of the best epoch."
     return markdown(header, lines) + f"\n{note}\n{complexity.conditions(costs.settings)}{complexity.FLOPS}\n"
 
 
