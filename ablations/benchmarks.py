@@ -69,8 +69,8 @@ class Benchmark:
         """The networks whose trained weights the scripts download. Raises as `load`."""
         return ()
 
-    def test_teacher(self, network: str, file: str | None, settings: dict[str, Any], device: str) -> float | None:
-        """Load a teacher before anything is trained, and test it if that takes seconds; all runs test theirs.
+    def load_teacher(self, network: str, file: str | None, settings: dict[str, Any], device: str) -> float | None:
+        """Load a teacher, and test it if that takes seconds; its students' runs test it in any case.
 
         Args:
             file: None: downloaded.
@@ -96,7 +96,7 @@ class Cifar(Benchmark):
         with user_errors():
             script.build_networks(args, num_classes=10)
 
-    def test_teacher(self, network, file, settings, device):
+    def load_teacher(self, network, file, settings, device):
         data, classes = load_test(*(settings.get(key) for key in ("dataset", "data_dir", "test_subset")))
         net = build(network, len(classes))
         load_network(net, file, network)
@@ -118,7 +118,7 @@ class ImageNet(Benchmark):
         _, classes = list_test_files(settings["data_dir"])
         return ("resnet18", "resnet34", "resnet50") if len(classes) == 1000 else ()
 
-    def test_teacher(self, network, file, settings, device):
+    def load_teacher(self, network, file, settings, device):
         _, classes = list_test_files(settings["data_dir"])
         load_network(
             build_imagenet(network, len(classes)), file or torchvision_weights(network, "IMAGENET1K_V1"), network
@@ -144,9 +144,10 @@ class Detection(Benchmark):
                 student, teacher = (build_detector(name, 1, args.min_size) for name in (args.student, args.teacher))
             inherit(student, teacher)
 
-    def test_teacher(self, network, file, settings, device):
+    def load_teacher(self, network, file, settings, device):
         categories = load_coco_test(settings["data_dir"]).categories
-        load_detector(build_detector(network, len(categories), [800]), file, network, categories)
+        net = build_detector(network, len(categories), detection.SETTINGS["min_size"])
+        load_detector(net, file, network, categories)
 
     def write_smoke_data(self, folder):
         synthetic.write(folder, {"train": 4, "val": 2})

@@ -55,7 +55,8 @@ class Cell:
         return result if finished else None
 
     def _read_result(self) -> dict | None:
-        return read_result(self.folder, self.benchmark.unit, next(iter(self.benchmark.metrics)))
+        results = [read_result(self.folder, self.benchmark.unit, metric) for metric in self.benchmark.metrics]
+        return results[0] if all(results) else None
 
     def settings(self) -> dict[str, Any]:
         """All settings, resolved as the script resolves them, for the device of the existing run if there is one.
@@ -81,7 +82,7 @@ class Cell:
                     "of --seeds (append new ones), or choose another --out"
                 )
         if difference := first_difference(stored, settings):
-            raise UserError(f"{self.folder} holds a run with other settings: {difference}; choose another --out")
+            raise UserError(f"{self.folder} holds a run with other settings: {difference}; choose other --runs")
         return settings
 
     def command(self, device: str | None) -> list[str]:
@@ -186,8 +187,8 @@ def run_cells(cells: list[Cell], jobs: int = 1, devices: Iterable[str] = (), net
                     result = cell.result() if process.returncode == 0 else None
                     if result is None:
                         (failed if process.returncode else stopped).append(cell)
-                    (metric, *_), unit = cell.benchmark.metrics, cell.benchmark.unit
-                    text = f"{metric} {result['last'][metric]:.2f} % after the last {unit}" if result else None
+                    unit, (metric, title) = cell.benchmark.unit, next(iter(cell.benchmark.metrics.items()))
+                    text = f"{title} {result['last'][metric]:.2f} % after the last {unit}" if result else None
                     print(f"{cell.folder}: {text or _last_message(cell)}", flush=True)
     finally:
         for process, _ in running.values():

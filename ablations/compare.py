@@ -1,6 +1,6 @@
 """Compare methods: Tab. 1, 2, 3, 4, 7 and 9, and any other grid of pairs, methods and seeds on CIFAR-100.
 
-    python ablations/compare.py                               ten pairs, 240 epochs: FCFD, and with fewer terms
+    python ablations/compare.py                               ten pairs, 240 epochs: FCFD, with fewer terms, alone
     python ablations/compare.py --table 1                     CIFAR-100: FCFD and the published methods
     python ablations/compare.py --table 2 --data-dir DIR      ImageNet
     python ablations/compare.py --table 3 --data-dir COCO     detection
@@ -13,7 +13,7 @@
 All other options are those of cifar100.py (Tab. 2: imagenet.py; Tab. 3 and 7: detection.py) and go to the runs they
 apply to. A teacher is given, downloaded, or trained once, with the first seed, for all its students. Rerunning a
 command keeps finished runs and resumes interrupted ones. To add runs, append seeds to --seeds. Each run has a folder in
---runs; table.md and cells.csv in --out contain the runs of the last command.
+--runs; table.md and cells.csv in --out, or a subfolder for each --table, contain the runs of the last command.
 
 baseline-* are the published methods with their own settings (docs/baselines.md), online-* those of online_kd.py. The
 others have FCFD's settings.
@@ -21,6 +21,8 @@ others have FCFD's settings.
 
 import sys
 from argparse import Namespace
+from functools import cache
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -34,6 +36,7 @@ from ablations.benchmarks import CIFAR, DETECTION, IMAGENET, Benchmark
 from ablations.cells import Cell, markdown, mean_and_deviation
 from ablations.rows import ALONE, Cells, Row, check_given, grid
 from ablations.tables import PUBLISHED
+from common.data.image_files import list_files
 from common.run.errors import UserError, exit_code
 from common.run.options import Parser
 
@@ -94,12 +97,12 @@ TITLES = {
     "baseline-simkd": "SimKD",
     "baseline-fgfi": "FGFI",
 }
-PAIRS = {  # of the tables that are not of CIFAR-100
+PAIRS = {  # on other data than CIFAR-100
     "2": list(PUBLISHED["imagenet"]["pairs"]),
     "3": ["resnet101-resnet18", "resnet101-resnet50", "resnet50-mobilenet_v2"],
     "7": ["resnet101-resnet50"],  # whose FPNs have the same shape
 }
-# Settings that may differ from those of a published run.
+# Settings that may differ from a published run's.
 NOT_DEFINING = ("seed", "device", "amp", "out", "data_dir", "max_minutes", "teacher_ckpt", "workers")
 IMAGENET_IMAGES = 1_281_167
 NOTE = """
@@ -111,10 +114,11 @@ Published accuracies are shown only for runs with the published settings. (best)
 and so which column they compare with; for (?) it is not known. """
 NOTE_RUNS = {
     "cifar100": """The published runs used float32 and RepDistiller's
-teachers (ReviewKD: its own). *: RepDistiller's teachers were trained without Nesterov momentum, the one here with it.
+teachers (ReviewKD: its own). *: RepDistiller's teachers were trained without Nesterov momentum, the one here with it. A
+given teacher is assumed to be theirs: compare its accuracy with the published one.
 """,
-    "imagenet": """The baselines' published runs used float32.
-*: not trained with the settings of the run here.
+    "imagenet": """The baselines' published runs used
+float32.
 """,
 }
 NOTE_DETECTION = """
@@ -141,7 +145,7 @@ def table(rows: list[dict[str, Any]], published: dict[str, dict[str, str]], benc
             lines.append([pair, "teacher", 1, *tested, figures.get("teacher", "")])
         for method in dict.fromkeys(row["method"] for row in of_pair):
             runs = [row for row in of_pair if row["method"] == method]
-            lines.append([pair, title(method), len(runs), *accuracies(runs), figures.get(method, "")])
+            lines.append([pair, title(method, benchmark), len(runs), *accuracies(runs), figures.get(method, "")])
             if runs[0]["teacher_last"] != "":  # trained in the same run
                 lines.append([pair, f"{method}: its teacher", len(runs), *accuracies(runs, "teacher_"), ""])
     columns = [f"{metric}, {which}" for metric in metrics.values() for which in ("last", "best")]
@@ -151,19 +155,21 @@ def table(rows: list[dict[str, Any]], published: dict[str, dict[str, str]], benc
     return text + (NOTE_PUBLISHED + NOTE_RUNS[benchmark.name] if published else "")
 
 
-def title(method: str) -> str:
+def title(method: str, benchmark: Benchmark) -> str:
+    if method == "alone" and benchmark is not CIFAR:  # where baseline-alone has other settings
+        return method
     return TITLES.get(method, method)
 
 
 def published_figures(cells: Cells) -> dict[str, dict[str, str]]:
     """The published accuracies of runs with published settings, by pair and method, or UNPUBLISHED."""
     figures: dict[str, dict[str, str]] = {}
-    for (pair, method, _), cell in cells.items():
+    for (pair, method), cell in {(pair, method): cell for (pair, method, _), cell in cells.items()}.items():
         known = PUBLISHED.get(cell.benchmark.name)
         if not known or pair not in known["pairs"] or not has_default_settings(cell):
             continue
-        if cell.benchmark is IMAGENET and len(IMAGENET.load(cell.given).train) != IMAGENET_IMAGES:
-            return {}
+        if cell.benchmark is IMAGENET and ("teacher_ckpt" in cell.given or not all_of_imagenet(cell.given["data_dir"])):
+            continue  # the published teachers are torchvision's
         if not cell.settings().get("published", True):
             figures.setdefault(pair, {})[method] = UNPUBLISHED
         elif text := published_figure(cell.benchmark, pair, method):
@@ -184,8 +190,13 @@ def published_figure(benchmark: Benchmark, pair: str, method: str) -> str | None
         return None
     values = figure if isinstance(figure, list) else [figure]
     texts = [value if isinstance(value, str) else f"{value:.2f}" for value in values]
-    other_settings = benchmark is IMAGENET and name == "alone"
-    return f"{' / '.join(texts)} ({known['epoch'][name]})" + " *" * other_settings
+    return f"{' / '.join(texts)} ({known['epoch'][name]})"
+
+
+@cache
+def all_of_imagenet(data_dir: str) -> bool:
+    """Whether these are as many images as ImageNet's training split. Raises as `list_files`."""
+    return len(list_files(data_dir).train) == IMAGENET_IMAGES
 
 
 def has_default_settings(cell: Cell) -> bool:
@@ -218,7 +229,8 @@ def main(argv: list[str] | None = None) -> int:
 
     def more_options(parser: Parser) -> None:
         parser.add_argument("--table", choices=TABLES, help="the methods and the data of this table of the paper")
-        parser.add_argument("--methods", nargs="+", metavar="NAME", help=f"of the --table, or of {', '.join(METHODS)}")
+        names = f"rows of --table, or of {', '.join(METHODS)} (default: alone kd app fcfd)"
+        parser.add_argument("--methods", nargs="+", metavar="NAME", help=names)
 
     def choose(args: Namespace) -> tuple[Benchmark, list[str]]:
         return chosen_rows(args)[0].benchmark, PAIRS.get(args.table, cifar_pairs)
@@ -229,13 +241,16 @@ def main(argv: list[str] | None = None) -> int:
         benchmark = rows[0].benchmark
         if args.table:
             args.out /= f"table{args.table}"
-        check_given(given, ROWS if benchmark is CIFAR else rows)
+        # Also those of other tables, which share runs with the same names.
+        check_given(given, [row for row in chain(ROWS, *TABLES.values()) if row.benchmark is benchmark])
         cells = grid(args, given, rows)
+        published = published_figures(cells)
 
         def finish(found: list[dict[str, Any]]) -> None:
-            text = table(found, published_figures(cells), benchmark)
+            text = table(found, published, benchmark)
             if args.table:  # first as in the paper
-                text = tables.layout(["method"], [((title(row.name),), row) for row in rows], args, found) + "\n" + text
+                lines = [((title(row.name, benchmark),), row) for row in rows]
+                text = tables.layout(["method"], lines, args, found) + "\n" + text
             tables.write(args.out, text, found)
 
         tables.run(args, cells, finish)

@@ -107,6 +107,11 @@ def grid(args: Namespace, given: dict[str, Any], rows: list[Row]) -> Cells:
     used = {key for cell in cells.values() for each in (cell, cell.after) if each for key in each.given}
     if unused := [key for key in given if key not in used]:
         raise UserError(f"{option(unused[0])} does not affect any row: omit it")
+    distilled = [cell for cell in cells.values() if "teacher" in cell.given]
+    if files and not any("teacher_ckpt" in cell.given and not cell.after for cell in distilled):
+        raise UserError("no row needs a trained teacher: omit --teachers and --teacher-ckpt")
+    if args.teacher_epochs and not any(cell.after for cell in distilled):
+        raise UserError("--teacher-epochs: no teacher has to be trained: omit it")
     return cells
 
 
@@ -131,7 +136,8 @@ def teacher_files(args: Namespace) -> dict[str, Path]:
             raise UserError(
                 f"--teachers {args.teachers}: there is no {files[name]}; add it, or --teacher-ckpt {name}=FILE"
             )
-    return files | {name: Path(file) for name, file in named.items()}
+    files |= {name: Path(file) for name, file in named.items()}
+    return {name: file.absolute() for name, file in files.items()}  # the run may be continued from another directory
 
 
 def check_given(given: dict[str, Any], rows: list[Row]) -> None:
@@ -142,7 +148,7 @@ def check_given(given: dict[str, Any], rows: list[Row]) -> None:
     weighted = any(key.startswith("w_") for row in rows for key in row.settings)
     for key, value in given.items():
         if any(row.settings.get(key) not in (None, 0, PAIRS_L2) for row in rows):
-            raise UserError(f"{option(key)} is set by the rows of this table: omit it")
+            raise UserError(f"{option(key)} is set by the rows of a table: omit it")
         if weighted and key.startswith("w_") and not value:
             raise UserError(f"{option(key)} 0: the rows choose the terms, omit it")
 

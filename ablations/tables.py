@@ -5,6 +5,7 @@ A script calls `main` with its rows (rows.py). If it has more to do, it calls `p
 
 import csv
 import io
+import shutil
 import tempfile
 from argparse import Namespace
 from collections.abc import Callable
@@ -77,23 +78,18 @@ def parse_args(
         choose: the benchmark and the default of --pairs, if they depend on the options.
     """
     parser = Parser(description)
-    parser.epilog = "All other options are those of cifar100.py: --dataset, --data-dir, --subset, --epochs, --lr, ..."
+    parser.epilog = "All other options are those of the training script: --data-dir, --subset, --epochs, --lr, ..."
     add = parser.add_argument
     add("--pairs", nargs="+", metavar="TEACHER-STUDENT", help=f"default: {' '.join(pairs)}")
     add("--seeds", type=count_or_zero, nargs="+", metavar="SEED", default=[1], help="teachers have the first one")
-    add("--teachers", metavar="DIR", help="trained teachers, DIR/NAME_vanilla/ckpt_epoch_240.pth (default: train them)")
-    add(
-        "--teacher-ckpt",
-        nargs="+",
-        metavar="NAME=FILE",
-        help="one trained teacher each; override --teachers",
-    )
-    add("--teacher-epochs", type=count, metavar="N", help="how long teachers are trained (default: as their students)")
+    add("--teachers", metavar="DIR", help="CIFAR-100: with DIR/NAME_vanilla/ckpt_epoch_240.pth (default: train them)")
+    add("--teacher-ckpt", nargs="+", metavar="NAME=FILE", help="one trained teacher each; override --teachers")
+    add("--teacher-epochs", type=count, metavar="N", help="for detectors, iterations (default: as the students)")
     add("--jobs", type=number(int, 1, 1000), metavar="N", default=1, help="runs at a time on each device")
-    add("--devices", nargs="+", metavar="DEVICE", help="default: the one that cifar100.py chooses")
-    add("--out", metavar="DIR", help=f"default: results/{table}/<dataset>-<epochs>ep-<precision>")
-    add("--runs", metavar="DIR", help="default: --out if given, else results/runs/<dataset>-<epochs>ep-<precision>")
-    add("--smoke", action="store_true", help="end-to-end check with two small networks, in seconds")
+    add("--devices", nargs="+", metavar="DEVICE", help="default: the one that the training script chooses")
+    add("--out", metavar="DIR", help=f"default: results/{table}/<dataset>-<length>-<precision>")
+    add("--runs", metavar="DIR", help="default: --out if given, else results/runs/<dataset>-<length>-<precision>")
+    add("--smoke", action="store_true", help="end-to-end check with small networks and data, in about a minute")
     more_options(parser)
     args, words = parser.parse_known_args(argv)
     for name in ("out", "runs", "teachers"):
@@ -102,11 +98,13 @@ def parse_args(
     benchmark, pairs = choose(args) if choose else (CIFAR, pairs)
     if args.teachers and benchmark is not CIFAR:
         parser.error("--teachers holds networks for CIFAR-100: use --teacher-ckpt")
+    if args.smoke and args.pairs:
+        parser.error("--smoke has its own pair: omit --pairs")
     args.pairs, args.devices = list(dict.fromkeys(args.pairs or pairs)), args.devices or []
     for device in args.devices:
         check_device(device)
     smoke = "smoke" if benchmark is CIFAR else f"smoke-{benchmark.name}"
-    smoke_data = Path(args.runs or args.out or f"results/runs/{smoke}") / "data"
+    smoke_data = Path(args.runs or args.out or f"results/runs/{smoke}") / f"{benchmark.name}-data"
     if args.smoke:
         args.pairs, args.jobs = [benchmark.smoke_pair], max(2, args.jobs)
         words = [*benchmark.smoke, *([] if benchmark is CIFAR else [f"--data-dir={smoke_data}"]), *words]
@@ -124,7 +122,10 @@ def parse_args(
     args.runs = Path(args.runs or args.out or f"results/runs/{data}")
     args.out = Path(args.out or f"results/{table}/{data}")
     if args.smoke and given["data_dir"] == str(smoke_data) and not smoke_data.exists():
-        benchmark.write_smoke_data(smoke_data)
+        partial = smoke_data.with_suffix(".partial")
+        shutil.rmtree(partial, ignore_errors=True)
+        benchmark.write_smoke_data(partial)
+        partial.rename(smoke_data)
     return args, given
 
 
@@ -195,12 +196,12 @@ def run(args: Namespace, cells: Cells, finish: Callable[[list[dict]], None]) -> 
     """Complete the runs. Then, even if some failed, call `finish` with the `numbers` of the finished ones.
 
     Raises:
-        UserError: as `with_dependencies`, `numbers`, `test_teachers` and `run_cells`.
+        UserError: as `with_dependencies`, `numbers`, `load_teachers` and `run_cells`.
         OSError: a folder cannot be created or written to.
     """
     runs = with_dependencies(cells.values())
     numbers(cells)  # raises before anything is trained
-    test_teachers(args, cells)
+    load_teachers(args, cells)
     for folder in (args.runs, args.out):
         folder.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryFile(dir=folder):
@@ -213,20 +214,22 @@ def run(args: Namespace, cells: Cells, finish: Callable[[list[dict]], None]) -> 
                 finish(found)
 
 
-def test_teachers(args: Namespace, cells: Cells) -> None:
+def load_teachers(args: Namespace, cells: Cells) -> None:
     """Load the teachers of unfinished runs that are given or downloaded, and print the accuracies of those tested.
 
     Raises:
-        UserError: as `Benchmark.test_teacher`.
+        UserError: as `Benchmark.load_teacher`.
     """
     teachers, device = {}, (args.devices or [default_device()])[0]
     for cell in cells.values():
+        if cell.after or cell.result():
+            continue
         settings = cell.settings()
-        if settings.get("teacher") and "teacher_ckpt" in settings and not cell.after and not cell.result():
+        if settings.get("teacher") and "teacher_ckpt" in settings:  # online, the teacher is trained too
             teachers[settings["teacher"], settings["teacher_ckpt"]] = (cell.benchmark, settings)
     published = {pair.partition("-")[0]: figures[0] for pair, figures in PUBLISHED["cifar100"]["pairs"].items()}
     for (network, file), (benchmark, settings) in teachers.items():
-        accuracy = benchmark.test_teacher(network, file, settings, device)
+        accuracy = benchmark.load_teacher(network, file, settings, device)
         if accuracy is not None:
             known = f" (published on CIFAR-100: {published[network]:.2f})" if network in published else ""
             print(f"teacher {network}: {accuracy:.2f} % top-1{known}, {file}", flush=True)

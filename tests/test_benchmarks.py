@@ -8,8 +8,10 @@ import pytest
 import torch
 from running import write_images
 
+import detection
 from ablations import benchmarks, compare, tables
 from ablations.benchmarks import DETECTION, IMAGENET
+from ablations.cells import Cell
 from ablations.rows import grid
 from common.detection import synthetic
 from common.run.errors import UserError
@@ -34,7 +36,7 @@ def folder(tmp_path_factory):
     ("benchmark", "table", "methods", "runs"),
     [
         (IMAGENET, "2", {"baseline-kd": "KD", "fcfd": "FCFD"}, 3),
-        (DETECTION, "3", {"alone": "alone, FCFD's settings", "baseline-fgfi": "FGFI"}, 2),
+        (DETECTION, "3", {"alone": "alone", "baseline-fgfi": "FGFI"}, 2),
         (DETECTION, "7", {"fcfd-inherit": "FCFD, inheriting"}, 2),
     ],
 )
@@ -131,6 +133,42 @@ def test_invalid_teacher_is_reported_before_training(tmp_path, capsys, table, te
     assert not (tmp_path / "out").exists()
 
 
+def test_interrupted_smoke_data_is_written_again(tmp_path, monkeypatch):
+    def interrupted(folder):
+        write(folder)
+        next(folder.glob("val/*/*.JPEG")).unlink()
+        raise KeyboardInterrupt
+
+    write = IMAGENET.write_smoke_data
+    options = ["--smoke", "--table", "2", "--methods", "fcfd", "--out", str(tmp_path)]
+    monkeypatch.setattr(IMAGENET, "write_smoke_data", interrupted)
+    assert compare.main(options) == 130
+    monkeypatch.setattr(IMAGENET, "write_smoke_data", write)
+    sizes = []
+    monkeypatch.setattr(tables, "run", lambda args, cells, finish: sizes.append(len(data_of(cells).test)))
+    assert compare.main(options) == 0
+    assert sizes == [20]
+    assert compare.main(["--smoke", "--table", "7", "--out", str(tmp_path)]) == 0  # has its own data
+    assert sizes == [20, 2]
+
+
+def data_of(cells):
+    cell = next(iter(cells.values()))
+    return cell.benchmark.load(cell.given)
+
+
+@pytest.mark.parametrize("key", ["AP", "AP75"])
+def test_run_without_all_metrics_is_not_finished(tmp_path, key):
+    cell = Cell(tmp_path, {"student": "resnet18"}, script=detection)
+    scores = {"iteration": 4, "AP": 1.0, "AP50": 2.0, "AP75": 0.5}
+    result = {"iteration": 4, "iterations": 4, "last": scores, "best": scores, "teacher": None, "seconds": 1}
+    (tmp_path / "config.yaml").write_text("{}")
+    (tmp_path / "result.json").write_text(json.dumps(result))
+    assert cell.result() == result
+    (tmp_path / "result.json").write_text(json.dumps(result | {"last": {k: v for k, v in scores.items() if k != key}}))
+    assert cell.result() is None
+
+
 def test_folders_are_named_after_the_options(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
 
@@ -149,7 +187,8 @@ def test_folders_are_named_after_the_options(tmp_path, monkeypatch):
 def test_every_row_of_a_table_has_a_title():
     for rows in compare.TABLES.values():
         for row in rows:
-            assert compare.title(row.name) != row.name or row.name.startswith("online-")
+            title = compare.title(row.name, row.benchmark)
+            assert title != row.name or row.name.startswith("online-") or title == "alone"
 
 
 def test_detectors_need_matching_fpns_to_inherit():

@@ -11,6 +11,7 @@ from running import write_images
 
 import cifar100
 from ablations import cells, compare, rows, tables
+from ablations.benchmarks import IMAGENET
 from ablations.cells import Cell, mean_and_deviation, run_cells, with_dependencies
 from common.data.batches import eval_batches
 from common.data.sources import load_data
@@ -231,6 +232,13 @@ def test_teachers_of_a_folder(tmp_path):
     assert [cell.given["teacher_ckpt"] for cell in runs.values()] == [f"{folder}/ckpt_epoch_240.pth", str(named)]
 
 
+def test_relative_paths_of_teachers_are_made_absolute(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "teacher.pth").touch()
+    (cell,) = grid("--pairs", "resnet32-resnet8", "--teacher-ckpt", "resnet32=teacher.pth", methods=["kd"]).values()
+    assert cell.given["teacher_ckpt"] == str(tmp_path / "teacher.pth")
+
+
 def test_given_teachers_are_tested_before_use(tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(tables, "run_cells", lambda *args: print("run_cells"))
     torch.manual_seed(0)
@@ -295,7 +303,9 @@ def test_published_figures_of_the_baselines(tmp_path):
 
 def test_published_figures_on_imagenet_need_all_of_its_images(tmp_path, monkeypatch):
     write_images(tmp_path, {"train": 2, "val": 1})
+    monkeypatch.setattr(IMAGENET, "downloads", lambda settings: ("resnet34", "resnet50"))
     options = ["--table", "2", "--data-dir", str(tmp_path), "--amp", "off"]
+    options += ["--methods", "baseline-at", "baseline-ofd", "fcfd"]
 
     def figures(*more):
         found = []
@@ -305,15 +315,14 @@ def test_published_figures_on_imagenet_need_all_of_its_images(tmp_path, monkeypa
 
     assert figures() == {}
     monkeypatch.setattr(compare, "IMAGENET_IMAGES", 6)
-    known = {"alone": "69.75 (?) *", "baseline-kd": "71.03 (best)", "baseline-at": "70.70 / 90.00 (?)"}
-    known |= {"baseline-dkd": "71.70 (best)", "baseline-reviewkd": "71.61 (?)", "fcfd": "72.25 (best)"}
-    assert figures()["resnet34-resnet18"] == known | {"baseline-ofd": "setting not published"}
-    assert figures()["resnet50-MobileNetV1"]["baseline-ofd"] == "71.25 / 90.34 (best)"
-    assert "fcfd" not in figures("--epochs", "50").get("resnet34-resnet18", {})
-    assert figures("--methods", "fcfd") == {
-        "resnet34-resnet18": {"fcfd": "72.25 (best)"},
-        "resnet50-MobileNetV1": {"fcfd": "73.26 (best)"},
-    }
+    compare.all_of_imagenet.cache_clear()
+    known = {"baseline-at": "70.70 / 90.00 (?)", "baseline-ofd": "setting not published", "fcfd": "72.25 (best)"}
+    found = figures()
+    assert found["resnet34-resnet18"] == known
+    assert found["resnet50-MobileNetV1"]["baseline-ofd"] == "71.25 / 90.34 (best)"
+    assert figures("--epochs", "50") == {}
+    (tmp_path / "mine.pth").touch()
+    assert list(figures("--teacher-ckpt", f"resnet34={tmp_path / 'mine.pth'}")) == ["resnet50-MobileNetV1"]
 
 
 def test_grid(tmp_path):
@@ -365,6 +374,11 @@ def test_grid(tmp_path):
         (["--table", "2", "--teachers", "there"], "--teachers holds networks for CIFAR-100"),
         (["--teachers", "there"], "there/wrn_40_2_vanilla/ckpt_epoch_240.pth"),
         (["--methods", "baseline-at"], "on CIFAR-100 are alone, kd, app"),
+        (["--table", "3", "--inherit"], "--inherit is set by the rows"),
+        (["--table", "9", "--teacher-epochs", "3"], "no teacher has to be trained"),
+        (["--methods", "alone", "--teacher-epochs", "3"], "no teacher has to be trained"),
+        (["--table", "9", "--teacher-ckpt", f"resnet56={__file__}"], "no row needs a trained teacher"),
+        (["--smoke", "--pairs", "resnet14-resnet8"], "omit --pairs"),
     ],
 )
 def test_invalid_input_exits_with_one_line_error(tmp_path, monkeypatch, capsys, options, expected):
