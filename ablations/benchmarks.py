@@ -1,5 +1,6 @@
 """The datasets of the tables, and the scripts that train on each of them."""
 
+from abc import ABC, abstractmethod
 from argparse import Namespace
 from dataclasses import dataclass
 from pathlib import Path
@@ -32,7 +33,7 @@ from common.run.evaluation import evaluate
 
 
 @dataclass(eq=False)
-class Benchmark:
+class Benchmark(ABC):
     """A dataset and its training scripts.
 
     Attributes:
@@ -58,10 +59,11 @@ class Benchmark:
         """The name of a column of cells.csv: "last", "best", "teacher"; "last_top5" for all but the first metric."""
         return which if metric == next(iter(self.metrics)) else f"{which}_{metric}"
 
+    @abstractmethod
     def load(self, settings: dict[str, Any]) -> Any:
         """The data of a run with these settings. Raises a UserError if it is missing or invalid."""
-        raise NotImplementedError
 
+    @abstractmethod
     def check(self, script: ModuleType, args: Namespace) -> None:
         """Raise a UserError if the networks or the options of a run of `script` do not match."""
 
@@ -69,6 +71,7 @@ class Benchmark:
         """The networks whose trained weights the scripts download. Raises as `load`."""
         return ()
 
+    @abstractmethod
     def load_teacher(self, network: str, file: str | None, settings: dict[str, Any], device: str) -> float | None:
         """Load a teacher, and test it if that takes seconds; its students' runs test it in any case.
 
@@ -81,11 +84,9 @@ class Benchmark:
         Raises:
             UserError: as `load`; the file is invalid or cannot be downloaded.
         """
-        raise NotImplementedError
 
-    def write_smoke_data(self, folder: Path) -> None:
-        """Write the dataset of --smoke."""
-        raise NotImplementedError
+    def write_smoke_data(self, folder: Path) -> None:  # noqa: B027
+        """Write the dataset of --smoke, if it needs files."""
 
 
 class Cifar(Benchmark):

@@ -110,12 +110,12 @@ Accuracy on the test set in percent: mean ± sample standard deviation over n se
 taught the students. The best {unit} is the one with the highest {metric} on the test set, so it is optimistic.
 """
 NOTE_PUBLISHED = """
-Published accuracies are shown only for runs with the published settings. (best) and (last) say which epoch they are of,
-and so which column they compare with; for (?) it is not known. """
+Published accuracies are shown only for runs with the published settings. (best) and (last) name their epoch, and so the
+column to compare them with; (?): unknown. """
 NOTE_RUNS = {
     "cifar100": """The published runs used float32 and RepDistiller's
 teachers (ReviewKD: its own). *: RepDistiller's teachers were trained without Nesterov momentum, the one here with it. A
-given teacher is assumed to be theirs: compare its accuracy with the published one.
+given teacher is assumed to be RepDistiller's: compare its accuracy with the published one.
 """,
     "imagenet": """The baselines' published runs used
 float32.

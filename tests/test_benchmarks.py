@@ -1,4 +1,4 @@
-"""The tables on ImageNet and COCO: ablations/benchmarks.py and compare.py --table 2, 3 and 7."""
+"""compare.py --table, and the tables on ImageNet and COCO: ablations/benchmarks.py."""
 
 import csv
 import json
@@ -201,3 +201,60 @@ def test_detectors_need_matching_fpns_to_inherit():
         else:
             with pytest.raises(UserError, match="matching FPNs"):
                 DETECTION.check(None, args)
+
+
+def test_published_figures_on_imagenet_need_all_of_its_images(tmp_path, monkeypatch):
+    write_images(tmp_path, {"train": 2, "val": 1})
+    monkeypatch.setattr(IMAGENET, "downloads", lambda settings: ("resnet34", "resnet50"))
+    options = ["--table", "2", "--data-dir", str(tmp_path), "--amp", "off"]
+    options += ["--methods", "baseline-at", "baseline-ofd", "fcfd"]
+
+    def figures(*more):
+        found = []
+        monkeypatch.setattr(tables, "run", lambda args, cells, finish: found.append(compare.published_figures(cells)))
+        assert compare.main([*options, *more]) == 0
+        return found[0]
+
+    assert figures() == {}
+    monkeypatch.setattr(compare, "IMAGENET_IMAGES", 6)
+    compare.all_of_imagenet.cache_clear()
+    known = {"baseline-at": "70.70 / 90.00 (?)", "baseline-ofd": "setting not published", "fcfd": "72.25 (best)"}
+    found = figures()
+    assert found["resnet34-resnet18"] == known
+    assert found["resnet50-MobileNetV1"]["baseline-ofd"] == "71.25 / 90.34 (best)"
+    assert figures("--epochs", "50") == {}
+    (tmp_path / "mine.pth").touch()
+    assert list(figures("--teacher-ckpt", f"resnet34={tmp_path / 'mine.pth'}")) == ["resnet50-MobileNetV1"]
+
+
+def test_rows_of_the_papers_tables():
+    names = {table: [row.name for row in rows] for table, rows in compare.TABLES.items()}
+
+    def baselines(*methods):
+        return [f"baseline-{method}" for method in methods]
+
+    assert names == {
+        "1": [*baselines("alone", "kd", "fitnet", "vid", "crd", "dkd", "reviewkd"), "fcfd"],
+        "2": ["alone", *baselines("kd", "at", "ofd", "srrl", "crd", "dkd", "reviewkd"), "fcfd"],
+        "3": ["alone", "kd", *baselines("fgfi", "reviewkd"), "fcfd"],
+        "4": ["fcfd", "baseline-dkd", "fcfd-dkd", "baseline-simkd", "fcfd-simkd", "fcfd-dkd-simkd"],
+        "7": ["alone", "fcfd", "fcfd-inherit"],
+        "9": ["online-kd", "online-dml", "online-fcfd"],
+    }
+
+
+def test_methods_select_rows_of_the_table(tmp_path, capsys, monkeypatch):
+    names = []
+    monkeypatch.setattr(tables, "run", lambda args, cells, finish: names.extend(name for _, name, _ in cells))
+    options = ["--table", "4", "--pairs", "resnet14-resnet8", "--out", str(tmp_path), "--methods"]
+    assert compare.main([*options, "fcfd", "baseline-dkd"]) == 0
+    assert names == ["fcfd", "baseline-dkd"]
+    assert compare.main([*options, "kd"]) == 2
+    assert "the rows of --table 4 are fcfd, baseline-dkd," in capsys.readouterr().err
+
+
+def test_each_paper_table_has_its_own_folder(tmp_path, monkeypatch):
+    monkeypatch.setattr(tables, "run", lambda args, cells, finish: places.append((args.out, args.runs)))
+    places = []
+    assert compare.main(["--table", "4", "--out", str(tmp_path)]) == 0
+    assert places == [(tmp_path / "table4", tmp_path)]

@@ -7,11 +7,9 @@ import time
 
 import pytest
 import torch
-from running import write_images
 
 import cifar100
 from ablations import cells, compare, rows, tables
-from ablations.benchmarks import IMAGENET
 from ablations.cells import Cell, mean_and_deviation, run_cells, with_dependencies
 from common.data.batches import eval_batches
 from common.data.sources import load_data
@@ -299,30 +297,6 @@ def test_published_figures_of_the_baselines(tmp_path):
         "teacher": "74.64 (last) *",
         "baseline-vid": "71.23 (last)",
     }
-
-
-def test_published_figures_on_imagenet_need_all_of_its_images(tmp_path, monkeypatch):
-    write_images(tmp_path, {"train": 2, "val": 1})
-    monkeypatch.setattr(IMAGENET, "downloads", lambda settings: ("resnet34", "resnet50"))
-    options = ["--table", "2", "--data-dir", str(tmp_path), "--amp", "off"]
-    options += ["--methods", "baseline-at", "baseline-ofd", "fcfd"]
-
-    def figures(*more):
-        found = []
-        monkeypatch.setattr(tables, "run", lambda args, cells, finish: found.append(compare.published_figures(cells)))
-        assert compare.main([*options, *more]) == 0
-        return found[0]
-
-    assert figures() == {}
-    monkeypatch.setattr(compare, "IMAGENET_IMAGES", 6)
-    compare.all_of_imagenet.cache_clear()
-    known = {"baseline-at": "70.70 / 90.00 (?)", "baseline-ofd": "setting not published", "fcfd": "72.25 (best)"}
-    found = figures()
-    assert found["resnet34-resnet18"] == known
-    assert found["resnet50-MobileNetV1"]["baseline-ofd"] == "71.25 / 90.34 (best)"
-    assert figures("--epochs", "50") == {}
-    (tmp_path / "mine.pth").touch()
-    assert list(figures("--teacher-ckpt", f"resnet34={tmp_path / 'mine.pth'}")) == ["resnet50-MobileNetV1"]
 
 
 def test_grid(tmp_path):

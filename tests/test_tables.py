@@ -302,22 +302,6 @@ def test_compare_also_runs_other_scripts(tmp_path, capsys):
     assert "--lr is 0.3 and was 0.05" in capsys.readouterr().err
 
 
-def test_rows_of_the_papers_tables():
-    names = {table: [row.name for row in rows] for table, rows in compare.TABLES.items()}
-
-    def baselines(*methods):
-        return [f"baseline-{method}" for method in methods]
-
-    assert names == {
-        "1": [*baselines("alone", "kd", "fitnet", "vid", "crd", "dkd", "reviewkd"), "fcfd"],
-        "2": ["alone", *baselines("kd", "at", "ofd", "srrl", "crd", "dkd", "reviewkd"), "fcfd"],
-        "3": ["alone", "kd", *baselines("fgfi", "reviewkd"), "fcfd"],
-        "4": ["fcfd", "baseline-dkd", "fcfd-dkd", "baseline-simkd", "fcfd-simkd", "fcfd-dkd-simkd"],
-        "7": ["alone", "fcfd", "fcfd-inherit"],
-        "9": ["online-kd", "online-dml", "online-fcfd"],
-    }
-
-
 @pytest.mark.parametrize(
     ("options", "expected"),
     [
@@ -392,20 +376,3 @@ def test_run_with_damaged_files_is_not_finished(tmp_path, damaged_file):
             cell.settings()
         (cell.folder / "last.pt").touch()  # config.yaml is rewritten from it
         cell.settings()
-
-
-def test_each_paper_table_has_its_own_folder(tmp_path, monkeypatch):
-    monkeypatch.setattr(tables, "run", lambda args, cells, finish: places.append((args.out, args.runs)))
-    places = []
-    assert compare.main(["--table", "4", "--out", str(tmp_path)]) == 0
-    assert places == [(tmp_path / "table4", tmp_path)]
-
-
-def test_methods_select_rows_of_the_table(tmp_path, capsys, monkeypatch):
-    names = []
-    monkeypatch.setattr(tables, "run", lambda args, cells, finish: names.extend(name for _, name, _ in cells))
-    options = ["--table", "4", "--pairs", "resnet14-resnet8", "--out", str(tmp_path), "--methods"]
-    assert compare.main([*options, "fcfd", "baseline-dkd"]) == 0
-    assert names == ["fcfd", "baseline-dkd"]
-    assert compare.main([*options, "kd"]) == 2
-    assert "the rows of --table 4 are fcfd, baseline-dkd," in capsys.readouterr().err
