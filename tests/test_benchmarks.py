@@ -256,5 +256,5 @@ def test_methods_select_rows_of_the_table(tmp_path, capsys, monkeypatch):
 def test_each_paper_table_has_its_own_folder(tmp_path, monkeypatch):
     monkeypatch.setattr(tables, "run", lambda args, cells, finish: places.append((args.out, args.runs)))
     places = []
-    assert compare.main(["--table", "4", "--out", str(tmp_path)]) == 0
+    assert compare.main(["--table", "4", "--pairs", "resnet14-resnet8", "--out", str(tmp_path)]) == 0
     assert places == [(tmp_path / "table4", tmp_path)]
