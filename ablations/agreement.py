@@ -1,10 +1,12 @@
 """How closely students match their teacher's predictions on test images, and how accurate they are.
 
-    python ablations/agreement.py --teacher TEACHER_RUN STUDENT_RUN...
+    python ablations/agreement.py --teacher runs/cifar100-resnet32x4-alone-240ep-seed1-fp16 RUN...
+    python ablations/agreement.py --teacher ckpt_epoch_240.pth RUN...
 
-All are folders of cifar100.py runs on the same data; the teacher's is the run that trained it. Agreement is the share
-of test images on which student and teacher predict the same class; the KL is that of L_kd, T^2 KL(p_t || p_s), always
-at T = 4. Runs whose names differ only in the seed form one row: mean ± sample standard deviation.
+Students are given by the folders of their cifar100.py runs on the same data. The teacher is the folder of the run that
+trained it, or a checkpoint of the network that the students name as their teacher. Agreement is the share of test
+images on which student and teacher predict the same class; the KL is that of L_kd, T^2 KL(p_t || p_s), always at T = 4.
+Runs whose names differ only in the seed form one row: mean ± sample standard deviation.
 """
 
 import sys
@@ -13,14 +15,14 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from ablations.cells import markdown, mean_and_deviation
 from ablations.curves import series
 from common.data.batches import SIZE, ImageSet, eval_batches
 from common.data.sources import load_data
 from common.losses import kl
-from common.models import build
+from common.models import StagedNet, build
 from common.run.checkpoint import load_network, write_atomically
 from common.run.earlier_runs import read_config
 from common.run.errors import UserError, exit_code
@@ -43,14 +45,35 @@ def load_config(run: Path) -> dict:
     return config
 
 
-@torch.no_grad()
-def compute_logits(run: Path, test: ImageSet, num_classes: int) -> Tensor:
-    """Logits [n, num_classes] of a run's trained network for the n test images."""
+def load_run(run: Path, num_classes: int) -> nn.Module:
+    """The trained network of a run."""
     config = load_config(run)
     net = build(config["student"], num_classes)
     if config.get("simkd"):
         net = build_simkd(net, build(config["teacher"], num_classes), SIZE)
-    load_network(net.eval(), run / "student.pth", config["student"])
+    load_network(net, run / "student.pth", config["student"])
+    return net
+
+
+def load_teacher(file: Path, students: list[Path], num_classes: int) -> StagedNet:
+    """The network in a checkpoint; its name is that of the teacher in the students' runs.
+
+    Raises:
+        UserError: the runs name no teacher, or several; the checkpoint cannot be loaded.
+    """
+    names = {config["teacher"] for config in map(load_config, students) if config.get("teacher")}
+    if len(names) != 1:
+        found = " and ".join(sorted(names)) or "none"
+        raise UserError(f"--teacher {file} is a checkpoint of which network? The runs name {found}: pass a run instead")
+    net = build(name := names.pop(), num_classes)
+    load_network(net, file, name)
+    return net
+
+
+@torch.no_grad()
+def compute_logits(net: nn.Module, test: ImageSet) -> Tensor:
+    """Logits [n, num_classes] for the n test images."""
+    net.eval()
     return torch.cat([net(images) for images, _ in eval_batches(test)])
 
 
@@ -69,22 +92,24 @@ def main(argv: list[str] | None = None) -> int:
 
     def script() -> None:
         parser = Parser(__doc__)
-        parser.add_argument("runs", nargs="+", metavar="RUN", type=Path, help="folders of students' runs")
-        parser.add_argument("--teacher", metavar="RUN", type=Path, required=True, help="folder of the teacher's run")
-        parser.add_argument("--data-dir", metavar="DIR", help="default: that of the teacher's run")
-        parser.add_argument("--out", metavar="FILE", default="results/agreement/table.md")
+        add = parser.add_argument
+        add("runs", nargs="+", metavar="RUN", type=Path, help="folders of students' runs")
+        add("--teacher", metavar="RUN|FILE", type=Path, required=True, help="the teacher's run, or its checkpoint")
+        add("--data-dir", metavar="DIR", help="default: that of the teacher's run, or of the first student's")
+        add("--out", metavar="FILE", default="results/agreement/table.md")
         args = parser.parse(argv)
-        config = load_config(args.teacher)
+        is_file = args.teacher.is_file()
+        config = load_config(first := args.runs[0] if is_file else args.teacher)
         for run in args.runs:
             if load_config(run)["fingerprint"] != config["fingerprint"]:
-                raise UserError(f"{run} used other data than {args.teacher}: pass runs on the same images")
+                raise UserError(f"{run} used other data than {first}: pass runs on the same images")
         subsets = config.get("subset"), config.get("test_subset")
         data = load_data(config["dataset"], args.data_dir or config["data_dir"], *subsets)
-        teacher = compute_logits(args.teacher, data.test, len(data.classes))
+        n = len(data.classes)
+        net = load_teacher(args.teacher, args.runs, n) if is_file else load_run(args.teacher, n)
+        teacher = compute_logits(net, data.test)
         found = {
-            name: [
-                measure(compute_logits(run, data.test, len(data.classes)), teacher, data.test.labels) for run in runs
-            ]
+            name: [measure(compute_logits(load_run(run, n), data.test), teacher, data.test.labels) for run in runs]
             for name, runs in series(args.runs).items()
         }
         rows = []

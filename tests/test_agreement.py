@@ -33,10 +33,18 @@ def test_teacher_agrees_with_itself_and_accuracies_match_the_results(tmp_path, c
     assert rows[0][2] == f"{accuracies[0]:.2f}"
     assert rows[1][2].startswith(f"{sum(accuracies[1:]) / 2:.2f} ± ")
 
+    # A checkpoint of the same teacher gives the same rows.
+    assert agreement.main(["--teacher", str(teacher / "student.pth"), *runs, "--out", str(tmp_path / "again.md")]) == 0
+    assert (tmp_path / "again.md").read_text() == out.read_text()
 
-@pytest.mark.parametrize("options", [["missing"], ["other"], []])
+
+@pytest.mark.parametrize("options", [["missing"], ["other"], [], ["--teacher", "student.pth"], ["--teacher", "gone"]])
 def test_invalid_input_exits_with_one_line_error(tmp_path, capsys, monkeypatch, teacher, options):
+    """The last two: a checkpoint with a run that names no teacher, and no such file."""
     monkeypatch.chdir(tmp_path)
+    if "--teacher" in options:
+        (tmp_path / "student.pth").write_bytes((teacher / "student.pth").read_bytes())
+        options = [str(teacher), *options]
     (tmp_path / "other").mkdir()
     (tmp_path / "other" / "config.yaml").write_text("{student: resnet8, dataset: x, data_dir: x, fingerprint: x}")
     assert agreement.main(["--teacher", str(teacher), *options]) == 2
