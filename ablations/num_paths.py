@@ -5,14 +5,15 @@
     python ablations/num_paths.py --pairs resnet20-resnet8 --epochs 30 --dataset folder --data-dir DIR
 
 |S| = 0 is L_app without mixed paths. Networks of four stages have four candidate paths, those of five stages six. With
-several pairs, |S| ends at the smallest number of candidates. All other options are those of cifar100.py, except those
-that change the candidates, omit a term, or replace the student's classifier.
+several pairs, |S| ends at the smallest number of candidates. --num-paths 0 2 selects rows. All other options are those
+of cifar100.py, except those that change the candidates, omit a term, or replace the student's classifier.
 
 Before any run starts, the time and the peak memory of a step of each run are measured on the first of --devices, as in
 ablations/complexity.py, and saved to cost.json. FLOPs follow its formula. --smoke has |S| = 0, 1, 2.
 """
 
 import sys
+from argparse import Namespace
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +27,8 @@ from ablations.rows import Row, grid
 from common.models import build
 from common.paths import candidate_paths
 from common.run.errors import UserError, exit_code
-from common.run.options import option
+from common.run.options import Parser, option
+from common.run.types import count_or_zero
 
 PAIRS = ["resnet32x4-resnet8x4"]
 
@@ -38,17 +40,24 @@ def row_of(num_paths: int) -> Row:
     return Row({"method": "fcfd"} | ({} if num_paths == 2 else {"num_paths": num_paths}))
 
 
-def path_counts(pairs: list[str]) -> list[int]:
-    """|S| from 0 to the number of candidate paths, the smallest one of all pairs."""
+def path_counts(args: Namespace) -> list[int]:
+    """|S| of each row: from 0 to the number of candidate paths, the smallest one of all pairs, or --num-paths.
+
+    Raises:
+        UserError: --num-paths has a larger number.
+    """
     with torch.device("meta"):
-        students = [build(pair.split("-")[1], num_classes=2) for pair in pairs]
-    return list(range(1 + min(len(candidate_paths(student.num_stages)) for student in students)))
+        students = [build(pair.split("-")[1], num_classes=2) for pair in args.pairs]
+    most = min(len(candidate_paths(student.num_stages)) for student in students)
+    if args.num_paths and (n := max(args.num_paths)) > most:
+        raise UserError(f"--num-paths {n}: there are {most} candidate paths")
+    return sorted({*args.num_paths}) if args.num_paths else list(range(3 if args.smoke else 1 + most))
 
 
 def check_settings(given: dict[str, Any]) -> None:
     """Raise a UserError for an option of cifar100.py that would make |S| or the FLOPs in the table wrong."""
     for key, value in given.items():
-        if key in ("num_paths", "positions", "simkd") or (key.startswith("w_") and not value):
+        if key in ("positions", "simkd") or (key.startswith("w_") and not value):
             raise UserError(f"{option(key)} changes the paths or the steps that are compared here: omit it")
 
 
@@ -72,10 +81,15 @@ def table(found: list[dict[str, Any]], costs: tables.Costs, pairs: list[str], si
 def main(argv: list[str] | None = None) -> int:
     """Measure, complete the runs and write the table. Returns the exit code (see `exit_code`)."""
 
+    def more_options(parser: Parser) -> None:
+        tables.add_repeats(parser)
+        parser.add_argument("--num-paths", type=count_or_zero, nargs="+", metavar="N", help="|S| (default: all)")
+
     def script() -> None:
-        args, given = tables.parse_args(argv, __doc__, "num_paths", PAIRS, tables.add_repeats)
+        args, given = tables.parse_args(argv, __doc__, "num_paths", PAIRS, more_options)
         check_settings(given)
-        sizes = path_counts(tables.cost_settings(args, given).pairs)[: 3 if args.smoke else None]
+        tables.cost_settings(args, given)  # raises for an unknown pair
+        sizes = path_counts(args)
         cells = grid(args, given, [row_of(n) for n in sizes])
         costs = tables.measure_steps(args, given, cells)
 

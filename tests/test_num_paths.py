@@ -2,6 +2,7 @@
 
 import csv
 import json
+from argparse import Namespace
 
 import pytest
 import torch
@@ -10,6 +11,7 @@ from ablations import complexity, num_paths, tables
 from ablations.cells import to_argv
 from ablations.rows import Row, grid
 from common.run.earlier_runs import read_config
+from common.run.errors import UserError
 
 SMOKE = ["--smoke", "--devices", "cpu", "--amp", "off", "--out"]
 
@@ -43,12 +45,24 @@ def test_smoke(tmp_path, capsys):
     assert json.loads((tmp_path / "cost.json").read_text()) == cost
     assert (tmp_path / "table.md").read_text() == expected
 
+    assert num_paths.main([*SMOKE, str(tmp_path), "--num-paths", "2", "0"]) == 0
+    rows = [line for line in expected.splitlines(keepends=True) if "| resnet14-resnet8 |" in line]
+    assert (tmp_path / "table.md").read_text() == expected.replace(rows[1], "")
+
 
 def test_sizes_stop_at_the_smallest_number_of_candidates():
     four, five = "resnet32x4-resnet8x4", "vgg13-vgg8"
-    assert num_paths.path_counts([four]) == [0, 1, 2, 3, 4]
-    assert num_paths.path_counts([five]) == [0, 1, 2, 3, 4, 5, 6]
-    assert num_paths.path_counts([five, four]) == [0, 1, 2, 3, 4]
+
+    def counts(*pairs, given=None, smoke=False):
+        return num_paths.path_counts(Namespace(pairs=pairs, num_paths=given, smoke=smoke))
+
+    assert counts(four) == [0, 1, 2, 3, 4]
+    assert counts(five) == [0, 1, 2, 3, 4, 5, 6]
+    assert counts(five, four) == [0, 1, 2, 3, 4]
+    assert counts(five, smoke=True) == [0, 1, 2]
+    assert counts(four, given=[4, 0, 4], smoke=True) == [0, 4]
+    with pytest.raises(UserError, match="--num-paths 5: there are 4"):
+        counts(five, four, given=[0, 5])
     names = [num_paths.row_of(n).name for n in range(4)]
     assert names == ["app", "fcfd-num_paths=1", "fcfd", "fcfd-num_paths=3"]
 
@@ -178,7 +192,7 @@ def test_steps_have_the_options_of_the_runs(measure):
 @pytest.mark.parametrize(
     ("options", "expected"),
     [
-        (["--num-paths", "3"], "--num-paths"),
+        (["--num-paths", "5"], "--num-paths 5"),
         (["--positions", "2"], "--positions"),
         (["--simkd"], "--simkd"),
         (["--w-func-prime", "0"], "--w-func-prime"),
