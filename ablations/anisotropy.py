@@ -24,9 +24,9 @@ is measured on all --images. The paper leaves three more choices open:
     --length-unit relative          The length is in units of the L2 norm of the image's own feature.
     --length-unit absolute          The length is in units of the mean of that norm over the images.
 
-Writes table.md, curves.png and numbers.json to --out. What numbers.json already has for the same network, images,
---directions, --directions-per and --length-unit is not measured again. On a CPU, 512 directions take about a second per
-image, feature and length: use --images unless the test set is small.
+Writes table.md, curves.png and numbers.json to --out. What numbers.json already has for the same network, images and
+settings is not measured again. On a CPU, 512 directions take about a second per image, feature and length: use --images
+unless the test set is small, or --autocast.
 """
 
 import hashlib
@@ -122,9 +122,10 @@ def measure(net: StagedNet, k: int, images: ImageSet, length: float, c: Namespac
         return x
 
     def later(x: Tensor) -> Tensor:
-        for l in range(k + 1, net.num_stages + 1):
-            x = net.stage(l, x)
-        return net.classify(x)
+        with torch.autocast(x.device.type, torch.bfloat16, enabled=c.autocast):
+            for l in range(k + 1, net.num_stages + 1):
+                x = net.stage(l, x)
+        return net.classify(x.float())
 
     norms = torch.cat([earlier(batch).flatten(1).norm(dim=1) for batch, _ in eval_batches(images)]).tolist()
     units = norms if c.length_unit == "relative" else [fmean(norms)] * len(norms)
@@ -197,6 +198,7 @@ def measure_network(name: str, file: Path, data: Data, c: Namespace) -> dict[int
 
     def numbers(k: int, n: int, length: float) -> Numbers:
         key = f"F^{k}, {n} images, directions per {c.directions_per}, {c.length_unit} length {length:g}"
+        key += ", bfloat16" * c.autocast
         if key not in measured:
             measured[key] = summarize(*measure(net, k, sets[n], length, c), c.directions_per)
             write_atomically(path, lambda file: file.write(json.dumps(stored).encode()))
@@ -245,7 +247,7 @@ def table(results: dict[str, dict[int, Found]], c: Namespace) -> str:
     own, norm = c.directions_per == "image", "L2 norm" if c.length_unit == "relative" else "mean L2 norm"
     directions = f"{c.directions} random directions, {'drawn for each image' if own else 'the same for all images'}"
     return markdown(HEADER, rows) + (
-        f"\nFeatures of {c.images} test images, perturbed along {directions}.\n"
+        f"\nFeatures of {c.images} test images, perturbed along {directions}{', in bfloat16' * c.autocast}.\n"
         f"The length, in units of their {norm}, gives a smallest KL of {c.smallest_kl:g} on {c.sweep_images} images.\n"
         "KL(p || p') in nats. All images: the KL of each direction is averaged over images, before the extremes.\n"
         "Each image: its own smallest and largest KL, averaged over images.\n"
@@ -308,6 +310,7 @@ def parse_args(argv: list[str] | None) -> Namespace:
     add("--smallest-kl", type=positive, metavar="KL", default=PAPER[0], help="in nats; chooses the length")
     add("--sweep-images", type=count, metavar="N", help="test images of the sweep (default: 500, or all)")
     add("--images", type=count, metavar="N", help="test images at the chosen length (default: all)")
+    add("--autocast", action="store_true", help="run the later stages in bfloat16, which is faster on some CPUs")
     add("--batch-size", type=count, metavar="N", default=500, help="perturbed features per forward pass")
     add("--device", default=default_device(), help="cpu, cuda, cuda:N or mps")
     add("--out", metavar="DIR", type=Path, help="default: a folder in results/anisotropy/ named after network and data")

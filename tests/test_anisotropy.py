@@ -43,6 +43,7 @@ def random_images(n):
 
 def options(**changes):
     defaults = {"directions": 6, "directions_per": "dataset", "length_unit": "relative", "batch_size": 4}
+    defaults |= {"autocast": False}
     return Namespace(**(defaults | changes))
 
 
@@ -95,6 +96,15 @@ def test_measure_matches_a_float64_loop_over_images_and_directions(k, unit, per)
             assert hits[i, j] == (q.index(max(q)) == label)
     assert clean == sum(clean_hits) / 5
     assert kl.min() > 1e-4  # far above rounding errors
+
+
+def test_autocast_rounds_the_later_stages_only():
+    net, test = randomized_resnet8(), random_images(5)
+    for k in (2, 4):
+        exact, *_ = anisotropy.measure(net, k, test, 0.5, options())
+        rounded, *_ = anisotropy.measure(net, k, test, 0.5, options(autocast=True))
+        assert torch.allclose(rounded, exact, rtol=0.2)
+        assert torch.equal(rounded, exact) == (k == 4)
 
 
 def test_results_do_not_depend_on_the_batch_size():
@@ -218,9 +228,9 @@ def test_smoke(tmp_path, capsys, monkeypatch):
         assert table_rows(out) == rows
         others = {"lengths": 0.25, "directions": 9, "sweep-images": 30, "images": 30, "smallest-kl": 0.02}
         others |= {"directions-per": "image", "length-unit": "absolute"}
-        for name, value in others.items():
+        for more in (["--autocast"], *([f"--{name}", str(value)] for name, value in others.items())):
             with pytest.raises(AssertionError, match="again"):
-                anisotropy.main([*map(str, argv), f"--{name}", str(value)])
+                anisotropy.main([*map(str, argv), *more])
     one = ["--smoke", "--positions", 4, "--device", "cpu"]
     call(capsys, *one, "--directions-per", "image", "--lengths", 16, 1, module=anisotropy)
     assert [row[:3] for row in table_rows(out)] == [["resnet8, seed 1", "F^4", "each image"]]
