@@ -40,7 +40,8 @@ def load_config(run: Path) -> dict:
         UserError: `run` is not a folder of a cifar100.py run.
     """
     config = read_config(run)
-    if not config or not {"student", "dataset", "data_dir", "fingerprint"} <= config.keys():
+    keys = {"student", "dataset", "data_dir", "fingerprint"}
+    if not config or not keys <= config.keys() or config.get("script", "baseline_cifar100") != "baseline_cifar100":
         raise UserError(f"{run} is not the folder of a cifar100.py run: it needs config.yaml and student.pth")
     return config
 
@@ -96,7 +97,7 @@ def main(argv: list[str] | None = None) -> int:
         add("runs", nargs="+", metavar="RUN", type=Path, help="folders of students' runs")
         add("--teacher", metavar="RUN|FILE", type=Path, required=True, help="the teacher's run, or its checkpoint")
         add("--data-dir", metavar="DIR", help="default: that of the teacher's run, or of the first student's")
-        add("--out", metavar="FILE", default="results/agreement/table.md")
+        add("--out", metavar="FILE", default="results/agreement/table.md", help="the table")
         args = parser.parse(argv)
         is_file = args.teacher.is_file()
         config = load_config(first := args.runs[0] if is_file else args.teacher)
@@ -105,6 +106,9 @@ def main(argv: list[str] | None = None) -> int:
                 raise UserError(f"{run} used other data than {first}: pass runs on the same images")
         subsets = config.get("subset"), config.get("test_subset")
         data = load_data(config["dataset"], args.data_dir or config["data_dir"], *subsets)
+        if data.fingerprint != config["fingerprint"]:
+            where = args.data_dir or config["data_dir"]
+            raise UserError(f"{first} used other images than those in {where}: pass its --data-dir")
         n = len(data.classes)
         net = load_teacher(args.teacher, args.runs, n) if is_file else load_run(args.teacher, n)
         teacher = compute_logits(net, data.test)

@@ -1,6 +1,7 @@
 """ablations/agreement.py."""
 
 import json
+from dataclasses import replace
 
 import pytest
 import torch
@@ -38,7 +39,9 @@ def test_teacher_agrees_with_itself_and_accuracies_match_the_results(tmp_path, c
     assert (tmp_path / "again.md").read_text() == out.read_text()
 
 
-@pytest.mark.parametrize("options", [["missing"], ["other"], [], ["--teacher", "student.pth"], ["--teacher", "gone"]])
+@pytest.mark.parametrize(
+    "options", [["missing"], ["other"], ["online"], [], ["--teacher", "student.pth"], ["--teacher", "gone"]]
+)
 def test_invalid_input_exits_with_one_line_error(tmp_path, capsys, monkeypatch, teacher, options):
     """The last two: a checkpoint with a run that names no teacher, and no such file."""
     monkeypatch.chdir(tmp_path)
@@ -47,8 +50,21 @@ def test_invalid_input_exits_with_one_line_error(tmp_path, capsys, monkeypatch, 
         options = [str(teacher), *options]
     (tmp_path / "other").mkdir()
     (tmp_path / "other" / "config.yaml").write_text("{student: resnet8, dataset: x, data_dir: x, fingerprint: x}")
+    config = (teacher / "config.yaml").read_text()
+    (tmp_path / "online").mkdir()
+    (tmp_path / "online" / "config.yaml").write_text(config + "script: online_kd\n")
+    (tmp_path / "online" / "student.pth").write_bytes((teacher / "student.pth").read_bytes())
     assert agreement.main(["--teacher", str(teacher), *options]) == 2
     message = capsys.readouterr().err
     assert message.startswith("error: ")
     assert message.count("\n") == 1
     assert not (tmp_path / "results").exists()
+
+
+def test_other_images_in_the_data_folder_are_refused(tmp_path, capsys, monkeypatch, teacher):
+    load_data = agreement.load_data
+    monkeypatch.setattr(agreement, "load_data", lambda *args: replace(load_data(*args), fingerprint="other"))
+    assert (
+        agreement.main(["--teacher", str(teacher), str(teacher), "--data-dir", "x", "--out", str(tmp_path / "t")]) == 2
+    )
+    assert "other images than those in x" in capsys.readouterr().err
