@@ -25,15 +25,25 @@ def runs(tmp_path):
 
 def test_runs_that_differ_only_in_the_seed_are_grouped(runs):
     groups = curves.group(runs, "test_top1")
-    assert groups == {"a": [[1, 2], [3, 5, 9]], "b-seed10-x$y$": [[7, 7]]}
-    assert curves.mean_curve(groups["a"]) == [2, 3.5]
+    assert groups == {"a": [{1: 1, 2: 2}, {1: 3, 2: 5, 3: 9}], "b-seed10-x$y$": [{1: 7, 2: 7}]}
+    assert curves.mean_curve(groups["a"]) == {1: 2, 2: 3.5}
+
+
+def test_empty_cells_are_omitted(tmp_path):
+    """As in the logs of detection.py, which tests its network less often than it writes a row."""
+    for name, rows in (("d-seed1", "250,\n500,3\n750,\n1000,5\n"), ("d-seed2", "500,4\n1000,\n")):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "log.csv").write_text("iteration,AP\n" + rows)
+    groups = curves.group([tmp_path / "d-seed1", tmp_path / "d-seed2"], "AP")
+    assert groups == {"d": [{500: 3, 1000: 5}, {500: 4}]}
+    assert curves.mean_curve(groups["d"]) == {500: 3.5}
 
 
 def test_equal_names_in_different_folders_are_not_grouped(tmp_path, runs):
     (tmp_path / "other").mkdir()
     other = write_run(tmp_path / "other" / "a-seed1", [8])
     groups = curves.group([runs[0], other, runs[0]], "test_top1")
-    assert groups == {f"{tmp_path.name}/a": [[1, 2]], "other/a": [[8]]}
+    assert groups == {f"{tmp_path.name}/a": [{1: 1, 2: 2}], "other/a": [{1: 8}]}
 
 
 def test_figure_has_a_panel_per_column(tmp_path, runs):
