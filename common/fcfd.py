@@ -237,7 +237,7 @@ def plan_paths(
         required: terms that must not be dropped if their weight is not 0, such as those set on the command line.
 
     Raises:
-        ValueError: `positions` or `num_paths` is out of range, a required term is dropped, or no term remains.
+        ValueError: `positions` or `num_paths` is out of range, a required term reads no path, or no term remains.
     """
 
     def reads(name: str, path: MixedPath) -> bool:
@@ -247,8 +247,9 @@ def plan_paths(
     paths = candidate_paths(num_stages, positions)
     weights = {name: value for name, value in weights.items() if value}
     unusable = [n for n in weights if table[n].delta is not None and not any(reads(n, path) for path in paths)]
-    if missing := [name for name in unusable if name in required]:
-        raise ValueError(f"{missing[0]} has a weight, but reads none of the mixed paths at these positions")
+    for name in required:
+        if name in unusable or (num_paths == 0 and name in weights and table[name].delta is not None):
+            raise ValueError(f"{name} has a weight, but reads none of the mixed paths that are sampled")
     weights = {name: value for name, value in weights.items() if name not in unusable}
     paths = [path for path in paths if any(reads(name, path) for name in weights)]
     num_paths = min(2, len(paths)) if num_paths is None else num_paths

@@ -225,6 +225,9 @@ def test_plan_paths_rejects_settings_that_cannot_be_trained():
     with pytest.raises(ValueError, match="func_l2"):
         plan_paths(weights, 4, [4], required=["func_l2"])
     plan_paths(weights | {"func_l2": 0}, 4, [4], required=["func_l2"])  # not required without a weight
+    with pytest.raises(ValueError, match="func_kl"):
+        plan_paths(weights, 4, num_paths=0, required=["app", "func_kl"])
+    plan_paths(weights, 4, num_paths=0, required=["app"])
     with pytest.raises(ValueError, match="4 candidates"):
         plan_paths(weights, 4, num_paths=5)
     with pytest.raises(ValueError, match=r"outside 2\.\.4"):
