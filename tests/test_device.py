@@ -153,6 +153,14 @@ def test_unused_gpu_is_reported(monkeypatch, tmp_path):
     assert described() == "cpu, amp off"
 
 
+def test_slow_precision_is_reported():
+    def described(device, amp):
+        return describe_device(Namespace(device=device, amp=amp, given={"device", "amp"}, resume=False))
+
+    assert "slow" in described("cpu", "fp16")
+    assert "slow" not in described("cpu", "bf16") + described("cuda:0", "fp16")
+
+
 def test_missing_gpu_is_reported_with_the_reason(monkeypatch):
     def fail():
         raise RuntimeError("The NVIDIA driver on your system is too old\nsecond line")

@@ -36,6 +36,8 @@ def describe_device(args: Namespace) -> str:
         device += f" (PyTorch {torch.__version__} cannot use the NVIDIA GPU: {reason})"
     if "amp" not in args.given and not args.resume:
         amp += f" ({default_amp(args.device)[1]})"
+    if args.amp == "fp16" and device.startswith("cpu"):
+        amp += " (very slow on a CPU: use bf16 or off)"
     return f"{device}, {amp}"
 
 
