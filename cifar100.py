@@ -48,7 +48,7 @@ def parse_args(argv: list[str] | None = None, stored: dict | None = None) -> Nam
     add("--teacher", type=name_in(NETWORKS), metavar="NAME", help="omit to train --student alone")
     add("--epochs", type=count, default=SETTINGS["epochs"], metavar="N", help="the schedule scales with it")
     add("--batch-size", type=count, default=SETTINGS["batch_size"], metavar="N", help="images per step")
-    add("--lr", type=positive, help="default: the pair's")
+    add("--lr", type=positive, help="default: the pair's or network's")
     add("--evaluate", metavar="FILE", help="only test this checkpoint of --student (with --simkd also give --teacher)")
     distillation = parser.add_argument_group("distillation")
     add = distillation.add_argument
