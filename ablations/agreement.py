@@ -40,8 +40,8 @@ def load_config(run: Path) -> dict:
         UserError: `run` is not a folder of a cifar100.py run.
     """
     config = read_config(run)
-    keys = {"student", "dataset", "data_dir", "fingerprint"}
-    if not config or not keys <= config.keys() or config.get("script", "baseline_cifar100") != "baseline_cifar100":
+    keys, scripts = {"student", "dataset", "data_dir", "fingerprint"}, (None, "baseline_cifar100")  # None: cifar100
+    if not config or not keys <= config.keys() or config.get("script") not in scripts:
         raise UserError(f"{run} is not the folder of a cifar100.py run: it needs config.yaml and student.pth")
     return config
 
