@@ -65,7 +65,7 @@ def load_teacher(file: Path, students: list[Path], num_classes: int) -> StagedNe
     names = {config["teacher"] for config in map(load_config, students) if config.get("teacher")}
     if len(names) != 1:
         found = " and ".join(sorted(names)) or "none"
-        raise UserError(f"--teacher {file} is a checkpoint of which network? The runs name {found}: pass a run instead")
+        raise UserError(f"--teacher {file}: the runs must name one teacher (they name {found}); pass its run instead")
     net = build(name := names.pop(), num_classes)
     load_network(net, file, name)
     return net
