@@ -173,7 +173,7 @@ def train(args: Namespace, data: Data | None = None) -> bool:
         for net in filter(None, (student, teacher)):  # separate BatchNorm statistics for each mixed path
             track_paths(net, sorted({path.k for path in candidates}))
         networks = nn.ModuleList(filter(None, (student, teacher, bridges)))
-        networks.to(device, memory_format=torch.channels_last)  # faster than NCHW: docs/results.md
+        networks.to(device, memory_format=torch.channels_last)  # faster than NCHW: docs/cost.md
         parameters = [p for p in networks.parameters() if p.requires_grad]
         optimizer = sgd(parameters, args.lr, momentum=0.9, weight_decay=5e-4, nesterov=True)
         scaler = torch.amp.GradScaler(device.type, enabled=args.amp == "fp16")

@@ -157,7 +157,7 @@ def train(args: Namespace) -> None:
         for net in (student, teacher):
             track_paths(net, sorted({path.k for path in candidates}))
         networks = nn.ModuleList(filter(None, (student, teacher, bridges)))
-        networks.to(device, memory_format=torch.channels_last)  # faster than NCHW: docs/results.md
+        networks.to(device, memory_format=torch.channels_last)  # faster than NCHW: docs/cost.md
         optimizer = sgd(networks.parameters(), args.lr, momentum=0.9, weight_decay=5e-4, nesterov=True)
         scaler = torch.amp.GradScaler(device.type, enabled=args.amp == "fp16")
         # What last.pt holds; it is restored here if the run is resumed.

@@ -1,6 +1,6 @@
 """Reads and augments training images.
 
-Decoding a JPEG takes three quarters of the time. docs/results.md lists the alternatives that were measured.
+Decoding a JPEG takes three quarters of the time. docs/cost.md lists the alternatives that were measured.
 """
 
 import contextlib
