@@ -20,11 +20,12 @@ from tqdm import tqdm
 from common.bridges import build_bridges
 from common.data.batches import SIZE, Data, eval_batches, train_batches
 from common.data.sources import load_data, load_test
-from common.fcfd import EQ_9, TERMS, fcfd_terms, forward_paths, needs_all_bridges, plan_paths, term_weights
+from common.fcfd import EQ_9, TERMS, fcfd_terms, forward_paths
 from common.losses import dkd, kl
 from common.models import NETWORKS, build
 from common.multipath_bn import track_paths
 from common.paths import sample_paths
+from common.plan import needs_all_bridges, plan_paths, term_weights
 from common.run import earlier_runs
 from common.run.checkpoint import load_network
 from common.run.device import AMP, describe_device, open_device

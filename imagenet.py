@@ -21,10 +21,11 @@ from tqdm import tqdm
 
 from common.bridges import build_bridges
 from common.data.image_files import FileData, ImageFiles, Shard, eval_loader, list_files, list_test_files, train_loader
-from common.fcfd import EQ_9, TERMS, fcfd_terms, forward_paths, needs_all_bridges, plan_paths, term_weights
+from common.fcfd import EQ_9, TERMS, fcfd_terms, forward_paths
 from common.models import IMAGENET_NETWORKS, StagedNet, build_imagenet
 from common.multipath_bn import track_paths
 from common.paths import MixedPath, sample_paths
+from common.plan import needs_all_bridges, plan_paths, term_weights
 from common.run.checkpoint import load_network
 from common.run.device import AMP, describe_device, open_device
 from common.run.distributed import all_reduce, rank, world_size

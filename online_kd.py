@@ -24,21 +24,11 @@ from tqdm import tqdm
 from common.bridges import build_bridges
 from common.data.batches import SIZE, eval_batches, train_batches
 from common.data.sources import load_data
-from common.fcfd import (
-    EQ_9,
-    KL,
-    TERMS,
-    Flow,
-    Term,
-    fcfd_terms,
-    forward_paths,
-    needs_all_bridges,
-    plan_paths,
-    term_weights,
-)
+from common.fcfd import EQ_9, KL, TERMS, Flow, Term, fcfd_terms, forward_paths
 from common.models import NETWORKS, build
 from common.multipath_bn import track_paths
 from common.paths import sample_paths
+from common.plan import needs_all_bridges, plan_paths, term_weights
 from common.run.device import AMP, describe_device, open_device
 from common.run.earlier_runs import default_out
 from common.run.errors import exit_code, user_errors

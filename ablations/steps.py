@@ -24,11 +24,12 @@ from ablations.baselines.build import build_method
 from ablations.cells import to_argv
 from ablations.measure import Step
 from common.data.batches import SIZE
-from common.fcfd import fcfd_terms, forward_paths, needs_all_bridges
+from common.fcfd import fcfd_terms, forward_paths
 from common.losses import dkd, kl
 from common.models import build
 from common.multipath_bn import track_paths
 from common.paths import sample_paths
+from common.plan import needs_all_bridges
 from common.run.device import AMP
 from common.run.optimizer import sgd
 

@@ -12,7 +12,7 @@ import pytest
 import cifar100
 
 ROOT = Path(cifar100.__file__).parent
-MODULES = ["bridges", "fcfd", "losses", "multipath_bn", "paths", "randomness", "simkd"]
+MODULES = ["bridges", "fcfd", "losses", "multipath_bn", "paths", "plan", "randomness", "simkd"]
 FILES = [*(ROOT / "common" / f"{name}.py" for name in MODULES), *sorted((ROOT / "common" / "models").glob("*.py"))]
 
 STEP = """
