@@ -106,7 +106,7 @@ def warmed_up(weights: dict[str, float], args: Namespace, epoch: int) -> dict[st
     """This epoch's weights. Those of L2 terms ramp up linearly during the warm-up, which is shorter in short runs."""
     warmup = SETTINGS["warmup_epochs"] * min(1, args.epochs / SETTINGS["epochs"])
     factor = min(1.0, (epoch + 1) / warmup)
-    return {name: value * factor if ONLINE[name].features else value for name, value in weights.items()}
+    return {name: value * factor if ONLINE[name].compares_features else value for name, value in weights.items()}
 
 
 def build_networks(args: Namespace, num_classes: int):

@@ -171,18 +171,18 @@ class Term(NamedTuple):
 
     function: Callable[[Flow, Tensor, KL], Tensor]
     delta: int | None = None  # the direction of the mixed paths it reads; None if it reads no mixed path
-    features: bool = False  # compares features: weight w_l2, warmed up; without `delta` it needs every bridge s2t
+    compares_features: bool = False  # has weight w_l2, warmed up; without `delta` it needs every bridge s2t
 
 
 TERMS: dict[str, Term] = {
     "task": Term(l_task),
     "kd": Term(l_kd),
-    "app": Term(l_app, features=True),
-    "func_l2": Term(l_func_l2, delta=1, features=True),
+    "app": Term(l_app, compares_features=True),
+    "func_l2": Term(l_func_l2, delta=1, compares_features=True),
     "func_kl": Term(l_func_kl, delta=1),
     "func_prime": Term(l_func_prime, delta=0),
-    "func_partial": Term(l_func_partial, delta=1, features=True),
-    "func_prime_l2": Term(l_func_prime_l2, delta=0, features=True),
+    "func_partial": Term(l_func_partial, delta=1, compares_features=True),
+    "func_prime_l2": Term(l_func_prime_l2, delta=0, compares_features=True),
 }
 EQ_9 = ("task", "kd", "app", "func_l2", "func_kl", "func_prime")  # the terms of the method; the others are variants
 

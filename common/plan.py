@@ -11,8 +11,14 @@ def term_weights(names: Iterable[str], w_l2: float, w_kl: float, table: Mapping[
 
     Terms that compare features share `w_l2`, the other terms on mixed paths share `w_kl`, and the rest have weight 1.
     """
-    chosen = {name: w_l2 if term.features else 1 if term.delta is None else w_kl for name, term in table.items()}
-    return {name: value if name in set(names) else 0 for name, value in chosen.items()}
+    names = set(names)
+
+    def weight(term: Term) -> float:
+        if term.compares_features:
+            return w_l2
+        return 1 if term.delta is None else w_kl
+
+    return {name: weight(term) if name in names else 0 for name, term in table.items()}
 
 
 def plan_paths(
@@ -37,7 +43,7 @@ def plan_paths(
 
     def reads(name: str, path: MixedPath) -> bool:
         # A path that leaves stage N enters the classifier directly, so it has no later features to compare.
-        return table[name].delta == path.delta and not (table[name].features and path.k == num_stages)
+        return table[name].delta == path.delta and not (table[name].compares_features and path.k == num_stages)
 
     paths = candidate_paths(num_stages, positions)
     weights = {name: value for name, value in weights.items() if value}
@@ -56,4 +62,4 @@ def plan_paths(
 
 def needs_all_bridges(terms: Iterable[str], table: Mapping[str, Term] = TERMS) -> bool:
     """Whether one of `terms` compares bridged features without reading a mixed path, as L_app does."""
-    return any(table[name].features and table[name].delta is None for name in terms)
+    return any(table[name].compares_features and table[name].delta is None for name in terms)

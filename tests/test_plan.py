@@ -59,5 +59,5 @@ def test_plan_paths_rejects_settings_that_cannot_be_trained():
 
 def test_needs_all_bridges_only_for_terms_like_l_app():
     assert [name for name in TERMS if needs_all_bridges([name])] == ["app"]
-    table = TERMS | {"own": Term(TERMS["app"].function, features=True)}
+    table = TERMS | {"own": Term(TERMS["app"].function, compares_features=True)}
     assert needs_all_bridges(["own"], table)
