@@ -9,12 +9,18 @@ A network is a chain of stages M^1..M^N (M^1 is the stem) and a classifier C. In
 Each step samples a set S of mixed paths (|S| = 2 in the paper; see paths.py). `forward_paths` runs the pure and the
 sampled mixed paths and returns a `Flow`. Each loss term is a function of that `Flow`.
 
+The loss is Eq. 9, where w_l2 and w_kl depend on the pair:
+
+    L_task + L_kd + w_l2 (L_app + the L2 part of L_func) + w_kl (the KL part of L_func + L_func')
+
+Each term is the sum over its positions and paths, not divided by |S|.
+
 L_app matches the values of features. L_func and L_func' match their function: the output that the later stages of a
 network compute from them, the teacher's in L_func and the student's in L_func'.
 
-In every term of Eq. 9 except L_task, the target is a feature or the logits of the pure teacher path, detached in
-losses.py. On <k, 1>, gradients flow through the frozen later stages of the teacher into the bridge and the student's
-stages 1..k; on <k, 0>, into the bridge and the student's later stages.
+In every term except L_task, the target is a feature or the logits of the pure teacher path, detached in losses.py. On
+<k, 1>, gradients flow through the frozen later stages of the teacher into the bridge and the student's stages 1..k; on
+<k, 0>, into the bridge and the student's later stages.
 """
 
 from collections.abc import Callable, Iterable, Mapping
@@ -103,8 +109,8 @@ def forward_paths(
     return flow
 
 
-# A loss term is a function (flow, labels [B], kl) that returns a float32 scalar: the sum over its positions and paths,
-# not divided by |S|. kl(logits, target) is the KL at the run's temperature, or its replacement, such as DKD.
+# A loss term is a function (flow, labels [B], kl) that returns a float32 scalar. kl(logits, target) is the KL at the
+# run's temperature, or its replacement, such as DKD.
 
 KL = Callable[[Tensor, Tensor], Tensor]
 
@@ -145,6 +151,9 @@ def l_func_kl(flow: Flow, labels: Tensor, kl: KL) -> Tensor:
 def l_func_prime(flow: Flow, labels: Tensor, kl: KL) -> Tensor:
     """Eq. 7: T^2 KL(p_t || p), where p is the softmax of each <k, 0> path's logits."""
     return _sum(flow, (kl(mixed.logits, flow.teacher_logits) for mixed in _paths(flow, delta=0).values()))
+
+
+# Variants of the ablations, not part of Eq. 9.
 
 
 def l_func_partial(flow: Flow, labels: Tensor, kl: KL) -> Tensor:
