@@ -31,7 +31,7 @@ class StagedNet(nn.Module, ABC):
 
     Attributes:
         num_stages: N; the stem is stage 1.
-        post_relu: whether the features F^k are taken after their ReLU. If not, stage k + 1 applies it.
+        post_relu: whether the features F^k are outputs of a ReLU. If so, bridges into the network end in a leaky ReLU.
         projected: whether stage N ends with SimKD's projector into the teacher's feature space (common/simkd.py).
     """
 
@@ -46,7 +46,7 @@ class StagedNet(nn.Module, ABC):
     @property
     @abstractmethod
     def classifier_layer(self) -> nn.Module:
-        """The linear layer [B, C_N] -> [B, num_classes]; its attribute name depends on the network."""
+        """The layer after pooling, [B, C_N] -> [B, num_classes]; its attribute name depends on the network."""
 
     def classify(self, feature: Tensor) -> Tensor:
         """C: F^N [B, C_N, H_N, W_N] -> logits [B, num_classes]. Its ReLU is a no-op on post-ReLU features."""
