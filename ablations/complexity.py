@@ -4,7 +4,7 @@
     python ablations/complexity.py --pairs all --num-paths 2                 the ten published pairs
     python ablations/complexity.py --methods kd dkd app reviewkd crd fcfd    Tab. 11: several methods
 
-The steps are in ablations/steps.py. The unit is one forward and backward of the student alone, in plain eager NCHW
+The steps are in ablations/steps.py. Costs are relative to one forward and backward of the student alone, in plain NCHW
 float32. "plain" is FCFD's step in that form. Each step samples its own paths, so its median is also over paths of
 different cost, and its peak memory is the maximum over them. All of them are run once before anything is measured.
 
@@ -54,7 +54,7 @@ METHODS = {  # their titles in the table, and the options of their runs
 WITH_PATHS = ("fcfd", "plain")
 FLOPS = "FLOPs are of convolutions and linear layers; a multiply-add is two."
 LEGEND = f"""
-Units are those of one forward and backward of the student alone, without SGD, by time and by FLOPs.
+The relative columns are divided by one forward and backward of the student alone, without SGD.
 {FLOPS} Paths: |S|.
 """
 SMOKE = ["--pairs", "resnet14-resnet8", "--methods", *METHODS, "--num-paths", "0", "2", "--batch-size", "4"]
@@ -82,7 +82,7 @@ def parse_args(argv: list[str] | None = None) -> Namespace:
     parser = Parser(__doc__)
     add = parser.add_argument
     add("--pairs", type=pair, nargs="+", metavar="PAIR", help="or all: published (default: resnet32x4-resnet8x4)")
-    add("--methods", choices=METHODS, nargs="+", help="besides the unit (default: fcfd plain)")
+    add("--methods", choices=METHODS, nargs="+", help="besides the student alone (default: fcfd plain)")
     add("--num-paths", type=count_or_zero, nargs="+", metavar="N", help="|S| of FCFD (default: each; with --methods 2)")
     add("--batch-size", type=count, default=64, metavar="N", help="images per step")
     add("--repeats", type=count, default=11, metavar="N", help="timed steps, for the median")
@@ -113,7 +113,7 @@ def pair(text: str) -> str:
 
 
 def rows_of(pair: str, args: Namespace) -> list[Row]:
-    """The rows of a pair: the unit, and those of --methods; FCFD has one for each |S|, its plain form only one.
+    """The rows of a pair: student alone, then --methods; FCFD has one for each |S|, its plain form only one.
 
     Raises:
         ValueError: the networks do not match, or an |S| is out of range.
@@ -202,7 +202,7 @@ def flops_of(row: Row, args: Namespace) -> float:
 
 
 def formula(pair: str, options: dict[str, Any]) -> float:
-    """FLOPs for one image by App. H's formula, of the unit, KD, DKD, KD with L_app, or FCFD with "num_paths"."""
+    """FLOPs for one image by App. H's formula: student alone, KD, DKD, KD with L_app, or FCFD with "num_paths"."""
     with torch.device("meta"):
         teacher, student = (build(name, CLASSES) for name in pair.split("-"))
         forward = flops.forward_flops(teacher, student, build_bridges(teacher, student, SIZE), SIZE)
@@ -214,16 +214,17 @@ def formula(pair: str, options: dict[str, Any]) -> float:
 
 def table(rows: list[Row], batch_size: int) -> str:
     """The rows as Markdown."""
-    header = ["pair", "step", "paths", "units", "ms", "images/s", "peak memory (MiB)", "GFLOPs", "units by FLOPs"]
-    units = {row.pair: row for row in rows if row.name == "alone"}
+    header = ["pair", "step", "paths", "relative time", "ms", "images/s", "peak memory (MiB)", "GFLOPs"]
+    header += ["relative FLOPs"]
+    students = {row.pair: row for row in rows if row.name == "alone"}
     lines = []
     for row in rows:
-        unit = units[row.pair]
-        title = METHODS[row.name][0] if row.options else "the unit: the student alone"
+        alone = students[row.pair]
+        title = METHODS[row.name][0] if row.options else "student alone"
         line = [row.pair, title, row.options.get("num_paths", "")]
-        line += [f"{row.seconds / unit.seconds:.2f}", f"{1000 * row.seconds:.1f}", f"{batch_size / row.seconds:.0f}"]
+        line += [f"{row.seconds / alone.seconds:.2f}", f"{1000 * row.seconds:.1f}", f"{batch_size / row.seconds:.0f}"]
         line += [f"{row.megabytes:.0f}" if row.megabytes else ""]
-        line += [f"{row.flops / 1e9:.2f}", f"{row.flops / unit.flops:.2f}"]
+        line += [f"{row.flops / 1e9:.2f}", f"{row.flops / alone.flops:.2f}"]
         lines.append(line)
     return markdown(header, lines)
 

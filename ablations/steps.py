@@ -2,10 +2,10 @@
 
 cifar100.py           forward along all paths, loss terms, backward, SGD
 baseline_cifar100.py  the step of a method there; CRD's banks have the size of CIFAR-100
-the unit              one forward and backward of the student, without SGD
+student alone         one forward and backward, without SGD; relative costs are relative to it
 
-The steps of both scripts use channels_last and autocast, as in training. The plain form is NCHW float32; the unit has
-it too.
+The steps of both scripts use channels_last and autocast, as in training. The plain form is NCHW float32, also for
+the student alone.
 """
 
 from argparse import Namespace
@@ -43,7 +43,7 @@ def build_step(pair: str, options: dict[str, Any], args: Namespace, plain: bool 
     """A step of the pair "TEACHER-STUDENT". Each step i < args.repeats samples its own paths.
 
     Args:
-        options: of the run by name ("num_paths"), besides its networks; empty for the unit.
+        options: of the run by name ("num_paths"), besides its networks; empty for the student alone.
         args: batch_size, device, amp and repeats.
         plain: in the plain form.
 

@@ -41,12 +41,12 @@ def test_smoke(tmp_path, capsys):
     assert flops["crd", None] == flops["kd", None] + 4 * (5 * embedding + 4 * products)
     text = (tmp_path / "table.md").read_text()
     assert text in capsys.readouterr().out
-    unit, row = rows["alone", None], rows["fcfd", 2]
+    alone, row = rows["alone", None], rows["fcfd", 2]
     expected = (
-        f"| resnet14-resnet8 | FCFD | 2 | {row['seconds'] / unit['seconds']:.2f} | {1000 * row['seconds']:.1f} | "
+        f"| resnet14-resnet8 | FCFD | 2 | {row['seconds'] / alone['seconds']:.2f} | {1000 * row['seconds']:.1f} | "
     )
     expected += f"{4 / row['seconds']:.0f} | {row['megabytes']:.0f} | {row['flops'] / 1e9:.2f} | "
-    assert expected + f"{row['flops'] / unit['flops']:.2f} |" in text
+    assert expected + f"{row['flops'] / alone['flops']:.2f} |" in text
     fewer = ["--methods", "fcfd", "kd", "--num-paths", "2"]
     assert complexity.main([*SMOKE, "--out", str(tmp_path), *fewer]) == 0
     assert "resnet14-resnet8: kept" in capsys.readouterr().out
