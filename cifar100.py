@@ -83,13 +83,13 @@ def parse_args(argv: list[str] | None = None, stored: dict | None = None) -> Nam
         weights = term_weights(METHODS[args.method], pair["w_l2"], pair["w_kl"])
         set_defaults(args, lr=pair["lr"], temperature=pair["temperature"], teacher_epochs=args.epochs)
     else:
-        parser.refuse(args, distillation, "is about distillation: also give --teacher")
+        parser.refuse(args, distillation, "requires --teacher")
         weights = term_weights(("task",), 0, 0)
         set_defaults(args, lr=lr)
         args.method = args.teacher_bn = None
     set_defaults(args, **{f"w_{name}": value for name, value in weights.items()})
     if {"teacher_ckpt", "teacher_epochs"} <= args.given:
-        parser.error("--teacher-epochs is for a teacher that is trained first: omit it, or --teacher-ckpt")
+        parser.error("--teacher-epochs and --teacher-ckpt exclude each other: omit one")
     if args.kd_loss != "dkd" and args.given & {"tckd", "nckd"}:
         parser.error("--tckd and --nckd are weights inside DKD: also give --kd-loss dkd")
     return args

@@ -61,12 +61,12 @@ def parse_args(argv: list[str] | None = None, stored: dict | None = None) -> Nam
     if not resolve(parser, args, stored):
         return args
     if not args.teacher:
-        parser.refuse(args, distillation, "is about distillation: also give --teacher")
+        parser.refuse(args, distillation, "requires --teacher")
         args.method = args.temperature = None
     chosen = METHODS[args.method] if args.teacher else ("task",)
     set_defaults(args, **{f"w_{name}": 1 if name in chosen else 0 for name in TERMS})
     if not any(getattr(args, f"w_{name}") for name in TERMS):
-        parser.error("no term remains to train on: give one of them a weight")
+        parser.error("every loss term has weight 0: set at least one --w-... above 0")
     return args
 
 
@@ -77,7 +77,7 @@ def resolve(parser: Parser, args: Namespace, stored: dict | None) -> bool:
     if args.resume and stored is None:
         return False  # main() reads them once the ranks can communicate
     if args.scratch and "backbone_ckpt" in args.given:
-        parser.error("--scratch starts from random weights: omit it, or --backbone-ckpt")
+        parser.error("--scratch and --backbone-ckpt exclude each other: omit one")
     if args.batch_size % world_size():
         parser.error(f"--batch-size {args.batch_size}: must be a multiple of the {world_size()} ranks")
     if "milestones" in args.given and not args.milestones[0] < args.milestones[1] < args.iterations:

@@ -75,7 +75,7 @@ def parse_args(argv: list[str] | None = None, stored: dict | None = None) -> Nam
         weights = term_weights(METHODS[args.method], pair["w_l2"], pair["w_kl"])
         set_defaults(args, temperature=pair["temperature"])
     else:
-        parser.refuse(args, distillation, "is about distillation: also give --teacher")
+        parser.refuse(args, distillation, "requires --teacher")
         weights = term_weights(("task",), 0, 0)
         args.method = args.teacher_bn = None
     set_defaults(args, **{f"w_{name}": value for name, value in weights.items()})

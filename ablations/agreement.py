@@ -103,12 +103,12 @@ def main(argv: list[str] | None = None) -> int:
         config = load_config(first := args.runs[0] if is_file else args.teacher)
         for run in args.runs:
             if load_config(run)["fingerprint"] != config["fingerprint"]:
-                raise UserError(f"{run} used other data than {first}: pass runs on the same images")
+                raise UserError(f"{run} and {first} used different data: pass runs on the same images")
         subsets = config.get("subset"), config.get("test_subset")
         data = load_data(config["dataset"], args.data_dir or config["data_dir"], *subsets)
         if data.fingerprint != config["fingerprint"]:
             where = args.data_dir or config["data_dir"]
-            raise UserError(f"{first} used other images than those in {where}: pass its --data-dir")
+            raise UserError(f"{first} did not use the images in {where}: pass its --data-dir")
         n = len(data.classes)
         net = load_teacher(args.teacher, args.runs, n) if is_file else load_run(args.teacher, n)
         teacher = compute_logits(net, data.test)

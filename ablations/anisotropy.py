@@ -338,7 +338,7 @@ def find_data(c: Namespace) -> Data:
         last = build(c.network, num_classes=10).num_stages
     data = load_data(*(c.data.get(key) for key in DATA))
     if c.run and data.fingerprint != config["fingerprint"]:
-        raise UserError(f"{c.run} was trained on other images than those in {c.data['data_dir']}: pass its --data-dir")
+        raise UserError(f"{c.run} was not trained on the images in {c.data['data_dir']}: pass its --data-dir")
     set_defaults(c, images=len(data.test), sweep_images=min(500, len(data.test)))
     for name in ("images", "sweep_images"):
         balanced_subset(data.test.labels.numpy(), getattr(c, name), len(data.classes), option(name)[2:])

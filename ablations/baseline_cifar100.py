@@ -75,7 +75,7 @@ def parse_args(argv: list[str] | None = None, stored: dict | None = None) -> Nam
     if args.teacher:
         set_defaults(args, teacher_epochs=args.epochs)
     if {"teacher_ckpt", "teacher_epochs"} <= args.given:
-        parser.error("--teacher-epochs is for a teacher that is trained first: omit it, or --teacher-ckpt")
+        parser.error("--teacher-epochs and --teacher-ckpt exclude each other: omit one")
     return args
 
 

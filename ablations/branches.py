@@ -110,7 +110,7 @@ def train_branches(c: Namespace, folder: Path, teacher: StagedNet, data: Data) -
         c: settings; the data's fingerprint and a digest of the teacher's weights are added.
 
     Raises:
-        UserError: branches.pt has other settings, or is another kind of file.
+        UserError: branches.pt has different settings, or is another kind of file.
         NonFiniteLossError: training diverged.
     """
     file, device = folder / "branches.pt", open_device(c.device)
@@ -178,7 +178,7 @@ def check_branch_settings(folder: Path, stored: dict[str, Any], c: Namespace) ->
         raise UserError(f"the branches in {folder} are for another teacher: remove them, or choose another --runs")
     if difference := first_difference(stored, vars(c)):
         raise UserError(
-            f"{folder} holds branches with other settings: {difference}; remove the folder, or choose another --runs"
+            f"{folder} holds branches with different settings: {difference}; remove it, or choose another --runs"
         )
 
 

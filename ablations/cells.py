@@ -63,7 +63,7 @@ class Cell:
 
         Raises:
             UserError: the options are invalid, as far as the script can tell without the data; the folder holds a run
-                with other settings, or its settings cannot be read.
+                with different settings, or its settings cannot be read.
         """
         stored = read_config(self.folder)
         if stored is None and self._read_result() and not (self.folder / "last.pt").exists():
@@ -82,7 +82,7 @@ class Cell:
                     "of --seeds (append new ones), or choose another --out"
                 )
         if difference := first_difference(stored, settings):
-            raise UserError(f"{self.folder} holds a run with other settings: {difference}; choose other --runs")
+            raise UserError(f"{self.folder} holds a run with different settings: {difference}; choose another --runs")
         return settings
 
     def command(self, device: str | None) -> list[str]:
@@ -108,14 +108,14 @@ def to_argv(given: dict[str, Any]) -> list[str]:
 
 
 def first_difference(stored: dict[str, Any], settings: dict[str, Any]) -> str | None:
-    """The first setting in both that may not change and differs, as in "--lr is 0.1 and was 0.05"."""
+    """The first setting in both that may not change and differs, as in "--lr is 0.1 but was 0.05"."""
     for name, was in stored.items():
         if name in settings and name not in MAY_CHANGE:
             value, same = settings[name], settings[name] == was
             if name == "teacher_ckpt" and value and was:
                 same = Path(value).resolve() == Path(was).resolve()
             if not same:
-                return f"{'the data' if name == 'fingerprint' else option(name)} is {value} and was {was}"
+                return f"{'the data' if name == 'fingerprint' else option(name)} is {value} but was {was}"
     return None
 
 
@@ -142,7 +142,7 @@ def with_dependencies(cells: Iterable[Cell]) -> list[Cell]:
     (first, expected), *more = fingerprints.items()
     for folder, fingerprint in more:
         if fingerprint != expected:
-            raise UserError(f"the run in {folder} used other images than {first}: choose another --out or --data-dir")
+            raise UserError(f"{folder} and {first} used different images: choose another --out or --data-dir")
     return cells
 
 

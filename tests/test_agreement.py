@@ -67,4 +67,4 @@ def test_other_images_in_the_data_folder_are_refused(tmp_path, capsys, monkeypat
     assert (
         agreement.main(["--teacher", str(teacher), str(teacher), "--data-dir", "x", "--out", str(tmp_path / "t")]) == 2
     )
-    assert "other images than those in x" in capsys.readouterr().err
+    assert "did not use the images in x" in capsys.readouterr().err

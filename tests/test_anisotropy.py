@@ -304,7 +304,7 @@ def test_damaged_numbers_and_other_images_are_rejected(tmp_path, capsys, monkeyp
         assert (tmp_path / "numbers.json").read_text() == text
     monkeypatch.setattr(anisotropy, "load_config", lambda run, load_config=anisotropy.load_config:
                         load_config(run) | {"fingerprint": "another"})  # fmt: skip
-    assert "other images" in call(capsys, "--run", run, code=2, module=anisotropy)
+    assert "was not trained on the images" in call(capsys, "--run", run, code=2, module=anisotropy)
 
 
 def test_missing_matplotlib_is_reported(tmp_path, capsys, monkeypatch):

@@ -280,8 +280,8 @@ def test_run_resumes_bitwise(tmp_path, capsys, options):
     resume = [*PAIR, "--resume", "--device", "cpu", "--out", out]
     message = running.call(capsys, *resume, code=2, module=detection)
     assert "ablations/baseline_detection.py: resume it with that script" in message
-    assert "--method is fgfi and was reviewkd" in run(capsys, *resume, "--method", "fgfi", code=2)
-    assert "--weight is 2.0 and was 1" in run(capsys, *resume, "--method", method, "--weight", 2, code=2)
+    assert "--method is fgfi but was reviewkd" in run(capsys, *resume, "--method", "fgfi", code=2)
+    assert "--weight is 2.0 but was 1" in run(capsys, *resume, "--method", method, "--weight", 2, code=2)
     run(capsys, *resume, "--method", method)
     assert_bitwise_equal(tmp_path / "uninterrupted", out)
 
@@ -315,7 +315,7 @@ def test_run_resumes_bitwise(tmp_path, capsys, options):
         (["--method", "fgfi", "--student", "resnet18"], "--teacher is required"),
         (["--method", "fgfi", *PAIR, "--weight", -1], "--weight: -1"),
         (["--method", "fgfi", *PAIR, "--w-kd", 1], "unrecognized arguments: --w-kd 1"),
-        (["--method", "fgfi", *PAIR, "--backbone-ckpt", "x.pth"], "omit it, or --backbone-ckpt"),
+        (["--method", "fgfi", *PAIR, "--backbone-ckpt", "x.pth"], "exclude each other"),
         (["--method", "fgfi", *PAIR, "--milestones", 9, 8], "--milestones must increase"),
         (["--method", "fgfi", *PAIR], "there is no missing/annotations/instances_train"),
         (["--method", "fgfi", *PAIR, "--resume"], "nothing to resume"),

@@ -100,7 +100,7 @@ def test_earlier_teacher_is_reused_or_the_reason_is_printed(main_run, capsys, mo
     assert "trained for 2 epochs, not 1" in printed
     assert "teacher: training resnet14 for 1 epochs" in printed
     printed = call(capsys, *PAIR, *FEW_IMAGES, "--epochs", 2, "--method", "kd")
-    assert "it was trained on other data" in printed
+    assert "it was trained on different data" in printed
 
 
 def test_evaluate_reproduces_the_accuracy_of_a_run(main_run, capsys):
@@ -279,7 +279,7 @@ def test_diverging_run_keeps_the_last_good_epoch(tmp_path, capsys, monkeypatch):
         (["--student", "resnet8", "--teacher", "resnet14", "--w-app", "nan"], "--w-app: nan"),
         (["--student", "resnet8", "--teacher", "resnet14", "--temperature", 0], "--temperature: 0"),
         (["--student", "resnet8", "--teacher", "resnet14", "--teacher-ckpt", "missing.pth"], "missing.pth"),
-        ([*PAIR[:4], "--teacher-ckpt", "x.pth", "--teacher-epochs", 2], "omit it, or --teacher-ckpt"),
+        ([*PAIR[:4], "--teacher-ckpt", "x.pth", "--teacher-epochs", 2], "exclude each other"),
         (["--student", "resnet8", "--method", "kd"], "--teacher"),
         (["--student", "resnet8", "--teacher", ""], "--teacher: unknown network"),
         (["--student", "resnet8", "--out", ""], "--out is empty"),
@@ -316,7 +316,7 @@ def test_invalid_input_exits_with_one_line_error(tmp_path, capsys, monkeypatch, 
 def test_resume_cannot_add_a_teacher(tmp_path, capsys):
     call(capsys, "--student", "resnet8", *SMALL, "--epochs", 1, "--out", tmp_path)
     options = ["--student", "resnet8", "--teacher", "resnet14", "--resume", "--out", tmp_path]
-    assert "--teacher is resnet14 and was None" in call(capsys, *options, code=2)
+    assert "--teacher is resnet14 but was None" in call(capsys, *options, code=2)
 
 
 def test_resume_rejects_a_file_not_written_by_a_run(tmp_path, capsys):

@@ -102,8 +102,8 @@ def test_run_that_predates_the_options_resumes(tmp_path, capsys, teacher):
     torch.save(state, old / "last.pt")
     (old / "config.yaml").write_text(yaml.safe_dump(state["config"]))
     for options, message in (
-        (["--simkd"], "--simkd is True and was False"),
-        (["--kd-loss", "dkd"], "--kd-loss is dkd and was kl"),
+        (["--simkd"], "--simkd is True but was False"),
+        (["--kd-loss", "dkd"], "--kd-loss is dkd but was kl"),
     ):
         assert message in call(capsys, *PAIR, *FEW_IMAGES, *options, "--epochs", 2, "--resume", "--out", old, code=2)
     call(capsys, *PAIR, *FEW_IMAGES, "--epochs", 2, "--resume", "--out", old)
@@ -112,7 +112,7 @@ def test_run_that_predates_the_options_resumes(tmp_path, capsys, teacher):
 
 def test_resume_rejects_changed_dkd_weights(capsys, simkd):
     message = call(capsys, *PAIR, "--nckd", 3, "--epochs", 2, "--resume", "--out", simkd, code=2)
-    assert "--nckd is 3.0 and was 2" in message
+    assert "--nckd is 3.0 but was 2" in message
 
 
 def test_simkd_student_does_not_load_as_a_plain_network(tmp_path, capsys, simkd, teacher):
@@ -143,9 +143,9 @@ def test_simkd_student_does_not_load_as_a_plain_network(tmp_path, capsys, simkd,
 @pytest.mark.parametrize(
     ("options", "expected"),
     [
-        (["--student", "resnet8", "--simkd"], "--simkd is about distillation: also give --teacher"),
-        (["--student", "resnet8", "--simkd", "--evaluate", "x.pth"], "also give --teacher"),
-        (["--student", "resnet8", "--kd-loss", "dkd"], "--kd-loss is about distillation"),
+        (["--student", "resnet8", "--simkd"], "--simkd requires --teacher"),
+        (["--student", "resnet8", "--simkd", "--evaluate", "x.pth"], "requires --teacher"),
+        (["--student", "resnet8", "--kd-loss", "dkd"], "--kd-loss requires --teacher"),
         ([*NETWORKS, "--tckd", 1], "--tckd and --nckd are weights inside DKD: also give --kd-loss dkd"),
         ([*NETWORKS, "--kd-loss", "kl", "--nckd", 1], "--tckd and --nckd are weights inside DKD"),
         ([*NETWORKS, "--kd-loss", "dkd", "--nckd", -1], "--nckd: -1"),

@@ -159,7 +159,7 @@ def test_everything_is_checked_before_anything_runs(fake, tmp_path):
     wrong = [
         (Cell(tmp_path / "x", {"student": "resnet9"}), "resnet8"),
         (Cell(tmp_path / "x", {"student": "resnet8", "teacher": "resnet14", "num_paths": 9}), "4 candidates"),
-        (fake("other"), "--seed is 1 and was 7"),
+        (fake("other"), "--seed is 1 but was 7"),
     ]
     for cell, message in wrong:
         with pytest.raises(UserError, match=message):
@@ -173,7 +173,7 @@ def test_runs_on_other_images_are_rejected(fake, tmp_path):
     (tmp_path / "there" / "config.yaml").write_text(json.dumps(config | {"fingerprint": fingerprint}))
     assert len(with_dependencies([fake("there")])) == 1
     (tmp_path / "there" / "config.yaml").write_text(json.dumps(config | {"fingerprint": "other"}))
-    with pytest.raises(UserError, match="used other images"):
+    with pytest.raises(UserError, match="used different images"):
         with_dependencies([fake("there")])
 
 
@@ -384,7 +384,7 @@ def test_smoke(tmp_path, capsys):
     assert "5 runs, 5 already finished" in capsys.readouterr().out
     assert (tmp_path / "table.md").read_text() == text
     assert compare.main(["--smoke", "--out", str(tmp_path), "--temperature", "2"]) == 2
-    assert "--temperature is 2.0 and was 4" in capsys.readouterr().err
+    assert "--temperature is 2.0 but was 4" in capsys.readouterr().err
     assert (tmp_path / "table.md").read_text() == text
     with locked(tmp_path):
         assert compare.main(["--smoke", "--out", str(tmp_path)]) == 2

@@ -166,7 +166,7 @@ def test_run_resumed_mid_epoch_is_bitwise_identical(tmp_path, capsys, pair):
 def test_resume_cannot_add_a_teacher(tmp_path, capsys, folder):
     options = ["--data-dir", folder, *ALONE, "--iterations", 2, "--out", tmp_path]
     run(capsys, *options, "--max-minutes", 1e-9)
-    assert "--teacher is resnet18 and was None" in run(capsys, *options, "--resume", "--teacher", "resnet18", code=2)
+    assert "--teacher is resnet18 but was None" in run(capsys, *options, "--resume", "--teacher", "resnet18", code=2)
 
 
 def test_error_during_evaluation_loses_no_training(tmp_path, capsys, folder):
@@ -200,8 +200,8 @@ def test_suggested_command_trains_the_missing_teacher(tmp_path, capsys, monkeypa
 
 def test_resume_uses_the_stored_settings(capsys, pair, stopped):
     resume = ["--student", "mobilenet_v2", "--out", stopped, "--resume", "--device", "cpu"]
-    assert "--rois is 17 and was 16" in run(capsys, *resume, "--rois", 17, code=2)
-    assert "--min-size is [128] and was [96]" in run(capsys, *resume, "--min-size", 128, code=2)
+    assert "--rois is 17 but was 16" in run(capsys, *resume, "--rois", 17, code=2)
+    assert "--min-size is [128] but was [96]" in run(capsys, *resume, "--min-size", 128, code=2)
     assert "already holds a run" in run(capsys, *pair, "--iterations", 2, "--out", stopped, code=2)
     assert "iteration      2/2" in run(capsys, *resume, "--temperature", 1, "--visualize", 1)
     assert len(list((stopped / "boxes").iterdir())) == 1
@@ -431,9 +431,9 @@ def test_pictures_show_boxes(tmp_path, capsys, folder, teacher):
         (["--student", "resnet20"], "did you mean resnet"),
         (["--student", "resnet34"], "unknown network 'resnet34'"),
         (["--student", "resnet18", "--teacher", "vgg13"], "unknown network 'vgg13'"),
-        (["--student", "resnet18", "--inherit"], "--inherit is about distillation: also give --teacher"),
-        (["--student", "resnet18", "--scratch", "--method", "kd"], "--method is about distillation"),
-        (["--student", "resnet18", "--scratch", "--backbone-ckpt", "x.pth"], "omit it, or --backbone-ckpt"),
+        (["--student", "resnet18", "--inherit"], "--inherit requires --teacher"),
+        (["--student", "resnet18", "--scratch", "--method", "kd"], "--method requires --teacher"),
+        (["--student", "resnet18", "--scratch", "--backbone-ckpt", "x.pth"], "exclude each other"),
         (
             ["--student", "resnet18", "--scratch", "--data-dir", "missing"],
             "there is no missing/annotations/instances_train",
@@ -455,7 +455,7 @@ def test_pictures_show_boxes(tmp_path, capsys, folder, teacher):
         (["--student", "resnet18", "--scratch", "--milestones", 5], "--milestones: expected 2 arguments"),
         (["--student", "resnet18", "--scratch", "--visualize", -1], "--visualize: -1"),
         (["--student", "resnet18", "--scratch", "--subset", 10], "--subset 10"),
-        ([*PAIR[:4], "--scratch", "--method", "kd", "--w-task", 0, "--w-kd", 0], "no term remains"),
+        ([*PAIR[:4], "--scratch", "--method", "kd", "--w-task", 0, "--w-kd", 0], "every loss term has weight 0"),
         (["--student", "resnet18", "--scratch", "--resume"], "nothing to resume"),
         (["--student", "resnet18", "--evaluate", "missing.pth"], "there is no checkpoint missing.pth"),
         (["--student", "resnet18", "--backbone-ckpt", "missing.pth"], "there is no checkpoint missing.pth"),

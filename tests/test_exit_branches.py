@@ -152,7 +152,7 @@ def test_resumed_training_is_bitwise_identical(net, data, trained, tmp_path, mon
 def test_mismatched_branches_are_rejected(net, data, trained, tmp_path, monkeypatch):
     folder = trained[-1]
     for other, message in (
-        ({"branch_depth": 14}, "--branch-depth is 14 and was 8"),
+        ({"branch_depth": 14}, "--branch-depth is 14 but was 8"),
         ({"amp": "bf16"}, "--amp is bf16"),
     ):
         with pytest.raises(UserError, match=message):
@@ -316,7 +316,7 @@ def test_results_are_kept_and_missing_files_are_reported(branch_runs, tmp_path, 
     with monkeypatch.context() as patch:
         patch.setattr(exit_branches, "load_data", None)  # nothing is left to do
         assert text in rerun()
-        assert "--branch-depth is 14 and was 8" in rerun("--branch-depth", "14", code=2)
+        assert "--branch-depth is 14 but was 8" in rerun("--branch-depth", "14", code=2)
     row = folder / "resnet14-resnet8-app-seed1.json"
     kept = row.read_text()
     row.write_text(kept.replace('"of": [\n  "', '"of": [\n  "0'))  # as if measured with other branches

@@ -155,7 +155,7 @@ def test_resumes_on_another_device(capsys, stopped):
 
 def test_resume_rejects_changed_settings(capsys, stopped):
     options = ["--student", "MobileNetV1", "--out", stopped, "--resume", "--device", "cpu"]
-    assert "--temperature is 2.0 and was 1" in run(capsys, *options, "--temperature", 2, code=2)
+    assert "--temperature is 2.0 but was 1" in run(capsys, *options, "--temperature", 2, code=2)
     assert "epoch   2/2" in run(capsys, *options, "--temperature", 1, "--w-app", 5)
 
 

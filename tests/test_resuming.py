@@ -59,30 +59,30 @@ def test_options_may_repeat_the_stored_ones(capsys, uninterrupted, stopped):
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        (["--teacher", "resnet32"], "--teacher is resnet32 and was resnet14"),
-        (["--student", "resnet14"], "--student is resnet14 and was resnet8"),
-        (["--lr", 0.02], "--lr is 0.02 and was 0.01"),
-        (["--epochs", 3], "--epochs is 3 and was 2"),
-        (["--batch-size", 16], "--batch-size is 16 and was 32"),
-        (["--dataset", "cifar10"], "--dataset is cifar10 and was synthetic"),
-        (["--subset", 60], "--subset is 60 and was 40"),
-        (["--seed", 1], "--seed is 1 and was 7"),
-        (["--w-app", 5], "--w-app is 5.0 and was 2"),
-        (["--w-func-partial", 5], "--w-func-partial is 5.0 and was 0"),
-        (["--method", "kd"], "--method is kd and was fcfd"),
-        (["--teacher-bn", "running"], "--teacher-bn is running and was batch"),
-        (["--num-paths", 2], "--num-paths is 2 and was 3"),
-        (["--positions", 2], "--positions is [2] and was [2, 3]"),
-        (["--kd-loss", "dkd"], "--kd-loss is dkd and was kl"),
-        (["--simkd"], "--simkd is True and was False"),
-        (["--amp", "bf16"], "--amp is bf16 and was off"),
-        (["--teacher-ckpt", "other.pth"], "--teacher-ckpt is other.pth and was"),
+        (["--teacher", "resnet32"], "--teacher is resnet32 but was resnet14"),
+        (["--student", "resnet14"], "--student is resnet14 but was resnet8"),
+        (["--lr", 0.02], "--lr is 0.02 but was 0.01"),
+        (["--epochs", 3], "--epochs is 3 but was 2"),
+        (["--batch-size", 16], "--batch-size is 16 but was 32"),
+        (["--dataset", "cifar10"], "--dataset is cifar10 but was synthetic"),
+        (["--subset", 60], "--subset is 60 but was 40"),
+        (["--seed", 1], "--seed is 1 but was 7"),
+        (["--w-app", 5], "--w-app is 5.0 but was 2"),
+        (["--w-func-partial", 5], "--w-func-partial is 5.0 but was 0"),
+        (["--method", "kd"], "--method is kd but was fcfd"),
+        (["--teacher-bn", "running"], "--teacher-bn is running but was batch"),
+        (["--num-paths", 2], "--num-paths is 2 but was 3"),
+        (["--positions", 2], "--positions is [2] but was [2, 3]"),
+        (["--kd-loss", "dkd"], "--kd-loss is dkd but was kl"),
+        (["--simkd"], "--simkd is True but was False"),
+        (["--amp", "bf16"], "--amp is bf16 but was off"),
+        (["--teacher-ckpt", "other.pth"], "--teacher-ckpt is other.pth but was"),
     ],
 )
 def test_conflicting_options_are_rejected_by_name(capsys, after_one_epoch, options, message):
     before = (after_one_epoch / "last.pt").read_bytes()
     printed = call(capsys, *NETWORKS, *options, "--out", after_one_epoch, "--resume", code=2)
-    assert printed.startswith("error: cannot resume with other settings: ")
+    assert printed.startswith("error: cannot resume with different settings: ")
     assert message in printed
     assert printed.count("\n") == 1
     assert (after_one_epoch / "last.pt").read_bytes() == before
@@ -184,7 +184,7 @@ def test_damaged_last_pt_is_rejected_and_kept(capsys, monkeypatch, stopped, dama
     before = (stopped / "last.pt").read_bytes()
     message = call(capsys, "--student", "resnet8", "--out", stopped, "--resume", code=2)
     assert message.startswith("error: ")
-    assert "with other settings" not in message
+    assert "with different settings" not in message
     assert message.count("\n") == 1
     assert (stopped / "last.pt").read_bytes() == before
 

@@ -299,7 +299,7 @@ def test_compare_also_runs_other_scripts(tmp_path, capsys):
     assert compare.main([*options, "online-dml", "baseline-crd", "baseline-alone"]) == 0
     assert "4 runs, 4 already finished" in capsys.readouterr().out
     assert compare.main([*options, "online-dml", "--lr", "0.3"]) == 2
-    assert "--lr is 0.3 and was 0.05" in capsys.readouterr().err
+    assert "--lr is 0.3 but was 0.05" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(

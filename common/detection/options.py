@@ -22,14 +22,14 @@ def add_options(parser: Parser) -> argparse._ArgumentGroup:
     add("--test-subset", type=count, metavar="N", help="test on N images, spread evenly over the dataset")
     sizes = {"type": number(int, 96, 1333), "nargs": "+", "default": SETTINGS["min_size"]}
     add("--min-size", **sizes, metavar="PIXELS", help="shorter sides in training; tests use the largest")
-    add("--rois", type=count, default=SETTINGS["rois"], metavar="N", help="proposals per image for the ROI heads")
+    add("--rois", type=count, default=SETTINGS["rois"], metavar="N", help="proposals per image that train the ROI head")
     add("--workers", type=number(int, 0, 1000), default=default_workers(), metavar="N", help="image readers per rank")
     add("--iterations", type=count, default=SETTINGS["iterations"], metavar="N", help="the schedule scales with it")
     add("--batch-size", type=count, default=SETTINGS["batch_size"], metavar="N", help="of all ranks together")
     add("--lr", type=positive, default=SETTINGS["lr"], help="after the warm-up")
-    add("--milestones", type=count, nargs=2, metavar="N", help="iterations (default: the published ones, scaled)")
-    add("--save-every", type=count, default=1000, metavar="N", help="iterations")
-    add("--eval-every", type=count, default=5000, metavar="N", help="iterations; also tests after the last one")
+    add("--milestones", type=count, nargs=2, metavar="N", help="of the learning rate (default: published, scaled)")
+    add("--save-every", type=count, default=1000, metavar="N", help="save a checkpoint every N iterations")
+    add("--eval-every", type=count, default=5000, metavar="N", help="test every N iterations and after the last one")
     add("--visualize", type=count, metavar="N", help="draw detections on N test images; saved to boxes/")
     distillation = parser.add_argument_group("distillation")
     add = distillation.add_argument

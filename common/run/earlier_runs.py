@@ -39,7 +39,7 @@ def find_network(
         if config.get("script") == "baseline_cifar100":  # trained by another recipe
             continue
         if config.get("fingerprint") != fingerprint:
-            reason = "it was trained on other data"
+            reason = "it was trained on different data"
         elif config.get(f"{unit}s") != length:
             reason = f"it was trained for {config.get(f'{unit}s')} {unit}s, not {length}"
         elif result[unit] != length:

@@ -36,7 +36,7 @@ class Parser(argparse.ArgumentParser):
     def add_data_options(self) -> None:
         """The arguments of `load_data` in common/data/sources.py."""
         add = self.add_argument_group("data").add_argument
-        add("--dataset", choices=("cifar100", "cifar10", "folder", "synthetic"), default="cifar100", help="images")
+        add("--dataset", choices=("cifar100", "cifar10", "folder", "synthetic"), default="cifar100", help="dataset")
         add("--data-dir", default="data", metavar="DIR", help="for 'folder' it holds train/ and test/ or val/")
         add("--subset", type=count, metavar="N", help="train on N images, balanced over the classes")
         add("--test-subset", type=count, metavar="N", help="test on N images, balanced over the classes")
@@ -44,7 +44,7 @@ class Parser(argparse.ArgumentParser):
     def add_run_options(self, unit: str = "epoch") -> None:
         """Seed, device, precision, output folder and time limit; a run can stop after each `unit`."""
         add = self.add_argument_group("run").add_argument
-        add("--seed", type=count_or_zero, default=1, metavar="N", help="for all random numbers")
+        add("--seed", type=count_or_zero, default=1, metavar="N", help="random seed")
         add("--device", default=default_device(), help="cpu, cuda, cuda:N or mps")
         add(
             "--amp",
@@ -81,7 +81,7 @@ class Parser(argparse.ArgumentParser):
         for name, value in given.items():
             if name in stored and name not in MAY_CHANGE and not _same(actions[name], value, stored[name]):
                 raise UserError(
-                    f"cannot resume with other settings: {option(name)} is {value} and was {stored[name]}; "
+                    f"cannot resume with different settings: {option(name)} is {value} but was {stored[name]}; "
                     "use the original settings, or choose another --out"
                 )
         args = Namespace(**{name: action.default for name, action in actions.items()} | stored | given)

@@ -95,12 +95,12 @@ class Run:
         """Store the hash of the data, and check that the data fits the run.
 
         Raises:
-            UserError: the resumed run or rank 0 has other data, or there are fewer training `images` than in a batch.
+            UserError: the resumed run or rank 0 has different data, or a batch has more than `images` images.
         """
         stored = self.state["config"].get("fingerprint") if self.resumed else fingerprint
         if stored != fingerprint:
             raise UserError(
-                f"cannot resume with other data (its fingerprint is {fingerprint} and was {stored}): use the "
+                f"cannot resume with different data (its fingerprint is {fingerprint} but was {stored}): use the "
                 "original data, or choose another --out"
             )
         if broadcast(fingerprint) != fingerprint:
