@@ -10,7 +10,7 @@ from ..simkd import build_simkd
 
 @torch.no_grad()
 def inference_cost(net: nn.Module, image_size: int) -> tuple[int, int]:
-    """(parameters, FLOPs per image) of the convolutions and linear layers; one multiply-add is two FLOPs."""
+    """(parameters, FLOPs per image of convolutions and linear layers); one multiply-add is two FLOPs."""
     with FlopCounterMode(display=False) as counter:
         net.eval()(next(net.parameters()).new_zeros(1, 3, image_size, image_size))
     return sum(p.numel() for p in net.parameters()), counter.get_total_flops()
