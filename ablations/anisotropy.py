@@ -10,7 +10,7 @@ perturbed feature to an output p'. KL(p || p'), at temperature 1 and in nats, me
 output p. An L2 loss cannot distinguish the perturbations. The direction with the smallest KL is the mildest, the one
 with the largest KL the worst.
 
-For resnet32x4 on CIFAR-100 and 512 directions, the paper reports a smallest KL of 0.59, a largest of 1.29, and falls in
+For resnet32x4 on CIFAR-100 and 512 directions, the paper reports a smallest KL of 0.59, a largest of 1.29, and drops in
 accuracy of 10.69 and 24.42 points. It does not state the feature or the length, so the length is found in two steps.
 First --lengths are measured on a few images, and the length that gives --smallest-kl is interpolated. Then that length
 is measured on all --images. The paper leaves three more choices open:
@@ -76,7 +76,7 @@ COLUMNS = {"length": 3, "smallest": 4, "largest": 4, "ratio": 2, "clean": 2, "mi
 COLUMNS |= {"mildest fall": 2, "worst fall": 2}  # decimals in the table
 HEADER = ["network", "feature", "mildest, worst for", "length", "smallest KL", "largest KL", "largest / smallest"]
 HEADER += [f"accuracy, {which} (%)" for which in ("clean", "mildest", "worst")]
-HEADER += [f"fall, {which} (points)" for which in ("mildest", "worst")]
+HEADER += [f"drop, {which} (points)" for which in ("mildest", "worst")]
 Numbers = dict[str, dict[str, float]]  # by key of LABELS, from `summarize`
 
 
@@ -251,7 +251,7 @@ def table(results: dict[str, dict[int, Found]], c: Namespace) -> str:
         f"The length, in units of their {norm}, gives a smallest KL of {c.smallest_kl:g} on {c.sweep_images} images.\n"
         "KL(p || p') in nats. All images: the KL of each direction is averaged over images, before the extremes.\n"
         "Each image: its own smallest and largest KL, averaged over images.\n"
-        "The paper's resnet32x4 on CIFAR-100: KL of 0.59 and 1.29, ratio 2.2, falls of 10.69 and 24.42 points.\n"
+        "The paper's resnet32x4 on CIFAR-100: KL of 0.59 and 1.29, ratio 2.2, drops of 10.69 and 24.42 points.\n"
     )
 
 

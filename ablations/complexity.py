@@ -54,7 +54,7 @@ METHODS = {  # their titles in the table, and the options of their runs
 WITH_PATHS = ("fcfd", "plain")
 FLOPS = "FLOPs are of convolutions and linear layers; a multiply-add is two."
 LEGEND = f"""
-The relative columns are divided by one forward and backward of the student alone, without SGD.
+Relative time and FLOPs: divided by those of one forward and backward of the student alone, without SGD.
 {FLOPS} Paths: |S|.
 """
 SMOKE = ["--pairs", "resnet14-resnet8", "--methods", *METHODS, "--num-paths", "0", "2", "--batch-size", "4"]

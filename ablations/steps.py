@@ -2,10 +2,10 @@
 
 cifar100.py           forward along all paths, loss terms, backward, SGD
 baseline_cifar100.py  the step of a method there; CRD's banks have the size of CIFAR-100
-student alone         one forward and backward, without SGD; relative costs are relative to it
+student alone         one forward and backward, without SGD: the reference for relative costs
 
-The steps of both scripts use channels_last and autocast, as in training. The plain form is NCHW float32, also for
-the student alone.
+The steps of both scripts use channels_last and autocast, as in training. The plain form and the
+student alone use NCHW float32.
 """
 
 from argparse import Namespace

@@ -18,9 +18,9 @@ Each term is the sum over its positions and paths, not divided by |S|.
 L_app matches the values of features. L_func and L_func' match their function: the output that the later stages of a
 network compute from them, the teacher's in L_func and the student's in L_func'.
 
-In every term except L_task, the target is a feature or the logits of the pure teacher path, detached in losses.py. On
-<k, 1>, gradients flow through the frozen later stages of the teacher into the bridge and the student's stages 1..k; on
-<k, 0>, into the bridge and the student's later stages.
+In every term of Eq. 9 except L_task, the target is a feature or the logits of the pure teacher path, detached in
+losses.py. On <k, 1>, gradients flow through the frozen later stages of the teacher into the bridge and the student's
+stages 1..k; on <k, 0>, into the bridge and the student's later stages.
 """
 
 from collections.abc import Callable, Iterable, Mapping
@@ -109,8 +109,8 @@ def forward_paths(
     return flow
 
 
-# A loss term is a function (flow, labels [B], kl) that returns a float32 scalar. kl(logits, target) is the KL at the
-# run's temperature, or its replacement, such as DKD.
+# A loss term is a function (flow, labels [B], kl) that returns a float32 scalar: the sum over its positions and paths.
+# kl(logits, target) is the KL at the run's temperature, or its replacement, such as DKD.
 
 KL = Callable[[Tensor, Tensor], Tensor]
 

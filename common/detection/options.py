@@ -27,7 +27,7 @@ def add_options(parser: Parser) -> argparse._ArgumentGroup:
     add("--iterations", type=count, default=SETTINGS["iterations"], metavar="N", help="the schedule scales with it")
     add("--batch-size", type=count, default=SETTINGS["batch_size"], metavar="N", help="of all ranks together")
     add("--lr", type=positive, default=SETTINGS["lr"], help="after the warm-up")
-    add("--milestones", type=count, nargs=2, metavar="N", help="of the learning rate (default: published, scaled)")
+    add("--milestones", type=count, nargs=2, metavar="N", help="iterations where lr drops (default: published, scaled)")
     add("--save-every", type=count, default=1000, metavar="N", help="save a checkpoint every N iterations")
     add("--eval-every", type=count, default=5000, metavar="N", help="test every N iterations and after the last one")
     add("--visualize", type=count, metavar="N", help="draw detections on N test images; saved to boxes/")
